@@ -1,0 +1,2 @@
+"""Multi-task BERT with sharded gradient surgery."""
+__version__ = "0.1.0"

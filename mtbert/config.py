@@ -1,0 +1,466 @@
+"""One `Config`: defaults < YAML (and the file it is `base`d on) < dotted overrides, merged in `load_config` and nowhere else.
+
+This module imports neither torch nor anything heavy, so that `--help` and configuration errors come at once.
+Every key carries its meaning in `description`; `docs/configuration.md` is generated from them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+class UserError(ValueError):
+    """A mistake of the user's, told in one line: what, where, what would be right. Programs exit with code 2."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Generate(Section):
+    seed: int = Field(0, description="seed of the generated corpus")
+    train: int = Field(4000, ge=1, description="training examples per task")
+    dev: int = Field(600, ge=1, description="development examples per task")
+
+
+class DataConfig(Section):
+    dir: str | None = Field(None, description="folder that the tasks' file names are relative to")
+    generate: Generate | None = Field(None, description="use the generated corpus instead of files")
+    cache: str = Field(
+        "~/.cache/mtbert", description="where tokenised, memory-mapped data and generated corpora lie"
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DataConfig:
+        if self.dir is not None and self.generate is not None:
+            raise ValueError("data.dir and data.generate exclude each other; set one of them to null")
+        return self
+
+
+class ShapeConfig(Section):
+    """Shape of an encoder trained from scratch; a pretrained one brings its own."""
+
+    hidden_size: int = Field(128, ge=1)
+    layers: int = Field(4, ge=1)
+    heads: int = Field(4, ge=1)
+    intermediate_size: int = Field(512, ge=1)
+    max_positions: int = Field(512, ge=2, description="longest sequence in tokens, special tokens included")
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> ShapeConfig:
+        if self.hidden_size % self.heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of heads {self.heads}")
+        return self
+
+
+class EncoderConfig(Section):
+    pretrained: str | None = Field(
+        None,
+        description="Hugging Face folder or hub name with config.json, model.safetensors and a tokenizer",
+    )
+    shape: ShapeConfig | None = Field(None, description="train from scratch with this shape instead")
+    tokenizer: str | None = Field(
+        None,
+        description="tokenizer.json or vocab.txt (or a folder with one); default: the pretrained model's",
+    )
+    pooling: Literal["pooler", "cls", "mean"] = Field(
+        "pooler",
+        description="sentence vector: BERT's tanh layer on [CLS], [CLS] itself, or the mean over tokens",
+    )
+    dropout: float = Field(0.1, ge=0, lt=1, description="after the embeddings and in both residual branches")
+    max_length: int = Field(
+        512, ge=4, description="longer sequences are truncated (pairs: the longer one first), in tokens"
+    )
+
+
+class Columns(Section):
+    text: list[str] = Field(
+        ["sentence"], min_length=1, max_length=2, description="one text column, or two for a pair"
+    )
+    label: str = "label"
+    id: str | None = Field(None, description="column that names the row in predictions and reports")
+
+
+HeadKind = Literal["linear", "joint", "concat", "weighted_dot", "cosine", "relu_cosine"]
+
+
+class HeadConfig(Section):
+    kind: HeadKind = Field(
+        "linear",
+        description="one text: linear. Pairs: joint (both texts in one sequence with [SEP], then linear), or two "
+        "encodings joined by concat, weighted_dot (elementwise product, then linear), cosine, relu_cosine",
+    )
+    hidden: list[Annotated[int, Field(ge=1)]] = Field(
+        [], description="widths of hidden layers, each ReLU and dropout"
+    )
+    dropout: float = Field(0.1, ge=0, lt=1, description="on the head's input and after its hidden layers")
+    lr: float | None = Field(None, ge=0, description="learning rate of this head; default optimizer.head_lr")
+
+
+LossKind = Literal["cross_entropy", "bce", "mse", "huber", "cosine_embedding"]
+MetricKind = Literal["accuracy", "f1", "matthews", "pearson", "spearman"]
+TaskKind = Literal["classification", "pair_classification", "pair_regression"]
+
+_LOSSES_OF: dict[str, tuple[str, ...]] = {
+    "classification": ("cross_entropy",),
+    "pair_classification": ("bce", "cross_entropy", "cosine_embedding"),
+    "pair_regression": ("mse", "huber"),
+}
+_METRICS_OF: dict[str, tuple[str, ...]] = {
+    "classification": ("accuracy", "f1", "matthews"),
+    "pair_classification": ("accuracy", "f1", "matthews"),
+    "pair_regression": ("pearson", "spearman"),
+}
+_COSINE_HEADS = ("cosine", "relu_cosine")
+
+
+class TaskConfig(Section):
+    kind: TaskKind = Field(description="decides how many texts a row has and what its label is")
+    train: str = Field(description="training file (.csv and .tsv by their first line, .jsonl, .parquet)")
+    dev: str = Field(description="development file")
+    columns: Columns = Field(default_factory=Columns)
+    classes: int = Field(2, ge=2, description="labels are 0 … classes − 1 (classification kinds)")
+    range: tuple[float, float] = Field((0.0, 5.0), description="lowest and highest label (pair_regression)")
+    head: HeadConfig = Field(default_factory=HeadConfig)
+    loss: LossKind | None = Field(None, description="default: cross_entropy, bce or mse, by kind")
+    metric: MetricKind | None = Field(None, description="default: accuracy, or pearson for pair_regression")
+    weight: float = Field(1.0, ge=0, description="λ: the task's loss is multiplied by it before surgery")
+    batch_size: int | None = Field(
+        None, ge=1, description="examples per step over all ranks; default schedule.batch_size"
+    )
+
+    @property
+    def pair(self) -> bool:
+        return self.kind != "classification"
+
+    @property
+    def loss_kind(self) -> str:
+        return self.loss or _LOSSES_OF[self.kind][0]
+
+    @property
+    def metric_kind(self) -> str:
+        return self.metric or _METRICS_OF[self.kind][0]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TaskConfig:
+        if len(self.columns.text) != 1 + self.pair:
+            raise ValueError(
+                f"kind {self.kind} takes {1 + self.pair} text column(s), columns.text names {len(self.columns.text)}"
+            )
+        if (self.head.kind == "linear") == self.pair:
+            valid = "joint, concat, weighted_dot, cosine, relu_cosine" if self.pair else "linear"
+            raise ValueError(f"head.kind {self.head.kind!r} does not fit kind {self.kind}; valid: {valid}")
+        if self.loss_kind not in _LOSSES_OF[self.kind]:
+            raise ValueError(
+                f"loss {self.loss!r} does not fit kind {self.kind}; valid: {', '.join(_LOSSES_OF[self.kind])}"
+            )
+        if self.metric_kind not in _METRICS_OF[self.kind]:
+            raise ValueError(
+                f"metric {self.metric!r} does not fit kind {self.kind}; valid: {', '.join(_METRICS_OF[self.kind])}"
+            )
+        if self.loss_kind in ("bce", "cosine_embedding") and self.classes != 2:
+            raise ValueError(f"loss {self.loss_kind} needs classes 2, not {self.classes}")
+        if self.kind == "pair_classification" and (self.head.kind in _COSINE_HEADS) != (
+            self.loss_kind == "cosine_embedding"
+        ):
+            raise ValueError(
+                "for pair_classification a cosine head goes with loss cosine_embedding, and no other head does"
+            )
+        if self.range[0] >= self.range[1]:
+            raise ValueError(f"range {list(self.range)} is upside down; give [lowest, highest]")
+        return self
+
+
+class ScheduleConfig(Section):
+    kind: Literal["round_robin", "sequential", "sampled"] = Field(
+        "round_robin",
+        description="round_robin: every task in every step. sequential: each dataset to its end, one after another. "
+        "sampled: tasks drawn with probability ∝ N^alpha",
+    )
+    length: Literal["shortest", "longest", "unbalanced"] | int = Field(
+        "longest",
+        description="steps per epoch of round_robin and sampled: when the shortest or the longest dataset ends, "
+        "unbalanced (a task stops when its data end), or σ, a number of steps; shorter datasets start again",
+    )
+    alpha: float = Field(1.0, ge=0, description="sampled: 1 is proportional to size, 0 is uniform")
+    anneal: float = Field(
+        0.0,
+        ge=0,
+        description="sampled: alpha falls linearly by this much from the first epoch to the last (PALs: 0.8)",
+    )
+    tasks_per_step: int = Field(1, ge=1, description="sampled: draws per step")
+    batch_size: int = Field(
+        32, ge=1, description="examples per task and step, over all ranks and micro-batches"
+    )
+    bucket: int = Field(
+        64, ge=1, description="batches sorted by length together: larger wastes less, 1 is a plain shuffle"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ScheduleConfig:
+        if isinstance(self.length, int) and self.length < 1:
+            raise ValueError(f"length {self.length} must be at least 1 step")
+        if self.length == "unbalanced" and self.kind != "round_robin":
+            raise ValueError("length unbalanced belongs to kind round_robin")
+        if self.anneal > self.alpha:
+            raise ValueError(f"anneal {self.anneal} would take alpha {self.alpha} below 0")
+        return self
+
+
+class PhaseConfig(Section):
+    """A stretch of training with its own trainable parts, length and learning-rate scale."""
+
+    name: str = "train"
+    epochs: int | None = Field(None, ge=1, description="epochs of the schedule; give this or steps")
+    steps: int | None = Field(None, ge=1, description="steps; give this or epochs")
+    trainable: Literal["all", "heads"] = Field(
+        "all", description="heads: the encoder is frozen (linear probing)"
+    )
+    lr_scale: float = Field(1.0, gt=0, description="multiplies every learning rate during this phase")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> PhaseConfig:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError(f"phase {self.name!r} needs either epochs or steps")
+        return self
+
+
+class OptimizerConfig(Section):
+    lr: float = Field(2e-5, ge=0, description="learning rate of the encoder")
+    head_lr: float = Field(1e-3, ge=0, description="learning rate of the heads")
+    layer_decay: float = Field(
+        1.0, gt=0, le=1, description="each layer's rate is this times that of the layer above"
+    )
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.01, ge=0, description="AdamW; biases and LayerNorm are spared")
+    warmup: float = Field(0.06, ge=0, lt=1, description="share of each phase in which the rates rise from 0")
+    decay: Literal["constant", "linear", "cosine"] = Field(
+        "linear", description="course after the warm-up, to 0"
+    )
+
+
+class SurgeryConfig(Section):
+    method: str = Field(
+        "pcgrad", description="sum, mean, pcgrad, or a TorchJD Gramian weighting (mtbert/surgery.py)"
+    )
+    options: dict[str, Any] = Field({}, description="of the method, e.g. reduction: sum | mean for pcgrad")
+
+
+class EngineConfig(Section):
+    zero: Literal[1, 3] = Field(
+        1, description="ZeRO stage: 1 shards optimizer and task gradients, 3 also parameters"
+    )
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="auto: bf16 where the hardware multiplies it"
+    )
+    accumulation: int = Field(1, ge=1, description="micro-batches a rank cuts its share of a batch into")
+    clip_norm: float | None = Field(
+        1.0, gt=0, description="largest norm of the combined gradient; null: no clipping"
+    )
+    threads: int | None = Field(
+        None, ge=1, description="torch threads per rank; default: cores / ranks on the host"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _stages(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("zero") in (0, 2):
+            raise ValueError(
+                "zero: stages 0 and 2 are not offered: 0 shards nothing, and 2 adds nothing to 1 once the task gradients "
+                "are ours to shard; use 1, or 3 for an encoder that outgrows one GPU"
+            )
+        return values
+
+
+class CheckpointConfig(Section):
+    every_minutes: float | None = Field(10.0, gt=0, description="time between saves")
+    every_steps: int | None = Field(None, ge=1, description="steps between saves, besides the time")
+    keep: int = Field(2, ge=1, description="newest checkpoints kept, besides the best")
+
+
+class RunConfig(Section):
+    dir: str = Field("runs", description="folder that run folders are made in")
+    name: str | None = Field(
+        None, description="name of the run folder; default: date, config name and a short hash"
+    )
+    evaluate_every: int | None = Field(
+        None, ge=1, description="steps between evaluations; default: each epoch"
+    )
+    log_every: int = Field(10, ge=1, description="steps between lines in metrics.jsonl and TensorBoard")
+
+
+class Config(Section):
+    seed: int = Field(0, ge=0)
+    data: DataConfig = Field(default_factory=DataConfig)
+    encoder: EncoderConfig = Field(default_factory=EncoderConfig)
+    tasks: dict[str, TaskConfig] = Field(description="name → task; a new task needs no code")
+    schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
+    phases: list[PhaseConfig] = Field([PhaseConfig(epochs=3)], min_length=1)
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    surgery: SurgeryConfig = Field(default_factory=SurgeryConfig)
+    engine: EngineConfig = Field(default_factory=EngineConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    run: RunConfig = Field(default_factory=RunConfig)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        if not self.tasks:
+            raise ValueError("tasks: at least one task is needed")
+        for name in self.tasks:
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+                raise ValueError(f"tasks.{name}: a task's name is made of letters, digits, - and _")
+        return self
+
+
+# --------------------------------------------------------------------------------------------- reading and merging
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads 3e-4 as a number (YAML 1.1 wants 3.0e-4) and refuses a key given twice."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    keys = [loader.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"key {key!r} is given twice", node.start_mark
+            )
+    return yaml.SafeLoader.construct_mapping(loader, node, deep)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", lambda loader, node: _mapping(loader, node, deep=True))
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error)
+        raise UserError(f"{where}{line}: not valid YAML: {' '.join(problem.split())}") from None
+
+
+def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A YAML file laid over the file its `base` names (relative to itself)."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the configuration: {error.strerror}") from None
+    values = _parse(text, str(path))
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: the top level must be keys and values, not a {type(values).__name__}")
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    parent = (path.parent / str(base)).resolve()
+    if parent in (*seen, path.resolve()):
+        raise UserError(f"{path}: base {base}: the files are based on each other in a circle")
+    return _merge(_read(parent, (*seen, path.resolve())), values)
+
+
+def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(under)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _override(text: str) -> dict[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key or not all(key.split(".")):
+        raise UserError(f"--set {text}: expected key=value, for example optimizer.lr=3e-5")
+    nested: Any = _parse(value, f"--set {key}")
+    for part in reversed(key.split(".")):
+        nested = {part: nested}
+    return nested
+
+
+def load_config(path: str | Path | None, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """The configuration in `path` with dotted overrides (`a.b=value`, the value read as YAML) laid over it.
+
+    A task set to null is left out. Raises `UserError` naming the key and the nearest valid one.
+    """
+    values = _read(Path(path)) if path is not None else {}
+    for text in overrides:
+        values = _merge(values, _override(text))
+    if isinstance(values.get("tasks"), dict):
+        values["tasks"] = {name: task for name, task in values["tasks"].items() if task is not None}
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{path or 'configuration'}: {_explain(error)}") from None
+
+
+def _explain(error: ValidationError) -> str:
+    """The first complaint in one line: dotted key, what is wrong, what would be right."""
+    first = error.errors()[0]
+    parts = [part for part in first["loc"] if not (isinstance(part, str) and part in _UNION_TAGS)]
+    key = ".".join(str(part) for part in parts)
+    if first["type"] == "extra_forbidden":
+        valid = _valid_keys([str(part) for part in first["loc"][:-1]])
+        near = difflib.get_close_matches(str(first["loc"][-1]), valid, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"valid keys: {', '.join(valid)}"
+        return f"{key}: unknown key; {hint}"
+    if first["type"] == "missing":
+        return f"{key}: missing; it has no default"
+    message = first["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    given = first.get("input")
+    shown = f" (got {given!r})" if isinstance(given, str | int | float | bool | type(None)) else ""
+    return f"{key}: {message}{shown}" if key else message
+
+
+# pydantic names the branch of a union in an error's location; users know nothing of it
+_UNION_TAGS = frozenset(["int", "float", "str", "literal['shortest','longest','unbalanced']"])
+
+
+def _valid_keys(parents: list[str]) -> list[str]:
+    """Names that are valid under a dotted location of `Config`."""
+    model: Any = Config
+    for part in parents:
+        if isinstance(model, type) and issubclass(model, BaseModel):
+            model = _section(model.model_fields[part].annotation)
+    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
+
+
+def _section(annotation: Any) -> Any:
+    """The Section inside `X`, `X | None`, `list[X]` or `dict[str, X]`."""
+    if get_origin(annotation) is None:
+        return annotation
+    for inner in get_args(annotation):
+        found = _section(inner)
+        if isinstance(found, type) and issubclass(found, Section):
+            return found
+    return None
+
+
+def schema() -> dict[str, Any]:
+    """JSON schema of the configuration, for editors."""
+    return Config.model_json_schema()
+
+
+def to_yaml(config: Config) -> str:
+    """The whole configuration, defaults written out, readable by `load_config`."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+__all__ = ["Config", "UserError", "load_config", "schema", "to_yaml"]
