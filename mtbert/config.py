@@ -1,4 +1,4 @@
-"""One `Config`: defaults < YAML (and the file it is `base`d on) < dotted overrides, merged in `load_config` and nowhere else.
+"""One `Config`: defaults < YAML (and the file it is `base`d on) < dotted overrides, merged in `load_config`.
 
 This module imports neither torch nor anything heavy, so that `--help` and configuration errors come at once.
 Every key carries its meaning in `description`; `docs/configuration.md` is generated from them.
@@ -9,14 +9,14 @@ from __future__ import annotations
 import difflib
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 
 class UserError(ValueError):
-    """A mistake of the user's, told in one line: what, where, what would be right. Programs exit with code 2."""
+    """A mistake of the user's, told in one line: what, where, what would be right. Exit code 2."""
 
 
 class Section(BaseModel):
@@ -93,8 +93,9 @@ HeadKind = Literal["linear", "joint", "concat", "weighted_dot", "cosine", "relu_
 class HeadConfig(Section):
     kind: HeadKind = Field(
         "linear",
-        description="one text: linear. Pairs: joint (both texts in one sequence with [SEP], then linear), or two "
-        "encodings joined by concat, weighted_dot (elementwise product, then linear), cosine, relu_cosine",
+        description="one text: linear. Pairs: joint (both texts in one sequence with [SEP], then linear), "
+        "or two encodings joined by concat, weighted_dot (elementwise product, then linear), cosine, "
+        "relu_cosine",
     )
     hidden: list[Annotated[int, Field(ge=1)]] = Field(
         [], description="widths of hidden layers, each ReLU and dropout"
@@ -151,7 +152,8 @@ class TaskConfig(Section):
     def _consistent(self) -> TaskConfig:
         if len(self.columns.text) != 1 + self.pair:
             raise ValueError(
-                f"kind {self.kind} takes {1 + self.pair} text column(s), columns.text names {len(self.columns.text)}"
+                f"kind {self.kind} takes {1 + self.pair} text column(s), "
+                f"columns.text names {len(self.columns.text)}"
             )
         if (self.head.kind == "linear") == self.pair:
             valid = "joint, concat, weighted_dot, cosine, relu_cosine" if self.pair else "linear"
@@ -162,7 +164,8 @@ class TaskConfig(Section):
             )
         if self.metric_kind not in _METRICS_OF[self.kind]:
             raise ValueError(
-                f"metric {self.metric!r} does not fit kind {self.kind}; valid: {', '.join(_METRICS_OF[self.kind])}"
+                f"metric {self.metric!r} does not fit kind {self.kind}; "
+                f"valid: {', '.join(_METRICS_OF[self.kind])}"
             )
         if self.loss_kind in ("bce", "cosine_embedding") and self.classes != 2:
             raise ValueError(f"loss {self.loss_kind} needs classes 2, not {self.classes}")
@@ -170,7 +173,7 @@ class TaskConfig(Section):
             self.loss_kind == "cosine_embedding"
         ):
             raise ValueError(
-                "for pair_classification a cosine head goes with loss cosine_embedding, and no other head does"
+                "for pair_classification cosine heads go with loss cosine_embedding, other heads do not"
             )
         if self.range[0] >= self.range[1]:
             raise ValueError(f"range {list(self.range)} is upside down; give [lowest, highest]")
@@ -180,13 +183,14 @@ class TaskConfig(Section):
 class ScheduleConfig(Section):
     kind: Literal["round_robin", "sequential", "sampled"] = Field(
         "round_robin",
-        description="round_robin: every task in every step. sequential: each dataset to its end, one after another. "
-        "sampled: tasks drawn with probability ∝ N^alpha",
+        description="round_robin: every task in every step. sequential: each dataset to its end, one after "
+        "another. sampled: tasks drawn with probability ∝ N^alpha",
     )
     length: Literal["shortest", "longest", "unbalanced"] | int = Field(
         "longest",
-        description="steps per epoch of round_robin and sampled: when the shortest or the longest dataset ends, "
-        "unbalanced (a task stops when its data end), or σ, a number of steps; shorter datasets start again",
+        description="steps per epoch of round_robin and sampled: when the shortest or the longest "
+        "dataset ends, unbalanced (a task stops when its data end), or σ, a number of steps; shorter "
+        "datasets start again",
     )
     alpha: float = Field(1.0, ge=0, description="sampled: 1 is proportional to size, 0 is uniform")
     anneal: float = Field(
@@ -273,8 +277,8 @@ class EngineConfig(Section):
     def _stages(cls, values: Any) -> Any:
         if isinstance(values, dict) and values.get("zero") in (0, 2):
             raise ValueError(
-                "zero: stages 0 and 2 are not offered: 0 shards nothing, and 2 adds nothing to 1 once the task gradients "
-                "are ours to shard; use 1, or 3 for an encoder that outgrows one GPU"
+                "zero: stages 0 and 2 are not offered: 0 shards nothing, and 2 adds nothing to 1 once the "
+                "task gradients are ours to shard; use 1, or 3 for an encoder that outgrows one GPU"
             )
         return values
 
@@ -319,7 +323,7 @@ class Config(Section):
         return self
 
 
-# --------------------------------------------------------------------------------------------- reading and merging
+# ---------------------------------------------------------------------------------- reading and merging
 
 
 class _Loader(yaml.SafeLoader):
@@ -331,17 +335,18 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _mapping(loader: _Loader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-    keys = [loader.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    loader.flatten_mapping(node)
+    keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
     for key in keys:
         if keys.count(key) > 1:
             raise yaml.constructor.ConstructorError(
                 None, None, f"key {key!r} is given twice", node.start_mark
             )
-    return yaml.SafeLoader.construct_mapping(loader, node, deep)
+    return loader.construct_mapping(node, deep=True)
 
 
-_Loader.add_constructor("tag:yaml.org,2002:map", lambda loader, node: _mapping(loader, node, deep=True))
+_Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
 
 
 def _parse(text: str, where: str) -> Any:
@@ -434,28 +439,25 @@ _UNION_TAGS = frozenset(["int", "float", "str", "literal['shortest','longest','u
 
 
 def _valid_keys(parents: list[str]) -> list[str]:
-    """Names that are valid under a dotted location of `Config`."""
-    model: Any = Config
+    """Names valid under a dotted location of `Config`; a list's index or a task's name passes through."""
+    section: type[Section] = Config
     for part in parents:
-        if isinstance(model, type) and issubclass(model, BaseModel):
-            model = _section(model.model_fields[part].annotation)
-    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
+        if part in section.model_fields:
+            section = _section(section.model_fields[part].annotation) or section
+    return list(section.model_fields)
 
 
-def _section(annotation: Any) -> Any:
+def _section(annotation: Any) -> type[Section] | None:
     """The Section inside `X`, `X | None`, `list[X]` or `dict[str, X]`."""
-    if get_origin(annotation) is None:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
         return annotation
-    for inner in get_args(annotation):
-        found = _section(inner)
-        if isinstance(found, type) and issubclass(found, Section):
-            return found
-    return None
+    return next((found for inner in get_args(annotation) if (found := _section(inner))), None)
 
 
 def schema() -> dict[str, Any]:
     """JSON schema of the configuration, for editors."""
-    return Config.model_json_schema()
+    schema: dict[str, Any] = Config.model_json_schema()
+    return schema
 
 
 def to_yaml(config: Config) -> str:

@@ -1,0 +1,105 @@
+"""Ranks and run folders: what `launch`, `tune` and the trainer agree on. No torch in here."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import os
+import platform
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from mtbert.config import Config, UserError, to_yaml
+
+
+@dataclass(frozen=True)
+class Rank:
+    """One process among `world`; `rendezvous` is a torch.distributed init method (tcp://host:port or file:///path)."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    local_world: int = 1
+    rendezvous: str = ""
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a training call ended. `stopped`: asked to stop, saved, to be continued from the run folder."""
+
+    status: Literal["finished", "stopped"]
+    step: int
+    metrics: dict[str, float]
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write aside, fsync, rename: a reader sees the old file or the new one, never half of it."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    data = content.encode() if isinstance(content, str) else content
+    with aside.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+
+
+def create_run(config: Config, source: str | None, command: list[str]) -> Path:
+    """A new run folder with the resolved config, environment and command in it.
+
+    Args:
+        source: the YAML file the config came from; its stem goes into the folder's name.
+        command: what the user typed.
+
+    Raises `UserError` when `run.name` is already taken: nothing a user made is overwritten.
+    """
+    text = to_yaml(config)
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    digest = hashlib.sha256(text.encode()).hexdigest()[:6]
+    name = config.run.name or f"{stamp}-{Path(source).stem if source else 'run'}-{digest}"
+    folder = Path(config.run.dir).expanduser() / name
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        raise UserError(
+            f"run.name {name}: {folder} exists already; choose another name, or continue it with --resume {folder}"
+        ) from None
+    except OSError as error:
+        raise UserError(f"run.dir {config.run.dir}: cannot make {folder}: {error.strerror}") from None
+    write_atomically(folder / "config.yaml", text)
+    write_atomically(folder / "environment.json", json.dumps(_environment(command), indent=2) + "\n")
+    return folder
+
+
+def _environment(command: list[str]) -> dict[str, Any]:
+    """What a reader needs to repeat the run; no environment variables, they may hold secrets."""
+    packages: Mapping[str, str] = {
+        name: metadata.version(name)
+        for name in ("torch", "deepspeed", "torchjd", "tokenizers", "numpy", "submitit")
+        if _installed(name)
+    }
+    return {
+        "command": command,
+        "directory": str(Path.cwd()),
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "host": platform.node(),
+        "cpus": os.cpu_count(),
+        "packages": packages,
+    }
+
+
+def _installed(name: str) -> bool:
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
