@@ -1,0 +1,47 @@
+# Every verb has one line after `##`; `make` shows them all.
+PYTHON ?= python3
+PIP := DS_BUILD_OPS=0 .venv/bin/python -m pip install --quiet --constraint constraints.txt
+TRAIN_READY := .venv/.ready-to-train
+TEST_READY := .venv/.ready-to-test
+
+.PHONY: help train test check clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+train: $(TRAIN_READY) ## train on two nodes (local without Slurm): make train ARGS="--config configs/cs224n.yaml"
+	@.venv/bin/python launch/submit.py --nodes 2 $(ARGS)
+
+test: $(TEST_READY) ## run every test: make test ARGS="-k schedule"
+	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest $(ARGS)
+
+check: $(TEST_READY) ## lint, formatting, types and the import rules
+	@.venv/bin/ruff check
+	@.venv/bin/ruff format --check
+	@.venv/bin/mypy
+	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest --quiet tests/test_imports.py
+
+clean: ## remove .venv, caches and build products; runs/ stays
+	@rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage
+	@find mtbert launch tune tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A stamp is older than what it was made from only when something has to be installed.
+$(TRAIN_READY): setup.py constraints.txt
+	$(call install,.)
+	@touch $@
+
+$(TEST_READY): setup.py constraints.txt
+	$(call install,.[dev])
+	@touch $@ $(TRAIN_READY)
+
+# torch first and alone: later requirements then find the wheel the index has for this machine (a CPU one where offered).
+# DeepSpeed compiles nothing (DS_BUILD_OPS=0): the engine uses none of its operators.
+define install
+@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' 2>/dev/null || { \
+	echo "mtbert needs Python 3.10-3.13, $(PYTHON) is $$($(PYTHON) --version 2>&1); name another: make $@ PYTHON=python3.11" >&2; \
+	exit 1; }
+@echo "installing into .venv, once (a minute or more)"
+@$(PYTHON) -m venv .venv
+@$(PIP) torch==2.13.0
+@$(PIP) --editable '$(1)'
+endef
