@@ -25,8 +25,8 @@ and "sum" below are meant for gradients that do not conflict:
     pcd          arXiv:2606.29521                    -         as long as the first task's gradient
 
 A step with a single task has nothing to weigh: its weight is 1, whatever the method. Methods with scale-free
-weights see the Gram matrix divided by its trace, because TorchJD compares with absolute constants: a trace
-under 1e-4, usual late in training, would make `upgrad` a plain mean.
+weights see the Gram matrix divided by its trace, because TorchJD compares with absolute constants: gradients
+under 0.01 long would make `upgrad` a plain mean.
 """
 
 from __future__ import annotations
@@ -255,8 +255,8 @@ def _fairgrad(*, alpha: float, max_iters: int | None = None) -> Weigh:
     def weigh(gram_KK: Tensor, context: Context) -> Tensor:
         # The solver is reliable near trace 1 only. The weights solve G·w = w^(-1/alpha), so those of s·G are
         # s^(-alpha / (1 + alpha)) times those of G.
-        scale = gram_KK.double().trace().item() or 1.0
-        return unit(gram_KK, context).double() * scale ** (-alpha / (1 + alpha))
+        scale: float = (gram_KK.double().trace().item() or 1.0) ** (-alpha / (1 + alpha))
+        return unit(gram_KK, context).double() * scale
 
     return weigh
 
