@@ -1,0 +1,426 @@
+"""minBERT without padding: the encoder of Devlin et al. (2019), readable in one sitting.
+
+A batch is *packed*: its sequences lie end to end, so the layers that look at one token at a time (embeddings, linear
+layers, GELU, LayerNorm) never touch padding. Only attention needs to know where a sequence ends: on CPU it works on
+blocks of nearly equal length, on CUDA in half precision on a variable-length kernel.
+
+Shapes: B sequences, T tokens of all sequences together, D width (hidden size), H heads, F inner width of the
+feed-forward layer; inside a block N sequences padded to L tokens. Activations have the dtype of the weights.
+
+Dropout is on when a `torch.Generator` is passed, off when it is None; `module.training` plays no part.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import safetensors.torch
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError
+from torch import Generator, Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention.varlen import varlen_attn
+
+from mtbert.config import UserError
+from mtbert.runs import write_atomically
+
+Pooling = Literal["pooler", "cls", "mean"]
+
+# ------------------------------------------------------------------------------------------------ packing
+
+
+@dataclass(frozen=True)
+class Block:
+    """Neighbouring sequences of similar length, padded for attention to the longest of them."""
+
+    tokens: slice  # where they lie among the T tokens
+    count: int  # N sequences
+    longest: int  # L tokens
+    slots: Tensor | None  # each token's place among the N·L padded ones; None when all lengths are equal
+    mask_N1L: Tensor | None  # 0 at tokens, −inf at padding
+
+
+@dataclass(frozen=True)
+class Packed:
+    """B sequences laid end to end, shortest first; `first_B`, `lengths_B`, `sequence_T` speak of the caller's order."""
+
+    ids_T: Tensor
+    positions_T: Tensor
+    types_T: Tensor
+    sequence_T: Tensor  # the sequence (in the caller's order) that each token belongs to
+    lengths_B: Tensor
+    first_B: Tensor  # where each sequence's first token, [CLS], lies among the T
+    starts: Tensor  # int32, B + 1: where the sequences start in the order they lie in, then T
+    longest: int
+    blocks: tuple[Block, ...]
+
+    @property
+    def tokens(self) -> int:
+        return len(self.ids_T)
+
+    @property
+    def padded(self) -> int:
+        """Tokens that a padded batch would hold."""
+        return len(self.lengths_B) * self.longest
+
+    def to(self, device: torch.device | str) -> Packed:
+        return _to(replace(self, blocks=tuple(_to(block, device) for block in self.blocks)), device)
+
+
+_Record = TypeVar("_Record", Block, Packed)
+
+
+def _to(record: _Record, device: torch.device | str) -> _Record:
+    values: dict[str, Any] = {field.name: getattr(record, field.name) for field in fields(record)}
+    return replace(
+        record, **{name: v.to(device, non_blocking=True) for name, v in values.items() if isinstance(v, Tensor)}
+    )
+
+
+def pack(sequences: Sequence[np.ndarray], second_starts: Sequence[int] | None = None) -> Packed:
+    """Lay tokenised sequences end to end.
+
+    Args:
+        sequences: token ids of each, special tokens included. May be empty: a rank may be left without examples.
+        second_starts: where the second text of each pair starts; from there on the token type is 1.
+    """
+    lengths = np.array([len(ids) for ids in sequences], dtype=np.int64)
+    order = np.argsort(lengths, kind="stable")
+    sorted_lengths = lengths[order]
+    starts = np.concatenate([[0], sorted_lengths.cumsum()])
+    first = np.empty_like(lengths)
+    first[order] = starts[:-1]
+    ids = np.concatenate([np.zeros(0, np.int64), *(sequences[b] for b in order)])
+    positions = np.arange(len(ids)) - np.repeat(starts[:-1], sorted_lengths)
+    types = np.zeros(len(ids), np.int64)
+    if second_starts is not None:
+        types = (positions >= np.repeat(np.asarray(second_starts, np.int64)[order], sorted_lengths)).astype(np.int64)
+    return Packed(
+        ids_T=torch.from_numpy(ids.astype(np.int64)),
+        positions_T=torch.from_numpy(positions),
+        types_T=torch.from_numpy(types),
+        sequence_T=torch.from_numpy(np.repeat(order, sorted_lengths)),
+        lengths_B=torch.from_numpy(lengths),
+        first_B=torch.from_numpy(first),
+        starts=torch.from_numpy(starts.astype(np.int32)),
+        longest=int(lengths.max(initial=0)),
+        blocks=tuple(_blocks(sorted_lengths, starts)),
+    )
+
+
+def _blocks(lengths: np.ndarray, starts: np.ndarray) -> list[Block]:
+    """Cut sequences sorted by length where going on would cost more padding than a block of its own."""
+    blocks, begin = [], 0
+    while begin < len(lengths):
+        end = int(np.searchsorted(lengths, max(1.25 * lengths[begin], lengths[begin] + 4), side="right"))
+        blocks.append(_block(lengths[begin:end], int(starts[begin]), int(starts[end])))
+        begin = end
+    return blocks
+
+
+def _block(lengths: np.ndarray, start: int, stop: int) -> Block:
+    count, longest = len(lengths), int(lengths[-1])
+    real_NL = np.arange(longest) < lengths[:, None]
+    if real_NL.all():
+        return Block(slice(start, stop), count, longest, None, None)
+    mask_NL = torch.from_numpy(np.where(real_NL, np.float32(0), np.float32(-math.inf)))
+    return Block(slice(start, stop), count, longest, torch.from_numpy(real_NL.ravel().nonzero()[0]), mask_NL[:, None])
+
+
+# ------------------------------------------------------------------------------------------------ the encoder
+
+
+@dataclass(frozen=True)
+class EncoderShape:
+    vocab_size: int
+    hidden_size: int
+    layers: int
+    heads: int
+    intermediate_size: int
+    max_positions: int  # longest sequence, in tokens
+    type_vocab_size: int = 2
+    layer_norm_eps: float = 1e-12
+
+
+class Encoder(nn.Module):
+    """BERT: embeddings, `layers` transformer layers, and the tanh layer on [CLS] that makes a sentence vector."""
+
+    def __init__(self, shape: EncoderShape, dropout: float) -> None:
+        super().__init__()
+        width = shape.hidden_size
+        self.shape = shape
+        self.dropout = dropout
+        self.words = nn.Embedding(shape.vocab_size, width)
+        self.positions = nn.Embedding(shape.max_positions, width)
+        self.types = nn.Embedding(shape.type_vocab_size, width)
+        self.norm = nn.LayerNorm(width, eps=shape.layer_norm_eps)
+        self.layers = nn.ModuleList(Layer(shape, dropout) for _ in range(shape.layers))
+        self.pooler = nn.Linear(width, width)
+
+    def load_weights(self, state: Mapping[str, Tensor]) -> list[str]:
+        """Copy the weights that `load_pretrained` read; answers the names it left as they were (`pooler.*` or none)."""
+        kept, extra = self.load_state_dict(state, strict=False)
+        assert not extra and all(name.startswith("pooler.") for name in kept), (kept, extra)
+        return list(kept)
+
+    def forward(self, packed: Packed, generator: Generator | None = None) -> Tensor:
+        """Hidden states of all tokens after the last layer, (T, D)."""
+        hidden_TD = self._embed(packed, generator)
+        for layer in self.layers:
+            hidden_TD = layer(hidden_TD, packed, generator)
+        return hidden_TD
+
+    def sentence_vectors(self, packed: Packed, pooling: Pooling, generator: Generator | None = None) -> Tensor:
+        """One vector per sequence in the caller's order, (B, D).
+
+        pooler: BERT's tanh layer on [CLS]; cls: [CLS] itself; mean: over all tokens, as sentence-transformers does.
+        """
+        if pooling == "mean":
+            hidden_TD = self(packed, generator).float()  # bf16 would round every partial sum
+            sums_BD = hidden_TD.new_zeros(len(packed.lengths_B), hidden_TD.shape[1])
+            sums_BD = sums_BD.index_add(0, packed.sequence_T, hidden_TD)
+            means_BD: Tensor = (sums_BD / packed.lengths_B[:, None]).to(self.pooler.weight.dtype)
+            return means_BD
+        hidden_TD = self._embed(packed, generator)
+        for layer in self.layers[:-1]:
+            hidden_TD = layer(hidden_TD, packed, generator)
+        cls_BD: Tensor = self.layers[-1](hidden_TD, packed, generator, packed.first_B)
+        return torch.tanh(self.pooler(cls_BD)) if pooling == "pooler" else cls_BD
+
+    def _embed(self, packed: Packed, generator: Generator | None) -> Tensor:
+        assert packed.longest <= self.shape.max_positions, "sequences are truncated where they are tokenised"
+        hidden_TD = self.words(packed.ids_T) + self.positions(packed.positions_T) + self.types(packed.types_T)
+        return dropout(self.norm(hidden_TD), self.dropout, generator)
+
+
+class Layer(nn.Module):
+    """Self-attention and a feed-forward layer, each with dropout, a residual connection and a LayerNorm after it."""
+
+    def __init__(self, shape: EncoderShape, dropout: float) -> None:
+        super().__init__()
+        width, eps = shape.hidden_size, shape.layer_norm_eps
+        self.heads = shape.heads
+        self.dropout = dropout
+        self.qkv = nn.Linear(width, 3 * width)
+        self.attended = nn.Linear(width, width)
+        self.attended_norm = nn.LayerNorm(width, eps=eps)
+        self.up = nn.Linear(width, shape.intermediate_size)
+        self.down = nn.Linear(shape.intermediate_size, width)
+        self.down_norm = nn.LayerNorm(width, eps=eps)
+
+    def forward(
+        self, hidden_TD: Tensor, packed: Packed, generator: Generator | None, rows: Tensor | None = None
+    ) -> Tensor:
+        """`rows`: the only tokens whose output is wanted; all others serve as keys and values alone."""
+        context_TD = attention(self.qkv(hidden_TD), packed, self.heads)
+        if rows is not None:
+            hidden_TD, context_TD = hidden_TD[rows], context_TD[rows]
+        hidden_TD = self.attended_norm(hidden_TD + dropout(self.attended(context_TD), self.dropout, generator))
+        inner_TF = F.gelu(self.up(hidden_TD))
+        result_TD: Tensor = self.down_norm(hidden_TD + dropout(self.down(inner_TF), self.dropout, generator))
+        return result_TD
+
+
+def attention(qkv_T3D: Tensor, packed: Packed, heads: int) -> Tensor:
+    """Softmax(q kᵀ / √d) v within each sequence, (T, D)."""
+    tokens, width = qkv_T3D.shape[0], qkv_T3D.shape[1] // 3
+    size = width // heads
+    if qkv_T3D.is_cuda and qkv_T3D.dtype != torch.float32:
+        q, k, v = qkv_T3D.view(tokens, 3, heads, size).unbind(1)
+        context = varlen_attn(q, k, v, packed.starts, packed.starts, packed.longest, packed.longest)
+        assert isinstance(context, Tensor)
+        return context.reshape(tokens, width)
+    contexts = [qkv_T3D[:0, :width]]
+    for block in packed.blocks:
+        rows = qkv_T3D[block.tokens]
+        if block.slots is not None:
+            rows = rows.new_zeros(block.count * block.longest, 3 * width).index_copy(0, block.slots, rows)
+        q, k, v = rows.view(block.count, block.longest, 3, heads, size).permute(2, 0, 3, 1, 4)
+        scores = (q @ k.mT) / math.sqrt(size)
+        if block.mask_N1L is not None:
+            scores = scores + block.mask_N1L[:, None].to(scores.dtype)
+        padded = (scores.softmax(-1) @ v).transpose(1, 2).reshape(-1, width)
+        contexts.append(padded if block.slots is None else padded[block.slots])
+    return torch.cat(contexts)
+
+
+def initialise(module: nn.Module, seed: int) -> None:
+    """BERT's initialisation, from a generator of its own: matrices N(0, 0.02²), biases 0, LayerNorm gains 1."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0.0, 0.02, generator=generator)
+            else:
+                parameter.fill_(float(name.endswith("norm.weight")))
+
+
+# ------------------------------------------------------------------------------------------------ dropout
+
+
+def dropout(x: Tensor, p: float, generator: Generator | None) -> Tensor:
+    """Zero elements with probability p, rounded to 1/256, and scale the others so that the expectation stays.
+
+    Eight masks come out of one random 64-bit integer: drawing numbers one by one would cost more than the layer.
+    """
+    threshold = min(round(p * 256), 255)
+    if generator is None or threshold == 0:
+        return x
+    return x * (keep_mask(x, threshold, generator) * (256 / (256 - threshold)))
+
+
+def keep_mask(x: Tensor, threshold: int, generator: Generator) -> Tensor:
+    """1 with probability 1 − threshold / 256, else 0, in the shape and dtype of x."""
+    words = torch.empty((x.numel() + 7) // 8, dtype=torch.int64, device=x.device)
+    words.random_(-(2**63), None, generator=generator)
+    return (words.view(torch.uint8)[: x.numel()] >= threshold).view(x.shape).to(x.dtype)
+
+
+# ------------------------------------------------------------------------------------------------ weights in and out
+
+_TO_HUGGING_FACE = {
+    "words": "embeddings.word_embeddings",
+    "positions": "embeddings.position_embeddings",
+    "types": "embeddings.token_type_embeddings",
+    "norm": "embeddings.LayerNorm",
+    "pooler": "pooler.dense",
+    "attended": "attention.output.dense",
+    "attended_norm": "attention.output.LayerNorm",
+    "up": "intermediate.dense",
+    "down": "output.dense",
+    "down_norm": "output.LayerNorm",
+}
+
+
+def _hugging_face_names(name: str) -> list[str]:
+    """Hugging Face's names for our parameter: three for the fused qkv, else one."""
+    *module, kind = name.split(".")
+    prefix = f"encoder.layer.{module[1]}." if module[0] == "layers" else ""
+    if module[-1] == "qkv":
+        return [f"{prefix}attention.self.{part}.{kind}" for part in ("query", "key", "value")]
+    return [f"{prefix}{_TO_HUGGING_FACE[module[-1]]}.{kind}"]
+
+
+def load_pretrained(name_or_folder: str) -> tuple[EncoderShape, dict[str, Tensor], Path]:
+    """Shape, fp32 weights under our names, and the folder (for the tokenizer) of a Hugging Face BERT.
+
+    Only `model.safetensors` is ever opened, never a pickle. Weights of heads in the file are ignored. A file without
+    a pooler gives a state without `pooler.*`; `Encoder.load_weights` then leaves it as initialised and says so.
+
+    Raises `UserError` naming the file or hub and what would be right.
+    """
+    folder = _folder(name_or_folder)
+    shape = _read_shape(folder / "config.json")
+    path = folder / "model.safetensors"
+    if not path.is_file():
+        raise UserError(
+            f"{folder}: no model.safetensors (pickled weights are not opened); convert once where you trust the file: "
+            f"transformers.BertModel.from_pretrained({name_or_folder!r}).save_pretrained(FOLDER)"
+        )
+    try:
+        tensors = safetensors.torch.load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a readable safetensors file ({error}); fetch it again") from None
+    found = {
+        name.removeprefix("bert.")
+        .replace("LayerNorm.gamma", "LayerNorm.weight")
+        .replace("LayerNorm.beta", "LayerNorm.bias"): t
+        for name, t in tensors.items()
+    }
+    with torch.device("meta"):
+        expected = Encoder(shape, 0.0).state_dict()
+    state = {}
+    for name, parameter in expected.items():
+        parts = _hugging_face_names(name)
+        if name.startswith("pooler.") and parts[0] not in found:
+            continue
+        wanted = (parameter.shape[0] // len(parts), *parameter.shape[1:])
+        for part in parts:
+            if part not in found:
+                raise UserError(f"{path}: no tensor {part}; a BERT of the shape in config.json has one")
+            if found[part].shape != wanted:
+                raise UserError(
+                    f"{path}: {part} has shape {tuple(found[part].shape)}, the config.json beside it means {wanted}"
+                )
+        state[name] = torch.cat([found[part].float() for part in parts])
+    return shape, state, folder
+
+
+def save_pretrained(state: Mapping[str, Tensor], shape: EncoderShape, folder: Path) -> None:
+    """Write config.json and model.safetensors as `transformers.BertModel.from_pretrained` opens them."""
+    tensors = {}
+    for name, tensor in state.items():
+        parts = _hugging_face_names(name)
+        for part, chunk in zip(parts, tensor.detach().cpu().chunk(len(parts)), strict=True):
+            tensors[part] = chunk.contiguous()
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "model.safetensors", safetensors.torch.save(tensors, {"format": "pt"}))
+    config = {key: getattr(shape, field) for field, key in _CONFIG_KEYS.items()}
+    config |= {"model_type": "bert", "architectures": ["BertModel"], "hidden_act": "gelu"}
+    write_atomically(folder / "config.json", json.dumps(config, indent=2) + "\n")
+
+
+_CONFIG_KEYS = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "intermediate_size": "intermediate_size",
+    "max_positions": "max_position_embeddings",
+    "type_vocab_size": "type_vocab_size",
+    "layer_norm_eps": "layer_norm_eps",
+}
+_REQUIRED = {
+    "model_type": ("bert", None),
+    "hidden_act": ("gelu", "gelu"),
+    "position_embedding_type": ("absolute", "absolute"),
+}
+
+
+def _folder(name_or_folder: str) -> Path:
+    folder = Path(name_or_folder).expanduser()
+    if folder.is_dir():
+        return folder
+    files = "config.json, model.safetensors and a tokenizer"
+    if name_or_folder.startswith((".", "/", "~")) or name_or_folder.count("/") > 1 or folder.exists():
+        raise UserError(f"encoder.pretrained {name_or_folder}: no such folder; give one with {files}")
+    try:
+        return Path(snapshot_download(name_or_folder, allow_patterns=_FILES))
+    except (OSError, HFValidationError) as error:  # every other error of the hub's client is an OSError
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"encoder.pretrained {name_or_folder}: neither a folder here nor to be had from the hub ({reason}); "
+            f"give a folder with {files}, or a hub name such as google-bert/bert-base-uncased"
+        ) from None
+
+
+_FILES = ["config.json", "model.safetensors", "tokenizer.json", "vocab.txt"]
+
+
+def _read_shape(path: Path) -> EncoderShape:
+    try:
+        config = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing; a Hugging Face BERT folder has one") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error})") from None
+    for key, (right, default) in _REQUIRED.items():
+        if config.get(key, default) != right:
+            raise UserError(f"{path}: {key} is {config.get(key)!r}; this encoder is a BERT with {key} {right!r}")
+    optional = {"type_vocab_size": 2, "layer_norm_eps": 1e-12}
+    values = {}
+    for field, key in _CONFIG_KEYS.items():
+        values[field] = config.get(key, optional.get(key))
+        if not isinstance(values[field], int | float) or values[field] <= 0:
+            raise UserError(f"{path}: {key} is {values[field]!r}; it must be a positive number")
+    if values["hidden_size"] % values["heads"]:
+        raise UserError(f"{path}: hidden_size {values['hidden_size']} is no multiple of {values['heads']} heads")
+    return EncoderShape(**values)
