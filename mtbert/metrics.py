@@ -1,0 +1,93 @@
+"""Scores of predictions against labels, by the names the configuration uses; scikit-learn and SciPy do the arithmetic.
+
+N examples. Predictions and labels are class numbers for accuracy, f1 and matthews, real numbers for the correlations.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+Metric = Callable[[NDArray[Any], NDArray[Any]], float]
+"""(predictions_N, labels_N) → score. Higher is better for every one of them."""
+
+
+def accuracy(predictions_N: NDArray[Any], labels_N: NDArray[Any]) -> float:
+    return float(accuracy_score(labels_N, predictions_N))
+
+
+def f1(predictions_N: NDArray[Any], labels_N: NDArray[Any]) -> float:
+    """F1 of class 1 where the classes are 0 and 1; with more classes the unweighted mean of each one's F1 (macro).
+
+    A class that is neither predicted nor present scores 0 instead of 0/0.
+    """
+    binary = max(predictions_N.max(), labels_N.max()) <= 1
+    return float(f1_score(labels_N, predictions_N, average="binary" if binary else "macro", zero_division=0.0))
+
+
+def matthews(predictions_N: NDArray[Any], labels_N: NDArray[Any]) -> float:
+    """Matthews correlation, −1 … 1; 0 where predictions or labels are all alike, as scikit-learn has it."""
+    if _constant(predictions_N) or _constant(labels_N):
+        return 0.0
+    return float(matthews_corrcoef(labels_N, predictions_N))
+
+
+def pearson(predictions_N: NDArray[Any], labels_N: NDArray[Any]) -> float:
+    """Pearson correlation, −1 … 1.
+
+    Constant predictions give 0.0: the quotient is 0/0, but a model that answers the same to everything has learned
+    nothing, and early in training that is a usual state which must neither warn nor spoil a mean with NaN.
+    Predictions that are not finite give NaN: that model is broken, and a number would hide it.
+    """
+    return _correlation(stats.pearsonr, predictions_N, labels_N)
+
+
+def spearman(predictions_N: NDArray[Any], labels_N: NDArray[Any]) -> float:
+    """Spearman's rank correlation, −1 … 1; constant and non-finite predictions as in `pearson`."""
+    return _correlation(stats.spearmanr, predictions_N, labels_N)
+
+
+def _correlation(function: Callable[..., Any], predictions_N: NDArray[Any], labels_N: NDArray[Any]) -> float:
+    if not np.isfinite(predictions_N).all():
+        return float("nan")
+    if _constant(predictions_N) or _constant(labels_N):
+        return 0.0
+    with warnings.catch_warnings():
+        # nearly constant, as bf16 predictions of a collapsed encoder are: the value is rough, and that is no news
+        warnings.simplefilter("ignore", stats.NearConstantInputWarning)
+        return float(function(predictions_N.astype(np.float64), labels_N.astype(np.float64)).statistic)
+
+
+def _constant(values_N: NDArray[Any]) -> bool:
+    return bool(values_N.min() == values_N.max())
+
+
+METRICS: dict[str, Metric] = {
+    "accuracy": accuracy,
+    "f1": f1,
+    "matthews": matthews,
+    "pearson": pearson,
+    "spearman": spearman,
+}
+
+CORRELATIONS = frozenset({"matthews", "pearson", "spearman"})
+"""Metrics that run from −1 to 1; the others run from 0 to 1."""
+
+
+def composite(scores: Mapping[str, tuple[str, float]]) -> float:
+    """One number for a whole run: the mean over tasks, each score brought to 0 … 1.
+
+    A correlation r counts as (r + 1) / 2, so that chance is worth the half it is worth in a balanced accuracy. With
+    sentiment accuracy, paraphrase accuracy and similarity Pearson this is the score of the CS224N default project.
+
+    Args:
+        scores: task → (metric name, value).
+    """
+    assert scores, "a composite of no tasks"
+    return float(np.mean([(value + 1) / 2 if kind in CORRELATIONS else value for kind, value in scores.values()]))
