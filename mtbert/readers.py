@@ -1,0 +1,322 @@
+"""Rows out of files: CSV, TSV, JSON lines and Parquet, streamed, with bad rows set aside instead of lost.
+
+A bad *row* (wrong number of fields, a quote that is never closed, broken JSON) is yielded as `Quarantined`; a bad
+*file* (missing, another encoding, no such column) is a `UserError`. No tokens and no labels in here.
+
+What tells an unclosed quote from a field with line breaks in it? A file that follows RFC 4180 always reads as it was
+written: the quoted field is followed over line ends until it closes, and the record counts if it has the header's
+number of fields. Only when that fails are the lines after the first looked at one by one: the first of them at which a
+whole record begins is the next row, and what came before it is one quarantined row.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import json
+import re
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from mtbert.config import UserError
+
+MAX_LINE = 2**24
+"""Bytes; a longer line means that this is no text file, and would only fill the memory."""
+SWALLOWED = 8
+"""So many lines in a row that are each a whole row are rows, even if a stray quote far below makes them one field."""
+
+
+@dataclass(frozen=True)
+class Quarantined:
+    """A row that was set aside: where it begins (1 is the file's first line), why, and its id where it is known."""
+
+    file: str
+    line: int
+    reason: str
+    id: str | None
+
+
+class Row(NamedTuple):
+    line: int
+    values: tuple[Any, ...]  # in the order of the columns asked for; str from delimited files
+    id: str | None
+
+
+def read_rows(
+    path: Path, columns: Sequence[str], id_column: str | None = None, shown: str | None = None
+) -> Iterator[Row | Quarantined]:
+    """The rows of a file in order, each as the wanted columns; memory does not grow with the file.
+
+    Args:
+        columns: names of the columns wanted.
+        id_column: column that names a row.
+        shown: what messages call the file; default its path.
+
+    The format follows from the name (.jsonl, .ndjson, .json; .parquet, .pq), all else is tab- or comma-separated by its
+    first line, `"` quoting. Lines without a character are no rows. A row's line in Parquet is its number.
+    Raises `UserError` for a missing or unreadable file, a missing column, bytes that are not UTF-8, NUL bytes.
+    """
+    shown = shown or str(path)
+    if not path.is_file():
+        raise UserError(f"{shown}: {_missing_file(path)}")
+    names = [*columns, id_column] if id_column is not None else list(columns)
+    suffix = path.suffix.lower()
+    if suffix in (".parquet", ".pq"):
+        rows = _read_parquet(path, names, shown)
+    elif suffix in (".jsonl", ".ndjson", ".json"):
+        rows = _read_json_lines(path, names, id_column, shown)
+    else:
+        rows = _read_delimited(path, names, id_column, shown)
+    for row in rows:
+        if id_column is None or isinstance(row, Quarantined):
+            yield row
+        else:
+            name = row.values[-1]
+            yield Row(row.line, row.values[:-1], "" if name is None else str(name))
+
+
+def _missing_file(path: Path) -> str:
+    if path.exists():
+        return "is not a file; name one file"
+    if not path.parent.is_dir():
+        return f"no such file; the folder {path.parent} does not exist either"
+    near = difflib.get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], n=1)
+    return "no such file" + (f"; did you mean {near[0]}?" if near else f" in {path.parent}")
+
+
+def _positions(names: Sequence[str], present: Sequence[str], shown: str) -> list[int]:
+    """Where the wanted columns are among those present."""
+    for name in names:
+        if present.count(name) > 1:
+            raise UserError(f"{shown} line 1: column {name!r} occurs twice; rename one of them")
+        if name not in present:
+            near = difflib.get_close_matches(name, present, n=len(present), cutoff=0)
+            listed = ", ".join(repr(column) if column else "(unnamed)" for column in near)
+            raise UserError(f"{shown}: no column {name!r}; columns present: {listed or 'none'}")
+    return [present.index(name) for name in names]
+
+
+# ------------------------------------------------------------------------------------------------ lines
+
+_BROKEN = re.compile("[\udc00-\udcff]")
+
+
+class _Lines:
+    """The lines of a file with their numbers, and a view of those to come.
+
+    A byte that may not be in a text file (NUL, not UTF-8) stands as the lone surrogate U+DC00 + byte, which no valid
+    file can hold, so that the error can name its column once the record is read.
+    """
+
+    def __init__(self, file: BinaryIO, shown: str) -> None:
+        self._file = file
+        self._shown = shown
+        self._ahead: deque[str] = deque()
+        self._broken: set[int] = set()
+        self.number = 1  # of the line that is next
+
+    def peek(self, at: int = 0) -> str | None:
+        """The line `at` lines after the next one; None after the end."""
+        while len(self._ahead) <= at:
+            raw = self._file.readline(MAX_LINE)
+            if not raw:
+                return None
+            self._ahead.append(self._decode(raw, self.number + len(self._ahead)))
+        return self._ahead[at]
+
+    def drop(self, count: int) -> None:
+        for _ in range(count):
+            self._ahead.popleft()
+        self.number += count
+
+    def _decode(self, raw: bytes, number: int) -> str:
+        if len(raw) == MAX_LINE:
+            raise UserError(f"{self._shown} line {number}: longer than {MAX_LINE:,} bytes; is this a text file?")
+        if number == 1:
+            raw = raw.removeprefix(b"\xef\xbb\xbf")
+        text = raw.decode("utf-8", "surrogateescape")
+        if "\0" in text:
+            text = text.replace("\0", "\udc00")
+        if not text.isascii() and _BROKEN.search(text):
+            self._broken.add(number)
+        return text
+
+    def refuse_broken(self, count: int, columns: Iterable[tuple[str, Any]]) -> None:
+        """Raises `UserError` if one of the next `count` lines holds such a byte.
+
+        Args:
+            columns: names and values of the record that the lines make, to name the column.
+        """
+        if not self._broken:
+            return
+        for number in range(self.number, self.number + count):
+            if number in self._broken:
+                found = _BROKEN.search(self._ahead[number - self.number])
+                assert found
+                byte = ord(found[0]) - 0xDC00
+                column = next((n for n, value in columns if isinstance(value, str) and found[0] in value), None)
+                where = f"{self._shown} line {number}" + (f", column {column!r}" if column is not None else "")
+                what = f"byte 0x{byte:02x} is not UTF-8; save the file as UTF-8" if byte else "a NUL byte; remove it"
+                raise UserError(f"{where}: {what}")
+
+
+# ------------------------------------------------------------------------------------------------ CSV and TSV
+
+
+class _Parsed(NamedTuple):
+    fields: list[str]  # empty if the lines are no record
+    lines: int  # how many were read
+    reason: str  # why they are none
+
+
+class _Delimited:
+    """Splits lines into records; `width` is the header's number of fields."""
+
+    def __init__(self, lines: _Lines, delimiter: str) -> None:
+        self._lines = lines
+        self.delimiter = delimiter
+        field = rf'(?:[^"{delimiter}]*|"[^"]*(?:""[^"]*)*")'
+        self._legal = re.compile(rf"{field}(?:{delimiter}{field})*")
+
+    def parse(self, at: int, width: int | None) -> _Parsed:
+        """The record that begins `at` lines after the next one."""
+        text = self._lines.peek(at)
+        assert text is not None
+        if '"' not in text:
+            return self._checked(text.rstrip("\r\n").split(self.delimiter), 1, width)
+        used = 0
+
+        def pull() -> Iterator[str]:
+            nonlocal used
+            while (line := self._lines.peek(at + used)) is not None:
+                used += 1
+                yield line
+
+        try:
+            fields = next(csv.reader(pull(), delimiter=self.delimiter, strict=True))
+        except csv.Error as error:
+            unclosed = used > 1 or "unexpected end" in str(error)
+            return _Parsed([], used, "a quote is opened and not closed" if unclosed else str(error))
+        return self._checked(fields, used, width)
+
+    def _checked(self, fields: list[str], lines: int, width: int | None) -> _Parsed:
+        if width is None or len(fields) == width:
+            return _Parsed(fields, lines, "")
+        reason = f"{len(fields)} field{'s' * (len(fields) != 1)} instead of {width}"
+        return _Parsed([], lines, reason + ", or a quote that is opened and not closed" * (lines > 1))
+
+    def whole(self, at: int, width: int) -> bool:
+        """Whether a record that leaves no doubt begins there: right width, and quotes only where RFC 4180 has them."""
+        parsed = self.parse(at, width)
+        if not parsed.fields:
+            return False
+        text = "".join(self._lines.peek(at + line) or "" for line in range(parsed.lines))
+        return self._legal.fullmatch(text.rstrip("\r\n")) is not None
+
+    def swallows(self, parsed: _Parsed, width: int) -> bool:
+        """Whether a record over many lines is a stray quote and the rows up to another one (see `SWALLOWED`)."""
+        inner = range(1, parsed.lines - 1)
+        return len(inner) >= SWALLOWED and all(self.whole(at, width) for at in inner)
+
+
+def _read_delimited(path: Path, names: Sequence[str], id_column: str | None, shown: str) -> Iterator[Row | Quarantined]:
+    with path.open("rb") as file:
+        lines = _Lines(file, shown)
+        first = lines.peek()
+        if first is None:
+            raise UserError(f"{shown}: the file is empty; its first line must name the columns")
+        table = _Delimited(lines, "\t" if "\t" in first else ",")
+        header, used, reason = table.parse(0, None)
+        lines.refuse_broken(used, ())
+        if not header:
+            raise UserError(f"{shown} line 1: {reason}; the first line must name the columns")
+        wanted = _positions(names, header, shown)
+        width = len(header)
+        lines.drop(used)
+        while (text := lines.peek()) is not None:
+            number = lines.number
+            if not text.rstrip("\r\n"):
+                lines.drop(1)
+                continue
+            parsed = table.parse(0, width)
+            lines.refuse_broken(parsed.lines, zip(header, parsed.fields, strict=False))
+            if parsed.lines > 2 and parsed.fields and table.swallows(parsed, width):
+                parsed = _Parsed([], parsed.lines, "a quote is opened and not closed")
+            if parsed.fields:
+                lines.drop(parsed.lines)
+                yield Row(number, tuple([parsed.fields[at] for at in wanted]), None)
+                continue
+            # not lines.drop(parsed.lines): what follows an unclosed quote may be good rows
+            taken = next((at for at in range(1, parsed.lines) if table.whole(at, width)), parsed.lines)
+            reason = parsed.reason + (f" (lines {number}–{number + taken - 1})" if taken > 1 else "")
+            lines.drop(taken)
+            yield Quarantined(shown, number, reason, _id_of(text, table, header, id_column))
+
+
+def _id_of(line: str, table: _Delimited, header: list[str], id_column: str | None) -> str | None:
+    """The id in a malformed row, if it comes before the flaw."""
+    if id_column is None:
+        return None
+    before = line.partition('"')[0].rstrip("\r\n").split(table.delimiter)
+    at = header.index(id_column)
+    whole = len(before) - ('"' in line)  # the field that the first quote is in is not to be trusted
+    return before[at] if at < whole else None
+
+
+# ------------------------------------------------------------------------------------------------ JSON, Parquet
+
+
+def _read_json_lines(
+    path: Path, names: Sequence[str], id_column: str | None, shown: str
+) -> Iterator[Row | Quarantined]:
+    with path.open("rb") as file:
+        lines = _Lines(file, shown)
+        first = True
+        while (text := lines.peek()) is not None:
+            number = lines.number
+            reason = ""
+            values: dict[str, Any] = {}
+            try:
+                values = json.loads(text) if text.strip() else {}
+            except (json.JSONDecodeError, RecursionError) as error:
+                reason = f"not JSON: {error}"
+            else:
+                if not isinstance(values, dict):
+                    reason, values = f"a JSON {type(values).__name__} instead of an object", {}
+            lines.refuse_broken(1, values.items())
+            lines.drop(1)
+            if not text.strip():
+                continue
+            if values and first:
+                _positions(names, list(values), shown)
+                first = False
+            absent = [name for name in names if name not in values]
+            if reason or absent:
+                given = values.get(id_column) if id_column is not None else None
+                yield Quarantined(
+                    shown, number, reason or f"no key {absent[0]!r}", str(given) if given is not None else None
+                )
+            else:
+                yield Row(number, tuple([values[name] for name in names]), None)
+
+
+def _read_parquet(path: Path, names: Sequence[str], shown: str) -> Iterator[Row | Quarantined]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(f"{shown}: reading Parquet needs pyarrow: pip install mtbert[parquet]") from None
+    try:
+        with pyarrow.parquet.ParquetFile(path) as table:
+            _positions(names, table.schema_arrow.names, shown)
+            number = 0
+            for batch in table.iter_batches(batch_size=4096, columns=list(dict.fromkeys(names))):
+                columns = [batch.column(name).to_pylist() for name in names]
+                for values in zip(*columns, strict=True):
+                    number += 1
+                    yield Row(number, values, None)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{shown}: not a readable Parquet file: {' '.join(str(error).split())}") from None

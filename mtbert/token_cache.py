@@ -1,0 +1,280 @@
+"""The write side of the token cache: a file's examples as flat arrays in a folder named after what they depend on.
+
+    N examples, S texts of an example (1 or 2)
+
+A folder is written aside and renamed when it is whole, so that a reader sees all of it or nothing; `manifest.json`,
+written last, has the length of every array. `data.py` maps the arrays back into memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import filelock
+import numpy as np
+from tokenizers import Tokenizer
+
+from mtbert.config import TaskConfig, UserError
+from mtbert.readers import Quarantined, Row, read_rows
+from mtbert.runs import write_atomically
+
+Progress = Callable[[int, int | None], None]
+"""Called with the rows done and, where it is known, how many there are."""
+FORMAT = 1
+"""Goes up whenever the same file would give other arrays."""
+MAX_QUARANTINED = 100_000
+CHUNK_ROWS, CHUNK_CHARACTERS = 8192, 2**21
+
+
+def ensure(
+    cache: Path, path: Path, shown: str, task: TaskConfig, tokenizer: Tokenizer, progress: Progress | None
+) -> Path:
+    """The folder with the arrays of a task's file, made if it is not there whole. Arguments as in `load_dataset`."""
+    folder = cache / _key(task, path, tokenizer, cache)
+    if not intact(folder):
+        with filelock.FileLock(f"{folder}.lock"):  # the other ranks of this host wait, and then find it
+            if not intact(folder):
+                _tokenise(folder, read_rows(path, *wanted_columns(task), shown), task, shown, tokenizer, progress)
+    return folder
+
+
+def wanted_columns(task: TaskConfig) -> tuple[list[str], str | None]:
+    """Text columns and label column, and the id column."""
+    return [*task.columns.text, task.columns.label], task.columns.id
+
+
+def _key(task: TaskConfig, path: Path, tokenizer: Tokenizer, cache: Path) -> str:
+    """Hash of everything that the cached arrays depend on."""
+    labels = list(task.range) if task.kind == "pair_regression" else task.classes
+    parts = [FORMAT, path.suffix.lower(), *wanted_columns(task), task.kind, labels, tokenizer.to_str()]
+    return hashlib.sha256(f"{_content_hash(path, cache)}{json.dumps(parts)}".encode()).hexdigest()
+
+
+def _content_hash(path: Path, cache: Path) -> str:
+    """SHA-256 of a file; of a file seen before and not touched since (inode, size, times), the one it had then.
+
+    A file changed less than two seconds ago is hashed anew: it may change again within the clock's resolution.
+    """
+    if not path.is_file():
+        return ""  # read_rows says what is wrong
+    stat = path.stat()
+    identity = [str(path.resolve()), stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+    seen = cache / f"{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]}.seen"
+    if seen.is_file():
+        return seen.read_text()
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    if time.time() - max(stat.st_mtime, stat.st_ctime) > 2:
+        write_atomically(seen, digest.hexdigest())
+    return digest.hexdigest()
+
+
+def intact(folder: Path) -> bool:
+    """Whether every array is there in the length that the manifest, written last, gives it."""
+    try:
+        sizes = json.loads((folder / "manifest.json").read_text())["sizes"]
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+class _Example(NamedTuple):
+    line: int
+    label: float
+    texts: tuple[str, ...]
+    id: str
+
+
+def _tokenise(
+    folder: Path,
+    rows: Iterable[Row | Quarantined],
+    task: TaskConfig,
+    shown: str,
+    tokenizer: Tokenizer,
+    progress: Progress | None,
+) -> None:
+    """Write the arrays of `rows` aside and rename them to `folder`, replacing one that is damaged."""
+    host = platform.node()
+    for left in folder.parent.glob(f"{folder.name}.{host}.*.tmp"):
+        shutil.rmtree(left)  # by a process that was killed: on this host the lock is ours
+    aside = folder.with_name(f"{folder.name}.{host}.{os.getpid()}.tmp")
+    aside.mkdir()
+    try:
+        with _Writer(aside, task, shown, tokenizer) as writer:
+            start = told = time.monotonic()
+            for done, row in enumerate(rows):
+                writer.add(row)
+                if progress and done % 256 == 0 and (now := time.monotonic()) > max(start + 2, told + 0.5):
+                    progress(done, None)
+                    told = now
+            writer.finish()
+        if folder.exists():
+            damaged = aside.with_suffix(".damaged.tmp")
+            folder.rename(damaged)
+            shutil.rmtree(damaged)
+        try:
+            aside.rename(folder)
+        except OSError:  # a host that does not share the lock was first
+            assert intact(folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+class _Writer:
+    """Appends examples to the arrays of a cache folder; quarantines what cannot be learnt from."""
+
+    def __init__(self, folder: Path, task: TaskConfig, shown: str, tokenizer: Tokenizer) -> None:
+        self._folder = folder
+        self._task = task
+        self._shown = shown
+        self._tokenizer = tokenizer
+        self._token_dtype = np.uint16 if max(tokenizer.get_vocab().values()) < 2**16 else np.uint32
+        self._files: dict[str, BinaryIO] = {}
+        self._ends = {"token_starts": 0, "text_starts": 0, "id_starts": 0}
+        self._chunk: list[_Example] = []
+        self._characters = 0
+        self._examples = 0
+        self._quarantined: list[Quarantined] = []
+
+    def __enter__(self) -> _Writer:
+        names = ["tokens", "texts", "ids", "labels", "lengths", "lines", *self._ends]
+        self._files = {name: (self._folder / name).open("wb") for name in names}
+        for name in self._ends:
+            self._append(name, np.zeros(1, np.int64))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self._files.values():
+            file.close()
+
+    def add(self, row: Row | Quarantined) -> None:
+        if isinstance(row, Row):
+            *texts, value = row.values
+            label = self._label(value, row.line)
+            reason = self._unusable(texts) if label is not None else f"column {self._task.columns.label!r}: no label"
+            if label is not None and not reason:
+                self._chunk.append(_Example(row.line, label, tuple(texts), row.id or ""))
+                self._characters += sum(map(len, texts))
+                if len(self._chunk) >= CHUNK_ROWS or self._characters >= CHUNK_CHARACTERS:
+                    self._flush()
+                return
+            row = Quarantined(self._shown, row.line, reason, row.id)
+        self._quarantined.append(row)
+        if len(self._quarantined) > MAX_QUARANTINED:
+            self._refuse()
+
+    def finish(self) -> None:
+        """Write the manifest; from here on the folder counts as whole."""
+        self._flush()
+        self._quarantined.sort(key=lambda row: row.line)
+        bad, rows = len(self._quarantined), self._examples + len(self._quarantined)
+        if bad > max(5, rows / 100) or (bad and not self._examples):
+            self._refuse()
+        if not rows:
+            raise UserError(f"{self._shown}: no rows; a task needs at least one example")
+        for file in self._files.values():
+            file.flush()
+            os.fsync(file.fileno())
+        manifest = {
+            "texts": len(self._task.columns.text),
+            "named": self._task.columns.id is not None,
+            "token_dtype": np.dtype(self._token_dtype).name,
+            "quarantined": [(row.line, row.reason, row.id) for row in self._quarantined],
+            "sizes": {name: file.tell() for name, file in self._files.items()},
+        }
+        write_atomically(self._folder / "manifest.json", json.dumps(manifest))
+
+    def _refuse(self) -> None:
+        bad, first = len(self._quarantined), self._quarantined[0]
+        raise UserError(
+            f"{self._shown}: {bad} of {self._examples + bad} rows are malformed, more than 1 %: "
+            f"is this the right file? The first is line {first.line}: {first.reason}"
+        )
+
+    def _label(self, value: Any, line: int) -> float | None:
+        """The label as a number; None where the cell is empty. Raises `UserError` if it is not one of the task's."""
+        if value is None or (isinstance(value, str) and not value.strip()):
+            return None
+        task = self._task
+        low, high = task.range if task.kind == "pair_regression" else (0, task.classes - 1)
+        right = f"a number from {low:g} to {high:g}" if task.kind == "pair_regression" else f"a class from 0 to {high}"
+        try:
+            label = float(value)
+        except (TypeError, ValueError):
+            label = math.nan
+        if low <= label <= high and (task.kind == "pair_regression" or label.is_integer()):
+            return label
+        raise UserError(f"{self._shown} line {line}, column {task.columns.label!r}: {value!r} is not {right}")
+
+    def _unusable(self, texts: Sequence[Any]) -> str:
+        """Why a row with these texts is set aside; empty if it is not."""
+        for column, text in zip(self._task.columns.text, texts, strict=True):
+            if not isinstance(text, str):
+                return f"column {column!r}: {'nothing' if text is None else type(text).__name__} instead of a text"
+            if not text.strip():
+                return f"column {column!r}: the text is empty"
+        return ""
+
+    def _flush(self) -> None:
+        """Tokenise the chunk and append it."""
+        examples, self._chunk, self._characters = self._chunk, [], 0
+        if not examples:
+            return
+        utf8 = [self._utf8(text, example.line, c) for example in examples for c, text in enumerate(example.texts)]
+        texts = [text for example in examples for text in example.texts]
+        ids = [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        lengths_NS = np.array([len(i) for i in ids], np.int32).reshape(len(examples), -1)
+        keep_N = lengths_NS.all(axis=1)
+        for n in np.flatnonzero(~keep_N):  # control characters alone, for example
+            column = self._task.columns.text[int(lengths_NS[n].argmin())]
+            reason = f"column {column!r}: nothing in the text is a wordpiece"
+            self._quarantined.append(Quarantined(self._shown, examples[n].line, reason, examples[n].id))
+        kept = np.flatnonzero(keep_N).tolist()
+        kept_texts = np.flatnonzero(keep_N.repeat(lengths_NS.shape[1])).tolist()
+        names = [examples[n].id.encode(errors="replace") for n in kept]
+        lengths_NS = lengths_NS[keep_N]
+        tokens = itertools.chain.from_iterable(ids[i] for i in kept_texts)
+        self._append("tokens", np.fromiter(tokens, self._token_dtype, int(lengths_NS.sum())))
+        self._append("lengths", lengths_NS)
+        self._append_starts("token_starts", lengths_NS.ravel())
+        self._append_strings("texts", "text_starts", [utf8[i] for i in kept_texts])
+        self._append_strings("ids", "id_starts", names)
+        self._append("labels", np.array([examples[n].label for n in kept], np.float32))
+        self._append("lines", np.array([examples[n].line for n in kept], np.int64))
+        self._examples += len(kept)
+
+    def _utf8(self, text: str, line: int, column: int) -> bytes:
+        """Raises `UserError` for what only JSON and Parquet can smuggle in: NUL, and half a surrogate pair."""
+        bad = "\0" if "\0" in text else ""
+        try:
+            encoded = text.encode()
+        except UnicodeEncodeError as error:
+            bad = text[error.start]
+        if bad:
+            where = f"{self._shown} line {line}, column {self._task.columns.text[column]!r}"
+            raise UserError(f"{where}: the character U+{ord(bad):04X} is no text; remove it")
+        return encoded
+
+    def _append(self, name: str, values: np.ndarray) -> None:
+        self._files[name].write(np.ascontiguousarray(values).data)
+
+    def _append_starts(self, name: str, lengths: np.ndarray) -> None:
+        starts = self._ends[name] + lengths.cumsum(dtype=np.int64)
+        self._append(name, starts)
+        self._ends[name] = int(starts[-1]) if len(starts) else self._ends[name]
+
+    def _append_strings(self, name: str, starts: str, strings: list[bytes]) -> None:
+        self._files[name].write(b"".join(strings))
+        self._append_starts(starts, np.array([len(string) for string in strings], np.int64))
