@@ -17,7 +17,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 import safetensors.torch
@@ -72,17 +72,14 @@ class Packed:
         return len(self.lengths_B) * self.longest
 
     def to(self, device: torch.device | str) -> Packed:
-        return _to(replace(self, blocks=tuple(_to(block, device) for block in self.blocks)), device)
+        blocks = tuple(replace(block, **_moved(block, device)) for block in self.blocks)
+        return replace(self, blocks=blocks, **_moved(self, device))
 
 
-_Record = TypeVar("_Record", Block, Packed)
-
-
-def _to(record: _Record, device: torch.device | str) -> _Record:
-    values: dict[str, Any] = {field.name: getattr(record, field.name) for field in fields(record)}
-    return replace(
-        record, **{name: v.to(device, non_blocking=True) for name, v in values.items() if isinstance(v, Tensor)}
-    )
+def _moved(record: Block | Packed, device: torch.device | str) -> dict[str, Any]:
+    """The tensors of a record, on the device."""
+    values = {field.name: getattr(record, field.name) for field in fields(record)}
+    return {name: v.to(device, non_blocking=True) for name, v in values.items() if isinstance(v, Tensor)}
 
 
 def pack(sequences: Sequence[np.ndarray], second_starts: Sequence[int] | None = None) -> Packed:
@@ -378,10 +375,13 @@ _CONFIG_KEYS = {
     "type_vocab_size": "type_vocab_size",
     "layer_norm_eps": "layer_norm_eps",
 }
-_REQUIRED = {
-    "model_type": ("bert", None),
-    "hidden_act": ("gelu", "gelu"),
-    "position_embedding_type": ("absolute", "absolute"),
+_CONFIG_DEFAULTS = {"type_vocab_size": 2, "layer_norm_eps": 1e-12}
+# what config.json may say of the things this encoder does in one way only; the last is right when it says nothing
+_CONFIG_MUST_BE = {
+    "model_type": ("bert",),
+    "hidden_act": ("gelu", None),
+    "position_embedding_type": ("absolute", None),
+    "is_decoder": (False, None),
 }
 
 
@@ -412,15 +412,18 @@ def _read_shape(path: Path) -> EncoderShape:
         raise UserError(f"{path}: missing; a Hugging Face BERT folder has one") from None
     except ValueError as error:
         raise UserError(f"{path}: not JSON ({error})") from None
-    for key, (right, default) in _REQUIRED.items():
-        if config.get(key, default) != right:
-            raise UserError(f"{path}: {key} is {config.get(key)!r}; this encoder is a BERT with {key} {right!r}")
-    optional = {"type_vocab_size": 2, "layer_norm_eps": 1e-12}
-    values = {}
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: not a JSON object; fetch it again")
+    for key, right in _CONFIG_MUST_BE.items():
+        if config.get(key) not in right:
+            raise UserError(f"{path}: {key} is {config.get(key)!r}; only BERT with {right[0]!r} can be loaded")
+    shape: dict[str, Any] = {field: config.get(key, _CONFIG_DEFAULTS.get(key)) for field, key in _CONFIG_KEYS.items()}
     for field, key in _CONFIG_KEYS.items():
-        values[field] = config.get(key, optional.get(key))
-        if not isinstance(values[field], int | float) or values[field] <= 0:
-            raise UserError(f"{path}: {key} is {values[field]!r}; it must be a positive number")
-    if values["hidden_size"] % values["heads"]:
-        raise UserError(f"{path}: hidden_size {values['hidden_size']} is no multiple of {values['heads']} heads")
-    return EncoderShape(**values)
+        kind = float if field == "layer_norm_eps" else int
+        if type(shape[field]) is not kind or shape[field] <= 0:
+            raise UserError(f"{path}: {key} is {shape[field]!r}; it must be a positive {kind.__name__}")
+    if shape["hidden_size"] % shape["heads"]:
+        raise UserError(
+            f"{path}: hidden_size {shape['hidden_size']} is no multiple of num_attention_heads {shape['heads']}"
+        )
+    return EncoderShape(**shape)
