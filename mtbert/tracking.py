@@ -1,0 +1,228 @@
+"""What a run shows and keeps: TensorBoard events, `metrics.jsonl`, the progress bar. Silent off rank 0.
+
+A step is numbered by the update just made, from 0. What is measured after update s (its losses, an evaluation) carries
+step s. So a run that continues at step n keeps what carries less than n and writes the rest again, in both sinks:
+curves go on without a gap or an overlap.
+
+This is the only file that knows TensorBoard.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from mtbert.runs import Rank, write_atomically
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+METRICS_FILE = "metrics.jsonl"
+PLAIN_LINE_EVERY_S = 10.0
+PLAIN_WIDTH = 160  # characters; log files have no width of their own
+LAYOUT = {"gradient": {"cosine between tasks": ["Multiline", [r"gradient/cosine/.*"]]}}
+"""TensorBoard's custom scalars: one chart for all pairs of tasks, whose tags are gradient/cosine/a~b."""
+
+
+class Tracker:
+    """Writes into a run folder and on stdout; on ranks other than 0 every method does nothing.
+
+    Args:
+        run_dir: gets `metrics.jsonl` and `events.out.tfevents.*`, so that a run bears its folder's name in TensorBoard.
+        first_step: the step this process begins with; earlier records of this and later steps are dropped.
+        total_steps: steps of the whole run, for the bar.
+        quiet: nothing on stdout; the files are written all the same.
+    """
+
+    def __init__(self, run_dir: Path, rank: Rank, first_step: int, total_steps: int, quiet: bool = False) -> None:
+        self._run_dir = run_dir
+        self._first_step = first_step
+        self._events: SummaryWriter | None = None
+        self._lines = _continue(run_dir / METRICS_FILE, first_step) if rank.first else None
+        self._display = _display(first_step, total_steps) if rank.first and not quiet else None
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """One JSON line and one point per tag. A value that is not finite is null in JSON and named in `not_finite`."""
+        assert not values.keys() & {"step", "time", "not_finite"}, "a tag would hide a field of the line"
+        if not self._lines:
+            return
+        now = time.time()
+        line: dict[str, object] = {"step": step, "time": round(now, 3)}
+        line |= {tag: value if math.isfinite(value) else None for tag, value in values.items()}
+        if broken := {tag: str(value) for tag, value in values.items() if not math.isfinite(value)}:
+            line["not_finite"] = broken
+        self._lines.write(json.dumps(line, allow_nan=False) + "\n")
+        for tag, value in values.items():
+            self._writer().add_scalar(tag, value, step, walltime=now)
+
+    def text(self, tag: str, markdown: str) -> None:
+        """A page of TensorBoard's text tab."""
+        if self._lines:
+            self._writer().add_text(tag, markdown, self._first_step)
+
+    def phase(self, name: str, first: int, last: int) -> None:
+        """A phase of steps `first` to `last`, both included, begins or is continued."""
+        if self._display:
+            self._display.phase(name, first, last)
+
+    def progress(self, step: int, losses: Mapping[str, float], examples_per_second: float) -> None:
+        if self._display:
+            self._display.progress(step, losses, examples_per_second)
+
+    def message(self, text: str) -> None:
+        """A line on stdout, above the bar."""
+        if self._display:
+            self._display.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str | float | None]]) -> None:
+        """Aligned on stdout: numbers to the right, floats with four decimals, None as a dash."""
+        if not self._display:
+            return
+        table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+        for number, column in enumerate(columns):
+            words = any(isinstance(row[number], str) for row in rows)
+            table.add_column(column, justify="left" if words else "right", no_wrap=True)
+        for row in rows:
+            table.add_row(*map(_cell, row))
+        self._display.console.print(table, markup=False, highlight=False)
+
+    def flush(self) -> None:
+        """Before a checkpoint: events that a killed run leaves unwritten would be a gap in the resumed curve."""
+        if self._events:
+            self._events.flush()
+
+    def close(self) -> None:
+        """Ends the bar and writes out what is buffered. Calling it again does nothing."""
+        if self._display:
+            self._display.close()
+        if self._events:
+            self._events.close()
+        if self._lines:
+            self._lines.close()
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _writer(self) -> SummaryWriter:
+        if self._events is None:
+            # TensorBoard takes a second to import
+            from torch.utils.tensorboard import SummaryWriter
+
+            # purge_step on fresh runs too: a loader that saw a first file without it ignores it in the second one
+            self._events = SummaryWriter(self._run_dir, purge_step=self._first_step, flush_secs=20)
+            self._events.add_custom_scalars(LAYOUT)
+        return self._events
+
+
+def _continue(path: Path, first_step: int) -> TextIO:
+    """`path` with the records before `first_step`, open to append; each line reaches a reader (the tuner) at once.
+
+    The last line may be half a record, where its writer was killed; it is dropped.
+    """
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith("\n")]
+        write_atomically(path, "".join(line for line in whole if json.loads(line)["step"] < first_step))
+    return path.open("a", encoding="utf-8", buffering=1)
+
+
+def _cell(value: str | float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def _named(losses: Mapping[str, float]) -> str:
+    return "  ".join(f"{task} {loss:.3f}" for task, loss in losses.items())
+
+
+# ------------------------------------------------------------------------------------------- on stdout
+
+
+class _Bar:
+    """A live bar on a terminal."""
+
+    def __init__(self, first_step: int, total_steps: int) -> None:
+        self.console = Console(file=sys.stdout)
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[losses]}"),
+            TextColumn("{task.fields[speed]}"),
+            TimeRemainingColumn(),
+            console=self.console,
+            refresh_per_second=4,
+            expand=True,
+        )
+        self._task: TaskID = self._bar.add_task("train", total=total_steps, completed=first_step, losses="", speed="")
+
+    def phase(self, name: str, first: int, last: int) -> None:
+        self._bar.update(self._task, description=name)
+        self._bar.start()
+
+    def progress(self, step: int, losses: Mapping[str, float], examples_per_second: float) -> None:
+        self._bar.start()
+        speed = f"{examples_per_second:.0f} examples/s"
+        self._bar.update(self._task, completed=step + 1, losses=_named(losses), speed=speed)
+
+    def close(self) -> None:
+        self._bar.stop()
+
+
+class _Lines:
+    """A plain line now and then, for log files and pipes."""
+
+    def __init__(self, first_step: int, total_steps: int) -> None:
+        self.console = Console(file=sys.stdout, width=PLAIN_WIDTH, force_terminal=False)
+        self._first_step = first_step
+        self._total_steps = total_steps
+        self._phase = "train"
+        self._started = time.monotonic()
+        self._due = self._started
+
+    def phase(self, name: str, first: int, last: int) -> None:
+        self._phase = name
+        print(f"phase {name}: steps {first} to {last}", flush=True)
+
+    def progress(self, step: int, losses: Mapping[str, float], examples_per_second: float) -> None:
+        now = time.monotonic()
+        done = step + 1
+        if now < self._due and done < self._total_steps:
+            return
+        self._due = now + PLAIN_LINE_EVERY_S
+        left = (now - self._started) / (done - self._first_step) * (self._total_steps - done)
+        print(
+            f"{self._phase} {done}/{self._total_steps}  {_named(losses)}  {examples_per_second:.0f} examples/s  "
+            f"{_clock(left)} left",
+            flush=True,
+        )
+
+    def close(self) -> None:
+        pass
+
+
+def _display(first_step: int, total_steps: int) -> _Bar | _Lines:
+    # not Console.is_terminal, which FORCE_COLOR turns on in log files
+    return (_Bar if sys.stdout.isatty() else _Lines)(first_step, total_steps)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"

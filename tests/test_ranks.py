@@ -1,0 +1,51 @@
+"""The harness that the distributed tests stand on: it must join, return, tell and kill."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+
+import pytest
+import torch
+from conftest import Ranks
+from torch import distributed as dist
+
+from mtbert.runs import Rank
+
+pytestmark = pytest.mark.ranks
+
+
+def total(rank: Rank, scale: float) -> tuple[int, float, int, int]:
+    value = torch.tensor(scale * (rank.rank + 1))
+    dist.all_reduce(value)
+    return rank.rank, value.item(), torch.get_num_threads(), os.getpid()
+
+
+def fail_on_one(rank: Rank) -> None:
+    if rank.rank == 1:
+        raise RuntimeError("rank 1 has had enough")
+    dist.barrier()
+
+
+def hang(rank: Rank) -> None:
+    time.sleep(600)
+
+
+def test_ranks_talk_and_return_in_order(ranks: Ranks) -> None:
+    results = ranks(3, total, 2.0)
+    assert [result[:3] for result in results] == [(0, 12.0, 1), (1, 12.0, 1), (2, 12.0, 1)]
+    assert len({os.getpid(), *(pid for *_, pid in results)}) == 4
+
+
+def test_a_failing_rank_is_told_and_the_others_end(ranks: Ranks) -> None:
+    started = time.monotonic()
+    with pytest.raises(pytest.fail.Exception, match=r"(?s)by rank: .*1: 1\}.*rank 1:.*rank 1 has had enough"):
+        ranks(2, fail_on_one)
+    assert time.monotonic() - started < 60
+
+
+def test_time_runs_out(ranks: Ranks) -> None:
+    with pytest.raises(pytest.fail.Exception, match=r"after 2 s these ranks were still running .*: \[0, 1\]"):
+        ranks(2, hang, timeout=2)
+    assert not multiprocessing.active_children()

@@ -1,0 +1,204 @@
+"""Files are read back with TensorBoard's own loader; the terminal is a real pseudo-terminal."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pty
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
+
+from mtbert import tracking
+from mtbert.runs import Rank
+from mtbert.tracking import Tracker
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line, parse_constant=refuse) for line in lines]
+
+
+def curve(run: Path, tag: str) -> list[tuple[int, float]]:
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
+    return [(event.step, event.value) for event in events.Scalars(tag)]
+
+
+def write(run: Path, first: int, last: int, offset: float = 0.0, total: int = 10) -> None:
+    with Tracker(run, Rank(), first, total, quiet=True) as tracker:
+        for step in range(first, last):
+            tracker.scalars(step, {"loss/sst": step + offset})
+
+
+def test_both_sinks_hold_the_same(tmp_path: Path) -> None:
+    write(tmp_path, 0, 4)
+    assert curve(tmp_path, "loss/sst") == [(step, float(step)) for step in range(4)]
+    assert [(record["step"], record["loss/sst"]) for record in records(tmp_path)] == curve(tmp_path, "loss/sst")
+    events = EventAccumulator(str(tmp_path)).Reload().Scalars("loss/sst")
+    assert [event.wall_time for event in events] == pytest.approx(
+        [record["time"] for record in records(tmp_path)], abs=1e-3
+    )
+
+
+def test_resume_continues_the_same_curve(tmp_path: Path) -> None:
+    write(tmp_path, 0, 10)
+    write(tmp_path, 6, 9, offset=100)
+    write(tmp_path, 8, 10, offset=200)
+    expected = [*[(step, float(step)) for step in range(6)], (6, 106.0), (7, 107.0), (8, 208.0), (9, 209.0)]
+    assert curve(tmp_path, "loss/sst") == expected
+    assert [(record["step"], record["loss/sst"]) for record in records(tmp_path)] == expected
+
+
+def test_resume_after_death_in_the_middle_of_a_line(tmp_path: Path) -> None:
+    write(tmp_path, 0, 3)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "ti')
+    write(tmp_path, 3, 5)
+    assert [record["step"] for record in records(tmp_path)] == [0, 1, 2, 3, 4]
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_reader_sees_each_line_at_once(tmp_path: Path) -> None:
+    with Tracker(tmp_path, Rank(), 0, 10, quiet=True) as tracker:
+        tracker.scalars(0, {"loss": 1.0})
+        assert [record["step"] for record in records(tmp_path)] == [0]
+
+
+def test_flushed_events_survive_a_kill(tmp_path: Path) -> None:
+    code = f"""
+import os, signal
+from pathlib import Path
+from mtbert.runs import Rank
+from mtbert.tracking import Tracker
+tracker = Tracker(Path({str(tmp_path)!r}), Rank(), 0, 10, quiet=True)
+for step in range(5):
+    tracker.scalars(step, {{"loss": 1.0}})
+tracker.flush()
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -9
+    assert [step for step, _ in curve(tmp_path, "loss")] == [0, 1, 2, 3, 4]
+
+
+def test_values_that_are_not_finite(tmp_path: Path) -> None:
+    with Tracker(tmp_path, Rank(), 0, 10, quiet=True) as tracker:
+        tracker.scalars(0, {"a": math.nan, "b": -math.inf, "c": 0.5})
+    [record] = records(tmp_path)
+    assert (record["a"], record["b"], record["c"]) == (None, None, 0.5)
+    assert record["not_finite"] == {"a": "nan", "b": "-inf"}
+    assert math.isnan(curve(tmp_path, "a")[0][1])
+
+
+def test_all_cosines_share_one_chart(tmp_path: Path) -> None:
+    tags = ["gradient/cosine/quora~sst", "gradient/cosine/sst~sts"]
+    with Tracker(tmp_path, Rank(), 0, 10, quiet=True) as tracker:
+        tracker.scalars(0, dict.fromkeys([*tags, "gradient/norm/sst"], 0.1))
+    events = EventAccumulator(str(tmp_path)).Reload()
+    [event] = events.Tensors("custom_scalars__config__")
+    layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
+    [chart] = [chart for category in layout.category for chart in category.chart]
+    [pattern] = chart.multiline.tag
+    assert [tag for tag in events.Tags()["scalars"] if re.search(pattern, tag)] == tags
+
+
+def test_text_is_kept(tmp_path: Path) -> None:
+    with Tracker(tmp_path, Rank(), 0, 10, quiet=True) as tracker:
+        tracker.text("config", "**seed** 0")
+    [event] = EventAccumulator(str(tmp_path)).Reload().Tensors("config/text_summary")
+    assert event.tensor_proto.string_val[0] == b"**seed** 0"
+
+
+def use_everything(tracker: Tracker) -> None:
+    with tracker:
+        tracker.phase("probe", 0, 9)
+        tracker.message("loaded [bold] 3 tasks")
+        for step in range(10):
+            tracker.progress(step, {"sst": 1.5 - step / 10}, 254.6)
+        tracker.table("dev", ["task", "score"], [["sst", 0.5], ["quora", 0.75], ["sts", None]])
+        tracker.text("notes", "text")
+        tracker.scalars(0, {"loss": 1.0})
+        tracker.flush()
+    tracker.close()
+
+
+def test_other_ranks_leave_no_trace(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    use_everything(Tracker(tmp_path, Rank(rank=1, world=2), 0, 10))
+    assert list(tmp_path.iterdir()) == []
+    assert capfd.readouterr() == ("", "")
+
+
+def test_quiet_writes_files_only(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    use_everything(Tracker(tmp_path, Rank(), 0, 10, quiet=True))
+    assert len(records(tmp_path)) == 1
+    assert capfd.readouterr() == ("", "")
+
+
+def test_plain_lines_where_there_is_no_terminal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    use_everything(Tracker(tmp_path, Rank(), 0, 10))
+    out, err = capfd.readouterr()
+    assert err == ""
+    assert [line.rstrip() for line in out.splitlines()] == [
+        "phase probe: steps 0 to 9",
+        "loaded [bold] 3 tasks",
+        "probe 1/10  sst 1.500  255 examples/s  0:00:00 left",
+        "probe 10/10  sst 0.600  255 examples/s  0:00:00 left",
+        "dev",
+        "task    score",
+        "sst    0.5000",
+        "quora  0.7500",
+        "sts         -",
+    ]
+
+
+def test_plain_lines_come_by_the_clock(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "PLAIN_LINE_EVERY_S", 0.0)
+    with Tracker(tmp_path, Rank(), 6, 10) as tracker:
+        for step in range(6, 10):
+            tracker.progress(step, {"sst": 1.0}, 10.0)
+    assert re.findall(r"train (\d+)/10", capfd.readouterr().out) == ["7", "8", "9", "10"]
+
+
+def test_time_left() -> None:
+    assert [tracking._clock(seconds) for seconds in (0, 59.6, 3661)] == ["0:00:00", "0:01:00", "1:01:01"]
+
+
+def test_bar_on_a_terminal(tmp_path: Path) -> None:
+    code = f"""
+import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+from pathlib import Path
+from mtbert.runs import Rank
+from mtbert.tracking import Tracker
+from test_tracking import use_everything
+use_everything(Tracker(Path({str(tmp_path)!r}), Rank(), 0, 10))
+"""
+    leader, follower = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=follower, stderr=subprocess.PIPE, env=environment)
+    os.close(follower)
+    shown = b""
+    while chunk := _read(leader):
+        shown += chunk
+    os.close(leader)
+    assert process.communicate(timeout=60)[1] == b""
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
+    assert re.search(r"probe .*10/10 sst 0\.600 255 examples/s", text)
+    assert text.index("loaded [bold] 3 tasks") < text.rindex("probe")
+
+
+def _read(terminal: int) -> bytes:
+    try:
+        return os.read(terminal, 4096)
+    except OSError:  # Linux: the other end is closed
+        return b""
