@@ -11,7 +11,7 @@ assert VERSION
 
 TUNE = ["ray[tune]>=2.50", "optuna>=4.5"]
 # upgrad and dualproj project with quadprog, cagrad solves with cvxpy, fairgrad with SciPy
-SURGERY = ["torchjd[quadprog_projector,cagrad,fairgrad]>=0.18"]
+SURGERY = ["torchjd[quadprog-projector,cagrad,fairgrad]>=0.18"]
 PARQUET = ["pyarrow>=18"]
 DEV = [
     "pytest>=8.3",
