@@ -18,9 +18,9 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     ["config"],
     ["runs", "baselines"],
-    ["encoder", "schedule", "surgery", "metrics", "tracking", "synthetic"],
+    ["encoder", "schedule", "surgery", "metrics", "tracking", "synthetic", "readers", "token_cache"],
     ["heads", "losses"],
-    ["tasks", "data"],
+    ["tasks", "data", "token_cache", "readers"],
     ["engine", "evaluate", "checkpoint"],
     ["trainer", "export", "predict"],
     ["cli"],
