@@ -38,7 +38,7 @@ $(TEST_READY): setup.py constraints.txt
 # DeepSpeed compiles nothing (DS_BUILD_OPS=0): the engine uses none of its operators.
 define install
 @$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' 2>/dev/null || { \
-	echo "mtbert needs Python 3.10-3.13, $(PYTHON) is $$($(PYTHON) --version 2>&1); name another: make $@ PYTHON=python3.11" >&2; \
+	echo "mtbert needs Python 3.10-3.13, $(PYTHON) is $$($(PYTHON) --version 2>/dev/null || echo missing); name another: make $(MAKECMDGOALS) PYTHON=python3.11" >&2; \
 	exit 1; }
 @echo "installing into .venv, once (a minute or more)"
 @$(PYTHON) -m venv .venv

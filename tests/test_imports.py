@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 
 FLOORS = [
     ["config"],
-    ["runs", "baselines"],
+    ["runs", "randomness", "baselines"],
     ["encoder", "schedule", "surgery", "metrics", "tracking", "synthetic", "readers", "token_cache"],
     ["heads", "losses"],
     ["tasks", "data", "token_cache", "readers"],
