@@ -32,9 +32,7 @@ class Generate(Section):
 class DataConfig(Section):
     dir: str | None = Field(None, description="folder that the tasks' file names are relative to")
     generate: Generate | None = Field(None, description="use the generated corpus instead of files")
-    cache: str = Field(
-        "~/.cache/mtbert", description="where tokenised, memory-mapped data and generated corpora lie"
-    )
+    cache: str = Field("~/.cache/mtbert", description="where tokenised, memory-mapped data and generated corpora lie")
 
     @model_validator(mode="after")
     def _one_source(self) -> DataConfig:
@@ -80,9 +78,7 @@ class EncoderConfig(Section):
 
 
 class Columns(Section):
-    text: list[str] = Field(
-        ["sentence"], min_length=1, max_length=2, description="one text column, or two for a pair"
-    )
+    text: list[str] = Field(["sentence"], min_length=1, max_length=2, description="one text column, or two for a pair")
     label: str = "label"
     id: str | None = Field(None, description="column that names the row in predictions and reports")
 
@@ -97,9 +93,7 @@ class HeadConfig(Section):
         "or two encodings joined by concat, weighted_dot (elementwise product, then linear), cosine, "
         "relu_cosine",
     )
-    hidden: list[Annotated[int, Field(ge=1)]] = Field(
-        [], description="widths of hidden layers, each ReLU and dropout"
-    )
+    hidden: list[Annotated[int, Field(ge=1)]] = Field([], description="widths of hidden layers, each ReLU and dropout")
     dropout: float = Field(0.1, ge=0, lt=1, description="on the head's input and after its hidden layers")
     lr: float | None = Field(None, ge=0, description="learning rate of this head; default optimizer.head_lr")
 
@@ -152,8 +146,7 @@ class TaskConfig(Section):
     def _consistent(self) -> TaskConfig:
         if len(self.columns.text) != 1 + self.pair:
             raise ValueError(
-                f"kind {self.kind} takes {1 + self.pair} text column(s), "
-                f"columns.text names {len(self.columns.text)}"
+                f"kind {self.kind} takes {1 + self.pair} text column(s), columns.text names {len(self.columns.text)}"
             )
         if (self.head.kind == "linear") == self.pair:
             valid = "joint, concat, weighted_dot, cosine, relu_cosine" if self.pair else "linear"
@@ -164,17 +157,14 @@ class TaskConfig(Section):
             )
         if self.metric_kind not in _METRICS_OF[self.kind]:
             raise ValueError(
-                f"metric {self.metric!r} does not fit kind {self.kind}; "
-                f"valid: {', '.join(_METRICS_OF[self.kind])}"
+                f"metric {self.metric!r} does not fit kind {self.kind}; valid: {', '.join(_METRICS_OF[self.kind])}"
             )
         if self.loss_kind in ("bce", "cosine_embedding") and self.classes != 2:
             raise ValueError(f"loss {self.loss_kind} needs classes 2, not {self.classes}")
         if self.kind == "pair_classification" and (self.head.kind in _COSINE_HEADS) != (
             self.loss_kind == "cosine_embedding"
         ):
-            raise ValueError(
-                "for pair_classification cosine heads go with loss cosine_embedding, other heads do not"
-            )
+            raise ValueError("for pair_classification cosine heads go with loss cosine_embedding, other heads do not")
         if self.range[0] >= self.range[1]:
             raise ValueError(f"range {list(self.range)} is upside down; give [lowest, highest]")
         return self
@@ -199,9 +189,7 @@ class ScheduleConfig(Section):
         description="sampled: alpha falls linearly by this much from the first epoch to the last (PALs: 0.8)",
     )
     tasks_per_step: int = Field(1, ge=1, description="sampled: draws per step")
-    batch_size: int = Field(
-        32, ge=1, description="examples per task and step, over all ranks and micro-batches"
-    )
+    batch_size: int = Field(32, ge=1, description="examples per task and step, over all ranks and micro-batches")
     bucket: int = Field(
         64, ge=1, description="batches sorted by length together: larger wastes less, 1 is a plain shuffle"
     )
@@ -223,9 +211,7 @@ class PhaseConfig(Section):
     name: str = "train"
     epochs: int | None = Field(None, ge=1, description="epochs of the schedule; give this or steps")
     steps: int | None = Field(None, ge=1, description="steps; give this or epochs")
-    trainable: Literal["all", "heads"] = Field(
-        "all", description="heads: the encoder is frozen (linear probing)"
-    )
+    trainable: Literal["all", "heads"] = Field("all", description="heads: the encoder is frozen (linear probing)")
     lr_scale: float = Field(1.0, gt=0, description="multiplies every learning rate during this phase")
 
     @model_validator(mode="after")
@@ -238,39 +224,27 @@ class PhaseConfig(Section):
 class OptimizerConfig(Section):
     lr: float = Field(2e-5, ge=0, description="learning rate of the encoder")
     head_lr: float = Field(1e-3, ge=0, description="learning rate of the heads")
-    layer_decay: float = Field(
-        1.0, gt=0, le=1, description="each layer's rate is this times that of the layer above"
-    )
+    layer_decay: float = Field(1.0, gt=0, le=1, description="each layer's rate is this times that of the layer above")
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.01, ge=0, description="AdamW; biases and LayerNorm are spared")
     warmup: float = Field(0.06, ge=0, lt=1, description="share of each phase in which the rates rise from 0")
-    decay: Literal["constant", "linear", "cosine"] = Field(
-        "linear", description="course after the warm-up, to 0"
-    )
+    decay: Literal["constant", "linear", "cosine"] = Field("linear", description="course after the warm-up, to 0")
 
 
 class SurgeryConfig(Section):
-    method: str = Field(
-        "pcgrad", description="sum, mean, pcgrad, or a TorchJD Gramian weighting (mtbert/surgery.py)"
-    )
+    method: str = Field("pcgrad", description="sum, mean, pcgrad, or a TorchJD Gramian weighting (mtbert/surgery.py)")
     options: dict[str, Any] = Field({}, description="of the method, e.g. reduction: sum | mean for pcgrad")
 
 
 class EngineConfig(Section):
-    zero: Literal[1, 3] = Field(
-        1, description="ZeRO stage: 1 shards optimizer and task gradients, 3 also parameters"
-    )
+    zero: Literal[1, 3] = Field(1, description="ZeRO stage: 1 shards optimizer and task gradients, 3 also parameters")
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="auto: bf16 where the hardware multiplies it"
     )
     accumulation: int = Field(1, ge=1, description="micro-batches a rank cuts its share of a batch into")
-    clip_norm: float | None = Field(
-        1.0, gt=0, description="largest norm of the combined gradient; null: no clipping"
-    )
-    threads: int | None = Field(
-        None, ge=1, description="torch threads per rank; default: cores / ranks on the host"
-    )
+    clip_norm: float | None = Field(1.0, gt=0, description="largest norm of the combined gradient; null: no clipping")
+    threads: int | None = Field(None, ge=1, description="torch threads per rank; default: cores / ranks on the host")
 
     @model_validator(mode="before")
     @classmethod
@@ -291,12 +265,8 @@ class CheckpointConfig(Section):
 
 class RunConfig(Section):
     dir: str = Field("runs", description="folder that run folders are made in")
-    name: str | None = Field(
-        None, description="name of the run folder; default: date, config name and a short hash"
-    )
-    evaluate_every: int | None = Field(
-        None, ge=1, description="steps between evaluations; default: each epoch"
-    )
+    name: str | None = Field(None, description="name of the run folder; default: date, config name and a short hash")
+    evaluate_every: int | None = Field(None, ge=1, description="steps between evaluations; default: each epoch")
     log_every: int = Field(10, ge=1, description="steps between lines in metrics.jsonl and TensorBoard")
 
 
@@ -340,9 +310,7 @@ def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
     for key in keys:
         if keys.count(key) > 1:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"key {key!r} is given twice", node.start_mark
-            )
+            raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
     return loader.construct_mapping(node, deep=True)
 
 
@@ -393,9 +361,10 @@ def _override(text: str) -> dict[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not key or not all(key.split(".")):
         raise UserError(f"--set {text}: expected key=value, for example optimizer.lr=3e-5")
-    nested: Any = _parse(value, f"--set {key}")
-    for part in reversed(key.split(".")):
-        nested = {part: nested}
+    *parents, last = key.split(".")
+    nested: dict[str, Any] = {last: _parse(value, f"--set {key}")}
+    for parent in reversed(parents):
+        nested = {parent: nested}
     return nested
 
 

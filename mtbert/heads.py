@@ -6,6 +6,7 @@ for a pair encoded separately two, and answers with class scores (B, C), one log
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 
 import torch
@@ -45,7 +46,7 @@ class Head(nn.Module):
         self.high = task.range[1] if task.kind == "pair_regression" else 1.0
         inputs = 2 * width if config.kind == "concat" else width
         widths = [inputs, *config.hidden]
-        self.hidden = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False))
+        self.hidden = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
         self.output = nn.Linear(widths[-1], outputs(task)) if not self.compares else None
 
     @property

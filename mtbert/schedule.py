@@ -20,13 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mtbert.config import ScheduleConfig
+from mtbert.randomness import addressed_rng
 
 Indices = NDArray[np.int64]
-
-
-def addressed_rng(seed: int, purpose: str, *address: int) -> np.random.Generator:
-    """A generator for one purpose at one address; two different addresses never share a stream."""
-    return np.random.default_rng([seed, *purpose.encode(), 1 << 16, *address])
 
 
 @dataclass(frozen=True)

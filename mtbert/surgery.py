@@ -33,7 +33,6 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -44,6 +43,7 @@ from pydantic import ValidationError, validate_call
 from torch import Tensor
 
 from mtbert.config import UserError
+from mtbert.randomness import addressed_rng
 
 Reduction = Literal["sum", "mean"]
 Orders = Sequence[Sequence[int]] | Tensor
@@ -89,7 +89,7 @@ def pcgrad_vectors(gradients_KP: Tensor, orders: Orders, reduction: Reduction) -
 
 def task_orders(seed: int, step: int, tasks: int) -> list[list[int]]:
     """PCGrad's random orders: for each of K = `tasks` tasks, the K - 1 others. The same on every rank."""
-    generator = _generator(seed, step, "pcgrad orders")
+    generator = addressed_rng(seed, "pcgrad orders", step)
     return [generator.permutation([j for j in range(tasks) if j != i]).tolist() for i in range(tasks)]
 
 
@@ -337,7 +337,7 @@ def _call(weighting: Any, gram_KK: Tensor, context: Context) -> Tensor:
     with torch.random.fork_rng(devices=[]):  # TorchJD draws from torch's global CPU generator
         if isinstance(weighting, Stateful):
             _restore(weighting, gram_KK, context)
-        torch.default_generator.manual_seed(int(_generator(context.seed, context.step, "torchjd").integers(2**63)))
+        torch.default_generator.manual_seed(int(addressed_rng(context.seed, "torchjd", context.step).integers(2**63)))
         weights_K: Tensor = weighting(gram_KK)
     for name, part in weighting.state_dict().items():
         context.state[name][_among(context.tasks, part)] = part
@@ -366,10 +366,6 @@ def _among(tasks: tuple[int, ...], part: Tensor) -> Any:
 
 
 # ------------------------------------------------------------------------------------------------ helpers
-
-
-def _generator(seed: int, step: int, purpose: str) -> np.random.Generator:
-    return np.random.default_rng([seed, step, zlib.crc32(purpose.encode())])
 
 
 def _as_lists(orders: Orders) -> Sequence[Sequence[int]]:

@@ -1,0 +1,226 @@
+"""Checkpoints of our own: sharded, exact, elastic, without pickles.
+
+    checkpoints/step-00001200/
+        rank-0-of-2.safetensors     tensors "name|start|stop|master" (and exp_avg, exp_avg_sq): a rank's spans
+        rank-1-of-2.safetensors
+        surgery.safetensors         state of the surgery method, where it has one
+        manifest.json               format, step, AdamW's step counts, best score so far, size and SHA-256 of each file
+
+A checkpoint is written under another name, fsynced and renamed, so it is there whole or not at all. Loading intersects
+the spans a rank needs with those in the files: on the same number of ranks every number comes back bit for bit, and on
+any other number too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mtbert.config import UserError
+from mtbert.engine import Engine, Span
+from mtbert.runs import Rank, write_atomically
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint on disk."""
+
+    folder: Path
+    step: int  # steps done: training goes on with this step
+    adam_steps: list[int]
+    best: dict[str, float] | None  # step and score of the best evaluation so far
+    files: dict[str, dict[str, Any]]
+
+
+class Checkpointer:
+    """Saves, finds and loads the checkpoints of a run folder.
+
+    Args:
+        keep: newest checkpoints kept; the best one is kept besides.
+    """
+
+    def __init__(self, run_dir: Path, rank: Rank, keep: int) -> None:
+        self.folder = run_dir / "checkpoints"
+        self.rank = rank
+        self.keep = keep
+
+    def save(self, engine: Engine, step: int, best: dict[str, float] | None) -> Path:
+        """Collective. Writes aside, fsyncs, renames; then removes what is no longer to be kept."""
+        target = self.folder / f"step-{step:08d}"
+        aside = self.folder / f".{target.name}.tmp"
+        if self.rank.first:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+        dist.barrier()
+        own = self._write_shard(engine, aside)
+        written: list[Any] = [None] * self.rank.world
+        dist.all_gather_object(written, own)
+        if self.rank.first:
+            files = dict(written)
+            if state := engine.surgery.state_dict():
+                files["surgery.safetensors"] = _save(state, aside / "surgery.safetensors")
+            manifest = {
+                "format": FORMAT,
+                "step": step,
+                "adam_steps": engine.steps_taken(),
+                "best": best,
+                "files": files,
+            }
+            write_atomically(aside / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+            _fsync_folder(aside)
+            shutil.rmtree(target, ignore_errors=True)  # left by a run that resumed from before it
+            aside.rename(target)
+            _fsync_folder(self.folder)
+            self._prune(best)
+        dist.barrier()
+        return target
+
+    def _write_shard(self, engine: Engine, folder: Path) -> tuple[str, dict[str, Any]]:
+        name = f"rank-{self.rank.rank}-of-{self.rank.world}.safetensors"
+        tensors = {
+            f"{span.name}|{span.start}|{span.stop}|{state}": tensor
+            for span, states in engine.state()
+            for state, tensor in states.items()
+        }
+        return name, _save({key: tensor.cpu() for key, tensor in tensors.items()}, folder / name)
+
+    def _prune(self, best: dict[str, float] | None) -> None:
+        kept = sorted(self.folder.glob("step-*"))[-self.keep :]
+        if best is not None:
+            kept.append(self.folder / f"step-{int(best['step']):08d}")
+        for folder in self.folder.glob("step-*"):
+            if folder not in kept:
+                # renamed first: a reader must not find a checkpoint with half of its files
+                doomed = folder.rename(folder.with_name(f".{folder.name}.old"))
+                shutil.rmtree(doomed)
+
+    def latest(self, message: Callable[[str], None]) -> Checkpoint | None:
+        """The newest intact checkpoint; a damaged one is passed over, and said so."""
+        for folder in sorted(self.folder.glob("step-*"), reverse=True):
+            try:
+                return open_checkpoint(folder)
+            except UserError as error:
+                message(f"checkpoint passed over: {error}")
+        return None
+
+    def load(self, engine: Engine, checkpoint: Checkpoint) -> None:
+        """Every rank reads the spans it needs."""
+        with _Reader(checkpoint.folder) as reader:
+            engine.load_state(reader.span, checkpoint.adam_steps)
+        surgery = checkpoint.folder / "surgery.safetensors"
+        engine.surgery.load_state_dict(load_file(surgery) if surgery.exists() else {})
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Read a checkpoint's manifest and check its files against it.
+
+    Raises `UserError` naming the file that is missing, cut short, changed or from a newer mtbert.
+    """
+    path = folder / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise UserError(f"{path}: missing or not readable; the checkpoint is not complete") from None
+    if manifest["format"] > FORMAT:
+        raise UserError(f"{path}: format {manifest['format']} is from a newer mtbert; this one reads up to {FORMAT}")
+    with ThreadPoolExecutor() as pool:  # hashing releases the GIL
+        list(pool.map(partial(_verify, folder), manifest["files"].items()))
+    return Checkpoint(folder, manifest["step"], manifest["adam_steps"], manifest["best"], manifest["files"])
+
+
+def _verify(folder: Path, entry: tuple[str, dict[str, Any]]) -> None:
+    name, wanted = entry
+    path = folder / name
+    if not path.is_file():
+        raise UserError(f"{path}: missing; the checkpoint is not complete")
+    if path.stat().st_size != wanted["size"]:
+        raise UserError(f"{path}: {path.stat().st_size} bytes instead of {wanted['size']}; it is cut short")
+    if _sha256(path) != wanted["sha256"]:
+        raise UserError(f"{path}: its checksum is not the one in manifest.json; it was damaged")
+
+
+def load_weights(folder: Path, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
+    """The whole fp32 weights of a checkpoint, put together from all ranks' shards."""
+    with _Reader(folder) as reader:
+        return {
+            name: reader.span(Span(name, 0, shape.numel(), 0), "master").view(shape) for name, shape in shapes.items()
+        }
+
+
+class _Reader:
+    """Spans of parameters out of the shards of a checkpoint, whatever number of ranks wrote it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __enter__(self) -> _Reader:
+        self.pieces: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = {}
+        self.files = []
+        for path in sorted(self.folder.glob("rank-*.safetensors")):
+            try:
+                file = safe_open(path, "pt")
+            except SafetensorError as error:
+                raise UserError(f"{path}: not a valid safetensors file: {error}") from None
+            self.files.append(file.__enter__())
+            for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                name, start, stop, state = key.rsplit("|", 3)
+                self.pieces.setdefault((name, state), []).append((int(start), int(stop), file, key))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self.files:
+            file.__exit__(None, None, None)
+
+    def span(self, span: Span, state: str) -> Tensor:
+        out = torch.empty(span.stop - span.start)
+        found = 0
+        for start, stop, file, key in self.pieces.get((span.name, state), []):
+            low, high = max(start, span.start), min(stop, span.stop)
+            if low < high:
+                out[low - span.start : high - span.start] = file.get_slice(key)[low - start : high - start]
+                found += high - low
+        if found != len(out):
+            raise UserError(
+                f"{self.folder}: holds {found} of the {len(out)} numbers of {span.name} ({state}) that this "
+                f"model needs; the checkpoint belongs to another configuration"
+            )
+        return out
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> dict[str, Any]:
+    save_file(tensors, path)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return {"size": path.stat().st_size, "sha256": _sha256(path)}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()  # hashlib.file_digest came with Python 3.11
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+        return digest.hexdigest()
+
+
+def _fsync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

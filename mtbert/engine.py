@@ -1,0 +1,662 @@
+"""The only file that knows DeepSpeed: task gradients as ZeRO shards, their Gram matrix, the combination, the step.
+
+    K losses → K backwards → K shards of reduced gradients → G = S Sᵀ (one all-reduce of K² numbers)
+             → surgery: K weights → Σ w_k·S_k → DeepSpeed's optimizer step
+
+Shapes: K tasks in the step, P shared parameters, W ranks, S = P/W numbers of a rank's shard.
+
+A rank holds a whole task gradient only during that task's backward (and the next one's, while it travels). Parameters
+that all tasks share get surgery; a head belongs to one task and gets that task's gradient as it is.
+
+What we rest on inside DeepSpeed (private names; the version range in setup.py is narrow and tests/test_engine.py fails
+when a gradient goes missing): stage 1 `bit16_groups`, `bit16_groups_flat`, `single_partition_of_fp32_groups`,
+`averaged_gradients`, `update_lp_params`; stage 3 `fp16_groups`, `fp32_partitioned_groups_flat`,
+`fp16_partitioned_groups_flat`, `sub_group_to_group_id`, `grad_partitions_flat_buffer`.
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mtbert.config import EngineConfig, OptimizerConfig, TaskConfig
+from mtbert.runs import Rank
+from mtbert.surgery import Surgery
+
+Loss = Callable[[], Tensor]
+"""Builds one micro-batch's loss: this rank's sum over its examples, divided by those of the global batch."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters with one learning rate and weight decay; `task` None: shared by the tasks, and so under surgery."""
+
+    task: str | None
+    names: tuple[str, ...]
+    lr: float
+    weight_decay: float
+
+
+@dataclass(frozen=True)
+class Span:
+    """Elements start … stop of a flattened parameter, which lie from `offset` on in a partition."""
+
+    name: str
+    start: int
+    stop: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class Partition:
+    """A rank's piece of a group: fp32 master weights, and which parameters they belong to."""
+
+    group: int
+    master: Tensor
+    spans: tuple[Span, ...]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step did, the same on every rank. All on the CPU."""
+
+    tasks: tuple[int, ...]
+    losses_K: Tensor
+    gram_KK: Tensor  # of the shared gradients, λ included
+    weights_K: Tensor
+    head_norm: float  # of all heads' gradients together
+    norm: float  # of the combined gradient, before clipping
+    skipped: bool  # a loss or gradient was not finite: nothing was updated
+    stop: bool  # at least one rank wants to stop
+    save: bool  # at least one rank wants a checkpoint
+
+
+def choose_precision(wanted: str, device: torch.device) -> torch.dtype:
+    """bf16 where the hardware multiplies it (4.5 × fp32 on AVX512-BF16 and AMX), fp32 elsewhere."""
+    if wanted != "auto":
+        return torch.bfloat16 if wanted == "bf16" else torch.float32
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        capabilities = torch.cpu.get_capabilities()
+        fast = bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return torch.bfloat16 if fast else torch.float32
+
+
+def parameter_groups(
+    model: nn.Module, config: OptimizerConfig, tasks: Mapping[str, TaskConfig], layers: int
+) -> list[Group]:
+    """Shared groups first, then each head's. Weight decay spares biases and LayerNorm (everything with one dimension).
+
+    With `layer_decay` d the embeddings get lr·d^layers, layer i lr·d^(layers − 1 − i), what lies above it lr.
+    """
+    members: dict[tuple[str | None, float, float], list[str]] = {}
+    key: tuple[str | None, float, float]
+    for name, parameter in model.named_parameters():
+        parts = name.split(".")
+        decay = config.weight_decay if parameter.dim() > 1 else 0.0
+        if parts[0] == "heads":
+            head_lr = tasks[parts[1]].head.lr
+            key = (parts[1], config.head_lr if head_lr is None else head_lr, decay)
+        else:
+            key = (None, config.lr * config.layer_decay ** _depth_below_top(parts, layers), decay)
+        members.setdefault(key, []).append(name)
+    ordered = sorted(members.items(), key=lambda item: item[0][0] is not None)
+    return [Group(task, tuple(names), lr, decay) for (task, lr, decay), names in ordered]
+
+
+def _depth_below_top(parts: Sequence[str], layers: int) -> int:
+    if "layers" in parts:
+        return layers - 1 - int(parts[parts.index("layers") + 1])
+    return layers if any("embedding" in part for part in parts) else 0
+
+
+class _AdamW(torch.optim.AdamW):
+    """AdamW that leaves a frozen group alone: no decay, no step count, no fading moments."""
+
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
+        for group in self.param_groups:
+            if group["frozen"]:
+                for parameter in group["params"]:
+                    parameter.grad = None
+        return super().step(closure)
+
+
+class _Host(Protocol):
+    """Where gradients become shards. Partitions (and so shards) hold shared groups first, then the heads'."""
+
+    partitions: list[Partition]
+
+    def begin(self) -> None: ...
+    def backward(self, slot: int, losses: Sequence[Loss]) -> float: ...
+    def shards(self, tasks: int) -> tuple[Tensor, Tensor]: ...
+    def apply(self, gradients: Sequence[Tensor]) -> None: ...
+    def publish_masters(self) -> None: ...
+
+
+class Engine:
+    """DeepSpeed around the model, with one gradient shard per task.
+
+    Args:
+        groups: from `parameter_groups`; tasks are numbered in the order of `tasks`.
+        weights: λ of each task, multiplied into its loss.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: Sequence[Group],
+        tasks: Mapping[str, TaskConfig],
+        config: EngineConfig,
+        optimizer: OptimizerConfig,
+        surgery: Surgery,
+        rank: Rank,
+    ) -> None:
+        self.groups = list(groups)
+        self.tasks = list(tasks)
+        self.loss_weights = [task.weight for task in tasks.values()]
+        self.surgery = surgery
+        self.clip_norm = config.clip_norm
+        self.device = local_device(rank)
+        self.dtype = choose_precision(config.precision, self.device)
+        masters = {name: value.detach().float().clone() for name, value in model.named_parameters()}
+        self._deepspeed = _initialise_deepspeed(model, self.groups, config, optimizer, self.dtype, self.device)
+        self.model = self._deepspeed.module
+        host = _Stage1 if config.zero == 1 else _Stage3
+        self._host: _Host = host(self._deepspeed, self.groups, masters, config.accumulation)
+        self.partitions = self._host.partitions
+        self._shared = sum(p.master.numel() for p in self.partitions if self.groups[p.group].task is None)
+        self._combined = torch.empty(self._shared, device=self.device)
+        self.set_masters(lambda span: masters[span.name].flatten()[span.start : span.stop])
+
+    # --------------------------------------------------------------------------------------------- a step
+
+    def step(
+        self,
+        step: int,
+        losses: Mapping[int, Sequence[Loss]],
+        lr_factor: float,
+        frozen: bool = False,
+        stop: bool = False,
+        save: bool = False,
+    ) -> StepResult:
+        """One optimizer step on the tasks in `losses` (task number → micro-batches, the same tasks on all ranks).
+
+        Args:
+            lr_factor: multiplies every group's learning rate.
+            frozen: only heads are trained; the encoder's gradients are still measured.
+            stop, save: this rank wants to stop, or a checkpoint; the answer says whether any does.
+        """
+        tasks = tuple(losses)
+        self._host.begin()
+        values = [self._backward(slot, task, losses[task]) for slot, task in enumerate(tasks)]
+        shards_KS, heads_S = self._host.shards(len(tasks))
+        gram_KK, head_square, losses_K, stop, save = self._agree(shards_KS, heads_S, values, stop, save)
+        finite = bool(torch.isfinite(gram_KK).all() and torch.isfinite(losses_K).all()) and math.isfinite(head_square)
+        weights_K = torch.full((len(tasks),), math.nan)
+        norm = math.nan
+        if finite:
+            weights_K = self.surgery.weights(gram_KK.float(), step, tasks)
+            shared_square = 0.0 if frozen else float(weights_K.double() @ gram_KK @ weights_K.double())
+            norm = math.sqrt(max(shared_square, 0.0) + head_square)
+            scale = min(1.0, self.clip_norm / norm) if self.clip_norm and norm > 0 else 1.0
+            self._set_rates(lr_factor, tasks, frozen)
+            self._apply(shards_KS, heads_S, weights_K * scale, scale)
+        return StepResult(
+            tasks, losses_K, gram_KK, weights_K, math.sqrt(max(head_square, 0.0)), norm, not finite, stop, save
+        )
+
+    def _backward(self, slot: int, task: int, losses: Sequence[Loss]) -> float:
+        weight = self.loss_weights[task]
+        value = self._host.backward(slot, [partial(_weighted, loss, weight) for loss in losses])
+        return value / weight if weight else 0.0
+
+    def _agree(
+        self, shards_KS: Tensor, heads_S: Tensor, values: Sequence[float], stop: bool, save: bool
+    ) -> tuple[Tensor, float, Tensor, bool, bool]:
+        """Everything ranks must know of each other in a step, in one all-reduce of K² + K + 3 numbers (fp64)."""
+        tasks = len(values)
+        message = torch.cat(
+            [
+                gram(shards_KS).flatten(),
+                heads_S.double().square().sum().reshape(1),
+                torch.tensor([*values, float(stop), float(save)], dtype=torch.float64, device=self.device),
+            ]
+        )
+        dist.all_reduce(message)
+        message = message.cpu()
+        gram_KK = message[: tasks * tasks].view(tasks, tasks)
+        head_square, *losses, stops, saves = message[tasks * tasks :].tolist()
+        return gram_KK, head_square, torch.tensor(losses), stops > 0, saves > 0
+
+    def _set_rates(self, lr_factor: float, tasks: Sequence[int], frozen: bool) -> None:
+        present = {self.tasks[task] for task in tasks}
+        for group, options in zip(self.groups, self._deepspeed.optimizer.optimizer.param_groups, strict=True):
+            options["lr"] = group.lr * lr_factor
+            # a head absent from this step must not fade or decay
+            options["frozen"] = frozen if group.task is None else group.task not in present
+
+    def _apply(self, shards_KS: Tensor, heads_S: Tensor, weights_K: Tensor, head_scale: float) -> None:
+        combine(shards_KS, weights_K, out=self._combined)
+        if head_scale != 1.0:
+            heads_S.mul_(head_scale)
+        gradients, shared, head = [], 0, 0
+        for partition in self.partitions:
+            size = partition.master.numel()
+            if self.groups[partition.group].task is None:
+                gradients.append(self._combined[shared : shared + size])
+                shared += size
+            else:
+                gradients.append(heads_S[head : head + size])
+                head += size
+        self._host.apply(gradients)
+
+    # ------------------------------------------------------------------------------------- state, for checkpoints
+
+    def state(self) -> Iterator[tuple[Span, dict[str, Tensor]]]:
+        """This rank's optimizer state: per span the fp32 master and, once stepped, AdamW's two moments and step."""
+        states = self._deepspeed.optimizer.optimizer.state
+        for partition in self.partitions:
+            moments = states.get(partition.master, {})
+            for span in partition.spans:
+                piece = slice(span.offset, span.offset + span.stop - span.start)
+                yield (
+                    span,
+                    {
+                        "master": partition.master.detach()[piece],
+                        **{name: moments[name][piece] for name in ("exp_avg", "exp_avg_sq") if name in moments},
+                    },
+                )
+
+    def steps_taken(self) -> list[int]:
+        """AdamW's step count of every group (a frozen group's stands still)."""
+        states = self._deepspeed.optimizer.optimizer.state
+        taken = [0] * len(self.groups)
+        for partition in self.partitions:
+            taken[partition.group] = int(states.get(partition.master, {}).get("step", 0))
+        return taken
+
+    def set_masters(self, value: Callable[[Span], Tensor]) -> None:
+        """Set the fp32 master weights, and the model's own from them. DeepSpeed clones its masters from weights that
+        are already rounded to bf16."""
+        for partition in self.partitions:
+            for span in partition.spans:
+                partition.master.data[span.offset : span.offset + span.stop - span.start] = value(span)
+        self._host.publish_masters()
+
+    def load_state(self, read: Callable[[Span, str], Tensor], steps: Sequence[int]) -> None:
+        """Take over a checkpoint; `read(span, "master" | "exp_avg" | "exp_avg_sq")` gives the numbers of a span."""
+        states = self._deepspeed.optimizer.optimizer.state
+        for partition in self.partitions:
+            if not steps[partition.group]:
+                continue
+            moments = {
+                "step": torch.tensor(float(steps[partition.group])),
+                "exp_avg": torch.zeros_like(partition.master),
+                "exp_avg_sq": torch.zeros_like(partition.master),
+            }
+            if self.device.type == "cuda":  # fused AdamW keeps its step count beside the parameters
+                moments["step"] = moments["step"].to(self.device)
+            for name in ("exp_avg", "exp_avg_sq"):
+                for span in partition.spans:
+                    moments[name][span.offset : span.offset + span.stop - span.start] = read(span, name)
+            states[partition.master] = moments
+        self.set_masters(lambda span: read(span, "master"))
+
+    def close(self) -> None:
+        """Ends the process group after everyone is done; without the barrier gloo aborts at teardown now and then."""
+        self._deepspeed.destroy()
+        close_ranks()
+
+
+def _weighted(loss: Loss, weight: float) -> Tensor:
+    return weight * loss()
+
+
+# ------------------------------------------------------------------------------------------------ Gram space
+
+
+def gram(shards_KS: Tensor) -> Tensor:
+    """S Sᵀ of a rank's shards in one pass, (K, K) fp64: fp32 sums within a chunk, fp64 across chunks."""
+    total_KK = torch.zeros(len(shards_KS), len(shards_KS), dtype=torch.float64, device=shards_KS.device)
+    for chunk_KC in shards_KS.split(_chunk(shards_KS), dim=1):
+        chunk_KC = chunk_KC.float()
+        total_KK += (chunk_KC @ chunk_KC.T).double()
+    return total_KK
+
+
+def combine(shards_KS: Tensor, weights_K: Tensor, out: Tensor) -> None:
+    """Σ_k w_k·S_k into `out` (S,) fp32, in one pass."""
+    weights_K = weights_K.to(out.device)
+    for chunk_KC, out_C in zip(shards_KS.split(_chunk(shards_KS), dim=1), out.split(_chunk(shards_KS)), strict=True):
+        torch.mv(chunk_KC.float().T, weights_K, out=out_C)
+
+
+def _chunk(shards: Tensor) -> int:
+    """Columns that fit the cache together with their fp32 copy."""
+    return 1 << 18 if shards.device.type == "cpu" else 1 << 24
+
+
+# ------------------------------------------------------------------------------------------------- ZeRO stage 1
+
+
+class _Stage1:
+    """ZeRO-1 as host, with flat gradient buffers of our own.
+
+    With this configuration DeepSpeed installs no gradient hooks. A task's gradients accumulate in views of one flat
+    buffer laid out like DeepSpeed's flat weights; after the backward, pieces travel by all-to-all, each rank sums what
+    it receives in fp32. That carries (W−1)/W·P numbers per task, half of an all-reduce, and the sum is exact to fp32
+    even for a bf16 payload. Two buffers take turns, so that a task's gradient travels during the next one's backward.
+    With one rank there is nothing to send: every task has a buffer, and the buffers are the shards.
+    """
+
+    def __init__(self, engine: Any, groups: Sequence[Group], masters: Mapping[str, Tensor], accumulation: int) -> None:
+        self.engine = engine
+        optimizer = engine.optimizer
+        self.world = dist.get_world_size()
+        self.optimizer = optimizer
+        names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
+        self.shared_groups = sum(group.task is None for group in groups)
+        self.sizes = [flat.numel() for flat in optimizer.bit16_groups_flat]
+        self.partitions = [self._partition(index, names) for index in range(len(groups))]
+        dtype = optimizer.bit16_groups_flat[0].dtype
+        # one backward per buffer adds each gradient once, so bf16 loses nothing; several would lose small addends
+        self.grad_dtype = torch.float32 if accumulation > 1 else dtype
+        self.device = optimizer.bit16_groups_flat[0].device
+        self.shared = sum(self.sizes[: self.shared_groups])
+        self.heads = torch.zeros(sum(self.sizes[self.shared_groups :]), dtype=self.grad_dtype, device=self.device)
+        self.head_views = self._views(self.heads, range(self.shared_groups, len(groups)))
+        if self.grad_dtype != dtype:
+            for parameter in engine.module.parameters():
+                parameter.grad_dtype = self.grad_dtype
+        self.buffers: list[Tensor] = []
+        self.views: list[list[tuple[nn.Parameter, Tensor]]] = []
+        self.received: list[Tensor] = []
+        self.pending: list[tuple[int, int, list[Any]]] = []  # slot, buffer, works
+        self.shards_KS = torch.empty(0, self.shared // self.world, device=self.device)
+
+    def _partition(self, index: int, names: Mapping[int, str]) -> Partition:
+        flat: Tensor = self.optimizer.bit16_groups_flat[index]
+        size = flat.numel() // self.world
+        low, high = dist.get_rank() * size, (dist.get_rank() + 1) * size
+        spans = []
+        for parameter in self.optimizer.bit16_groups[index]:
+            offset = parameter.storage_offset() - flat.storage_offset()
+            start, stop = max(offset, low), min(offset + parameter.numel(), high)
+            if start < stop:
+                spans.append(Span(names[id(parameter)], start - offset, stop - offset, start - low))
+        return Partition(index, self.optimizer.single_partition_of_fp32_groups[index], tuple(spans))
+
+    def _views(self, buffer: Tensor, groups: Sequence[int]) -> list[tuple[nn.Parameter, Tensor]]:
+        """Every parameter of the groups with its place in a buffer that holds the groups one after another."""
+        views, first = [], 0
+        for index in groups:
+            flat = self.optimizer.bit16_groups_flat[index]
+            for parameter in self.optimizer.bit16_groups[index]:
+                offset = first + parameter.storage_offset() - flat.storage_offset()
+                views.append((parameter, buffer[offset : offset + parameter.numel()].view_as(parameter)))
+            first += flat.numel()
+        return views
+
+    def begin(self) -> None:
+        self.heads.zero_()
+        for parameter, view in self.head_views:
+            parameter.grad = view
+
+    def backward(self, slot: int, losses: Sequence[Loss]) -> float:
+        self._grow(slot + 1)
+        place = slot if self.world == 1 else slot % 2
+        self._receive(unless=place)
+        buffer = self.buffers[place]
+        buffer.zero_()
+        for parameter, view in self.views[place]:
+            parameter.grad = view
+        value = 0.0
+        for build in losses:
+            loss = build()
+            if loss.requires_grad:
+                loss.backward()
+            value += float(loss.detach())
+        if self.world > 1:
+            self._send(slot, place)
+        return value
+
+    def _grow(self, tasks: int) -> None:
+        """Buffers for as many tasks as a step turns out to have."""
+        if tasks <= len(self.shards_KS):
+            return
+        if self.world == 1:
+            self.shards_KS = torch.zeros(tasks, self.shared, dtype=self.grad_dtype, device=self.device)
+            self.buffers = list(self.shards_KS)
+        else:
+            kept = self.shards_KS
+            self.shards_KS = torch.zeros(tasks, self.shared // self.world, device=self.device)
+            self.shards_KS[: len(kept)] = kept
+            while len(self.buffers) < min(tasks, 2):
+                self.buffers.append(torch.zeros(self.shared, dtype=self.grad_dtype, device=self.device))
+                self.received.append(torch.empty_like(self.buffers[-1]))
+        self.views = [self._views(buffer, range(self.shared_groups)) for buffer in self.buffers]
+
+    def _send(self, slot: int, place: int) -> None:
+        works = [
+            dist.all_to_all_single(out, piece, async_op=True)
+            for out, piece in zip(
+                self.received[place].split(self.sizes[: self.shared_groups]),
+                self.buffers[place].split(self.sizes[: self.shared_groups]),
+                strict=True,
+            )
+        ]
+        self.pending.append((slot, place, works))
+
+    def _receive(self, unless: int | None) -> None:
+        """Sum what arrived for the oldest tasks: all of them, or only those in the way of buffer `unless`."""
+        waiting = self.pending
+        self.pending = []
+        for slot, place, works in waiting:
+            if unless is not None and place != unless:
+                self.pending.append((slot, place, works))
+                continue
+            for work in works:
+                work.wait()
+            pieces = self.received[place].split(self.sizes[: self.shared_groups])
+            shards = self.shards_KS[slot].split([size // self.world for size in self.sizes[: self.shared_groups]])
+            for shard, piece in zip(shards, pieces, strict=True):
+                _sum_rows(piece.view(self.world, -1), shard)
+
+    def shards(self, tasks: int) -> tuple[Tensor, Tensor]:
+        self._receive(unless=None)
+        if self.world == 1:
+            return self.shards_KS[:tasks], self.heads.float()
+        sizes = self.sizes[self.shared_groups :]
+        pieces = []
+        for piece in self.heads.split(sizes):
+            received = torch.empty_like(piece)
+            dist.all_to_all_single(received, piece)
+            pieces.append(_sum_rows(received.view(self.world, -1), piece.new_empty(len(piece) // self.world).float()))
+        return self.shards_KS[:tasks], torch.cat(pieces) if pieces else self.heads.float()
+
+    def apply(self, gradients: Sequence[Tensor]) -> None:
+        for index, gradient in enumerate(gradients):
+            self.optimizer.averaged_gradients[index] = [gradient]
+        self.engine.step()
+
+    def publish_masters(self) -> None:
+        self.optimizer.update_lp_params()
+
+
+def _sum_rows(rows_WS: Tensor, out: Tensor) -> Tensor:
+    """fp32 sum over ranks, in rank order (torch.sum with a dtype makes a converted copy of everything first)."""
+    out.copy_(rows_WS[0])
+    for row in rows_WS[1:]:
+        out.add_(row)
+    return out
+
+
+# ------------------------------------------------------------------------------------------------- ZeRO stage 3
+
+
+class _Stage3:
+    """ZeRO-3: parameters are sharded too, for an encoder that outgrows one GPU.
+
+    DeepSpeed reduces each backward into its own flat partition buffer; we take a task's gradient out of it and put the
+    combination back before the step.
+    """
+
+    def __init__(self, engine: Any, groups: Sequence[Group], masters: Mapping[str, Tensor], accumulation: int) -> None:
+        self.engine = engine
+        self.optimizer = engine.optimizer
+        self.world = dist.get_world_size()
+        names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
+        self.partitions = []
+        for index, parameters in enumerate(self.optimizer.fp16_groups):
+            spans, offset = [], 0
+            for parameter in parameters:
+                size = parameter.partition_numel()
+                total = masters[names[id(parameter)]].numel()
+                start, stop = dist.get_rank() * size, min((dist.get_rank() + 1) * size, total)
+                if start < stop:
+                    spans.append(Span(names[id(parameter)], start, stop, offset))
+                offset += size
+            group = self.optimizer.sub_group_to_group_id[index]
+            self.partitions.append(Partition(group, self.optimizer.fp32_partitioned_groups_flat[index], tuple(spans)))
+        self.flat: Tensor = self.optimizer.grad_partitions_flat_buffer
+        self.shared = sum(p.master.numel() for p in self.partitions if groups[p.group].task is None)
+        self.shards_KS = torch.zeros(0, self.shared, device=self.flat.device)
+        self.heads = torch.zeros(self.flat.numel() - self.shared, device=self.flat.device)
+
+    def begin(self) -> None:
+        self.heads.zero_()
+
+    def backward(self, slot: int, losses: Sequence[Loss]) -> float:
+        if slot >= len(self.shards_KS):
+            kept = self.shards_KS
+            self.shards_KS = torch.zeros(slot + 1, self.shared, device=self.flat.device)
+            self.shards_KS[: len(kept)] = kept
+        self.shards_KS[slot].zero_()
+        value = 0.0
+        for build in losses:
+            self.flat.zero_()
+            loss = build()
+            self.engine.backward(loss * self.world)  # DeepSpeed divides by the number of ranks
+            self.shards_KS[slot] += self.flat[: self.shared]
+            self.heads += self.flat[self.shared :]
+            value += float(loss.detach())
+        return value
+
+    def shards(self, tasks: int) -> tuple[Tensor, Tensor]:
+        return self.shards_KS[:tasks], self.heads
+
+    def apply(self, gradients: Sequence[Tensor]) -> None:
+        torch.cat(list(gradients), out=self.flat)
+        self.engine.step()
+
+    def publish_masters(self) -> None:
+        for weights, partition in zip(self.optimizer.fp16_partitioned_groups_flat, self.partitions, strict=True):
+            weights.data.copy_(partition.master.data)
+
+
+# --------------------------------------------------------------------------------------- processes and DeepSpeed
+
+
+def local_device(rank: Rank) -> torch.device:
+    return torch.device("cuda", rank.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def join_ranks(rank: Rank, config: EngineConfig, timeout_s: float = 1800) -> None:
+    """Join the process group (NCCL on GPUs, gloo on CPUs) and set the number of threads."""
+    device = local_device(rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    torch.set_num_threads(config.threads or max(1, (os.cpu_count() or 1) // rank.local_world))
+    rendezvous = rank.rendezvous
+    if not rendezvous:
+        assert rank.world == 1, "several ranks need a rendezvous"
+        store: Any = {"store": dist.HashStore()}  # type: ignore[attr-defined]
+    else:
+        store = {"init_method": rendezvous}
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        rank=rank.rank,
+        world_size=rank.world,
+        timeout=datetime.timedelta(seconds=timeout_s),
+        **store,
+    )
+
+
+def close_ranks() -> None:
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@contextmanager
+def _quiet_deepspeed() -> Iterator[Any]:
+    """DeepSpeed, imported when asked for and without its greetings; our own lines say what a user needs."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import deepspeed
+
+        # its CPU start-up compiles a shared-memory op with ninja (27 s), and raises where there is no compiler
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        yield deepspeed
+
+
+def _initialise_deepspeed(
+    model: nn.Module,
+    groups: Sequence[Group],
+    config: EngineConfig,
+    optimizer: OptimizerConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Any:
+    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # DeepSpeed insists on it, and does not use it
+    # what DeepSpeed calls is renamed in torch 2.13; not news for a user
+    warnings.filterwarnings("ignore", message=r".*(reduce_scatter|all_gather_into)_tensor. is deprecated")
+    parameters = dict(model.named_parameters())
+    options = [
+        {
+            "params": [parameters[name] for name in group.names],
+            "lr": group.lr,
+            "weight_decay": group.weight_decay,
+            "frozen": False,
+        }
+        for group in groups
+    ]
+    adamw = _AdamW(options, betas=optimizer.betas, eps=optimizer.eps, fused=True)
+    zero: dict[str, Any] = {"stage": config.zero, "overlap_comm": False, "contiguous_gradients": False}
+    if config.zero == 1:
+        zero["compute_grad_norm"] = False
+    else:
+        zero["contiguous_gradients"] = True
+        zero["stage3_param_persistence_threshold"] = 0
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0,  # its default is 1.0; we clip the combined gradient ourselves
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "steps_per_print": None,
+    }
+    if config.zero == 3:
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
+    with _quiet_deepspeed() as deepspeed:
+        deepspeed.init_distributed(dist_init_required=False, verbose=False)
+        engine, *_ = deepspeed.initialize(
+            model=model.to(device=device, dtype=dtype), optimizer=adamw, config=settings, dist_init_required=False
+        )
+    return engine

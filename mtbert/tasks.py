@@ -1,0 +1,120 @@
+"""A task: where its examples are, how they are laid out, which head and loss they get. All of it comes from YAML."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from mtbert import synthetic
+from mtbert.config import Config, DataConfig, Generate, TaskConfig, UserError
+from mtbert.data import Batch, Dataset, collate, load_dataset, load_tokenizer, sequence_lengths, special_ids
+from mtbert.losses import LOSSES
+
+Split = Literal["train", "dev"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task with its two splits open."""
+
+    name: str
+    config: TaskConfig
+    train: Dataset
+    dev: Dataset
+    specials: tuple[int, int]  # ids of [CLS] and [SEP]
+    max_length: int
+
+    def tokens_N(self, split: Split) -> NDArray[np.int64]:
+        """What each example costs in the encoder, in tokens."""
+        return sequence_lengths(self._of(split), self.config.head.kind == "joint", self.max_length)
+
+    def batch(self, split: Split, indices: NDArray[np.int64]) -> Batch:
+        return collate(self._of(split), indices, self.config, self.specials, self.max_length)
+
+    def loss(self, answers: Tensor, labels_B: Tensor) -> Tensor:
+        """The loss of each example, (B,)."""
+        return LOSSES[self.config.loss_kind](answers, labels_B)
+
+    def _of(self, split: Split) -> Dataset:
+        return self.train if split == "train" else self.dev
+
+
+def load_tasks(config: Config, data: DataConfig, tokenizer: Tokenizer, max_length: int) -> list[Task]:
+    """Every task with its data read, checked and tokenised (or found in the cache)."""
+    specials = special_ids(tokenizer)
+    return [
+        Task(
+            name,
+            task,
+            load_dataset(task, name, "train", data, tokenizer),
+            load_dataset(task, name, "dev", data, tokenizer),
+            specials,
+            max_length,
+        )
+        for name, task in config.tasks.items()
+    ]
+
+
+def locate_data(config: Config) -> DataConfig:
+    """Where the examples lie: `data.dir`, or the generated corpus, made on first use."""
+    if config.data.generate is None:
+        return config.data
+    folder = _generated(config.data.generate, Path(config.data.cache).expanduser() / "generated")
+    return config.data.model_copy(update={"dir": str(folder), "generate": None})
+
+
+def locate_tokenizer(config: Config, data: DataConfig, pretrained: Path | None) -> Tokenizer:
+    """The tokenizer named in the config, else the pretrained model's, else the generated corpus's."""
+    if config.encoder.tokenizer is not None:
+        return load_tokenizer(config.encoder.tokenizer)
+    if pretrained is not None:
+        return load_tokenizer(pretrained)
+    if config.data.generate is not None and data.dir is not None:
+        return load_tokenizer(data.dir)
+    raise UserError("encoder.tokenizer: not set; an encoder trained from scratch needs a tokenizer.json or vocab.txt")
+
+
+def _generated(wanted: Generate, cache: Path) -> Path:
+    """The generated corpus with its tokenizer, named after what it depends on; ranks may race, one result stays."""
+    recipe = f"{wanted.model_dump_json()} {Path(synthetic.__file__).read_text(encoding='utf-8')}"
+    folder = cache / hashlib.sha256(recipe.encode()).hexdigest()[:16]
+    if folder.is_dir():
+        return folder
+    return _made_aside(folder, lambda aside: _generate(wanted, aside))
+
+
+def _generate(wanted: Generate, folder: Path) -> None:
+    synthetic.generate(folder, wanted.seed, wanted.train, wanted.dev)
+    texts = (path.read_text(encoding="utf-8") for path in sorted(folder.glob("*-train.csv")))
+    lines = (column for text in texts for line in text.splitlines()[1:] for column in line.split("\t")[2:-1])
+    synthetic.train_tokenizer(lines, folder / "tokenizer.json")
+
+
+def _made_aside(folder: Path, make: Callable[[Path], None]) -> Path:
+    """Make a folder under another name and rename it, so that it is there whole or not at all."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"data.cache: cannot make {folder.parent}: {error.strerror}") from None
+    aside = Path(tempfile.mkdtemp(prefix=".making-", dir=folder.parent))
+    try:
+        make(aside)
+        aside.chmod(0o755)
+        try:
+            aside.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was first, with the same content
+                raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return folder

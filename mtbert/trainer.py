@@ -1,0 +1,425 @@
+"""The training loop: phases over one schedule, one engine step at a time, resumable at every step.
+
+    run folder (config.yaml) → tasks, model → Engine → for each step: batches → losses → Engine.step → records
+
+`train` is what every launcher calls on every rank.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mtbert.baselines import bag_of_words_baseline, trivial_baseline
+from mtbert.checkpoint import Checkpointer
+from mtbert.config import Config, OptimizerConfig, PhaseConfig, UserError, load_config, to_yaml
+from mtbert.data import Batch, prefetch
+from mtbert.encoder import EncoderShape, load_pretrained
+from mtbert.engine import Engine, Loss, StepResult, close_ranks, join_ranks, parameter_groups
+from mtbert.evaluate import Evaluation, evaluate_all
+from mtbert.heads import MultiTaskModel
+from mtbert.metrics import METRICS
+from mtbert.randomness import addressed_generator
+from mtbert.runs import Outcome, Rank, write_atomically
+from mtbert.schedule import Schedule, Share
+from mtbert.surgery import Surgery, conflicts
+from mtbert.tasks import Task, load_tasks, locate_data, locate_tokenizer
+from mtbert.tracking import Tracker
+
+SKIPS_IN_A_ROW = 10
+"""Steps without a finite loss or gradient after which a run stops: it will not recover by itself."""
+
+
+def train(run_dir: Path, rank: Rank, stop: Callable[[], bool] = lambda: False, quiet: bool = False) -> Outcome:
+    """Train the run in `run_dir` to its end, from its newest checkpoint if it has one. Collective.
+
+    Args:
+        stop: polled before every step; when it is true on any rank, all save at the same step and return "stopped".
+        quiet: nothing on stdout.
+
+    Raises `UserError` for a mistake in the configuration or the data, the same one on every rank.
+    """
+    config = load_config(run_dir / "config.yaml")
+    join_ranks(rank, config.engine)
+    try:
+        outcome = _Run(config, run_dir, rank, _in_turn(rank, lambda: build(config)), stop, quiet).train()
+    except UserError:  # the same on every rank; after anything else a barrier would wait for ranks that run on
+        close_ranks()
+        raise
+    close_ranks()
+    return outcome
+
+
+Built = tuple[MultiTaskModel, EncoderShape, list[Task]]
+
+
+def _in_turn(rank: Rank, make: Callable[[], Built]) -> Built:
+    """Each host's first rank fills the caches, then the others find them. A `UserError` of one is raised on all."""
+    built: Built | None = None
+    trouble = None
+    for turn in (True, False):
+        if (rank.local_rank == 0) == turn:
+            try:
+                built = make()
+            except UserError as error:
+                trouble = str(error)
+        troubles: list[str | None] = [None] * rank.world
+        dist.all_gather_object(troubles, trouble)
+        if any(troubles):
+            raise UserError(next(text for text in troubles if text))
+    assert built is not None
+    return built
+
+
+def build(config: Config) -> Built:
+    """The model with its initial weights, and the tasks with their data."""
+    encoder = config.encoder
+    if (encoder.pretrained is None) == (encoder.shape is None):
+        raise UserError(
+            "encoder.pretrained: give a Hugging Face folder or hub name, or set encoder.shape to train from scratch"
+            if encoder.shape is None
+            else "encoder.pretrained and encoder.shape exclude each other; set one of them to null"
+        )
+    weights: Mapping[str, Tensor] = {}
+    folder = None
+    if encoder.pretrained is not None:
+        shape, weights, folder = load_pretrained(encoder.pretrained)
+    data = locate_data(config)
+    tokenizer = locate_tokenizer(config, data, folder)
+    if encoder.shape is not None:
+        shape = EncoderShape(vocab_size=tokenizer.get_vocab_size(), **encoder.shape.model_dump())
+    if tokenizer.get_vocab_size() > shape.vocab_size:
+        raise UserError(
+            f"encoder.tokenizer: has {tokenizer.get_vocab_size()} entries, the encoder knows {shape.vocab_size}; "
+            f"use the tokenizer that the encoder was trained with"
+        )
+    model = MultiTaskModel(shape, encoder, config.tasks, config.seed)
+    if weights:
+        model.encoder.load_weights(weights)
+    return model, shape, load_tasks(config, data, tokenizer, min(encoder.max_length, shape.max_positions))
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a step lies: in which phase, and how far into it."""
+
+    phase: PhaseConfig
+    first: int
+    last: int  # included
+
+
+@dataclass(frozen=True)
+class _StepData:
+    shares: list[Share]
+    batches: list[list[Batch]]  # per share, its micro-batches
+
+
+class _Run:
+    def __init__(
+        self,
+        config: Config,
+        run_dir: Path,
+        rank: Rank,
+        built: Built,
+        stop: Callable[[], bool],
+        quiet: bool,
+    ) -> None:
+        model, shape, tasks = built
+        self.config, self.run_dir, self.rank, self.tasks, self.stop = config, run_dir, rank, tasks, stop
+        self.schedule, self.places = plan(config, tasks)
+        self.total_steps = self.places[-1].last + 1
+        self.engine = Engine(
+            model,
+            parameter_groups(model, config.optimizer, config.tasks, shape.layers),
+            config.tasks,
+            config.engine,
+            config.optimizer,
+            Surgery(config.surgery.method, config.surgery.options, config.seed),
+            rank,
+        )
+        self.device = self.engine.device
+        self.checkpointer = Checkpointer(run_dir, rank, config.checkpoint.keep)
+        notes: list[str] = []
+        checkpoint = self.checkpointer.latest(notes.append)
+        self.first_step = 0
+        self.best: dict[str, float] | None = None
+        if checkpoint is not None:
+            self.checkpointer.load(self.engine, checkpoint)
+            self.first_step, self.best = checkpoint.step, checkpoint.best
+        self.tracker = Tracker(run_dir, rank, self.first_step, self.total_steps, quiet)
+        for note in notes:
+            self.tracker.message(note)
+        self.skips_in_a_row = 0
+        self.window = _Window([task.name for task in tasks])
+
+    # --------------------------------------------------------------------------------------------- the loop
+
+    def train(self) -> Outcome:
+        with self.tracker:
+            self._introduce()
+            saved_at = time.monotonic()
+            steps = prefetch(self._step_data, self.first_step, self.total_steps)
+            step = self.first_step - 1
+            for step in range(self.first_step, self.total_steps):
+                place = self._place(step)
+                if step in (place.first, self.first_step):
+                    self.tracker.phase(place.phase.name, place.first, place.last)
+                waited = time.monotonic()
+                data = next(steps)
+                waited = time.monotonic() - waited
+                every = self.config.checkpoint.every_minutes
+                save_wanted = self.rank.first and every is not None and time.monotonic() - saved_at > 60 * every
+                result = self._step(step, place, data, save_wanted)
+                self._record(step, place, data, result, waited)
+                if self._evaluation_due(step):
+                    self._evaluate(step)
+                if result.stop or result.save or self._save_due(step):
+                    self._save(step + 1)
+                    saved_at = time.monotonic()
+                if result.stop and step + 1 < self.total_steps:
+                    steps.close()
+                    self.tracker.message(f"stopped after step {step + 1}; saved in {self.checkpointer.folder}")
+                    return Outcome("stopped", step + 1, {})
+            return Outcome("finished", self.total_steps, self._conclude())
+
+    def _step_data(self, step: int) -> _StepData:
+        """A step's packed batches on this rank; made ahead of time in a thread."""
+        shares = self.schedule.shares(step, self.rank.rank, self.rank.world, self.config.engine.accumulation)
+        return _StepData(
+            shares,
+            [[self.tasks[share.task].batch("train", indices) for indices in share.micro_batches] for share in shares],
+        )
+
+    def _step(self, step: int, place: _Place, data: _StepData, save: bool) -> StepResult:
+        losses: dict[int, Sequence[Loss]] = {}
+        for share, batches in zip(data.shares, data.batches, strict=True):
+            losses[share.task] = [
+                partial(self._loss, step, share, number, batch) for number, batch in enumerate(batches)
+            ]
+        result = self.engine.step(
+            step,
+            losses,
+            lr_factor=learning_rate_factor(self.config.optimizer, place.phase, step - place.first, _steps(place)),
+            frozen=place.phase.trainable == "heads",
+            stop=self.stop(),
+            save=save,
+        )
+        self._count_skips(step, result)
+        return result
+
+    def _loss(self, step: int, share: Share, number: int, batch: Batch) -> Tensor:
+        task = self.tasks[share.task]
+        generator = addressed_generator(
+            self.device, self.config.seed, "dropout", step, self.rank.rank, share.task, number
+        )
+        answers = self.engine.model(task.name, batch.packed.to(self.device), generator)
+        return task.loss(answers, batch.labels_B.to(self.device)).sum() / share.examples
+
+    def _count_skips(self, step: int, result: StepResult) -> None:
+        self.skips_in_a_row = self.skips_in_a_row + 1 if result.skipped else 0
+        if not result.skipped:
+            return
+        names = [
+            self.tasks[task].name
+            for task, loss, square in zip(result.tasks, result.losses_K, result.gram_KK.diagonal(), strict=True)
+            if not (torch.isfinite(loss) and torch.isfinite(square))
+        ]
+        cause = f"loss or gradient of {', '.join(names) or 'a head'} is not finite"
+        self.tracker.message(f"step {step}: skipped on all ranks, {cause}")
+        if self.skips_in_a_row == SKIPS_IN_A_ROW:
+            raise UserError(
+                f"step {step}: {cause}, {SKIPS_IN_A_ROW} steps in a row; lower optimizer.lr and optimizer.head_lr, "
+                f"or set engine.precision to fp32"
+            )
+
+    def _place(self, step: int) -> _Place:
+        return next(place for place in self.places if step <= place.last)
+
+    # ------------------------------------------------------------------------------- evaluation and saving
+
+    def _evaluation_due(self, step: int) -> bool:
+        every = self.config.run.evaluate_every or self.schedule.steps_per_epoch
+        return (step + 1) % every == 0 or step + 1 == self.total_steps
+
+    def _save_due(self, step: int) -> bool:
+        every = self.config.checkpoint.every_steps
+        improved = self.best is not None and self.best["step"] == step + 1
+        return improved or step + 1 == self.total_steps or (every is not None and (step + 1) % every == 0)
+
+    def _evaluate(self, step: int) -> None:
+        results, score = evaluate_all(self.engine.model, self.tasks, self.rank, self.device)
+        self.results = results
+        values = {f"metric/{result.task}/{result.metric}": result.score for result in results}
+        values |= {f"loss/{result.task}/dev": result.loss for result in results}
+        self.tracker.scalars(step, {**values, "metric/composite": score})
+        told = "  ".join(f"{result.task} {result.metric} {result.score:.4f}" for result in results)
+        self.tracker.message(f"step {step + 1}: {told}  composite {score:.4f}")
+        if self.best is None or score > self.best["score"]:
+            self.best = {"step": step + 1, "score": score}
+
+    def _save(self, step: int) -> None:
+        self.tracker.flush()
+        self.checkpointer.save(self.engine, step, self.best)
+        self.saved_at = time.monotonic()
+
+    # ----------------------------------------------------------------------------------- what people see
+
+    def _introduce(self) -> None:
+        dtype = "bf16 with fp32 master weights" if self.engine.dtype == torch.bfloat16 else "fp32"
+        tracker, config = self.tracker, self.config
+        tracker.message(
+            f"{self.rank.world} rank(s) on {self.device.type}, {torch.get_num_threads()} thread(s) each, {dtype}, "
+            f"ZeRO-{config.engine.zero}, surgery {config.surgery.method}; "
+            f"{sum(p.numel() for p in self.engine.model.parameters()) / 1e6:.1f} M parameters, {self.total_steps} steps"
+        )
+        for task in self.tasks:
+            left_out = len(task.train.quarantined) + len(task.dev.quarantined)
+            tracker.message(
+                f"{task.name}: {len(task.train):,} training and {len(task.dev):,} development examples"
+                + (f", {left_out} rows left out (quarantined.jsonl says which and why)" if left_out else "")
+            )
+        if self.first_step:
+            tracker.message(f"continuing after step {self.first_step}")
+        if self.rank.first:
+            rows = [row for task in self.tasks for data in (task.train, task.dev) for row in data.quarantined]
+            if rows:
+                lines = "".join(json.dumps(asdict(row)) + "\n" for row in rows)
+                write_atomically(self.run_dir / "quarantined.jsonl", lines)
+        if not self.first_step:
+            tracker.text("config", f"```yaml\n{to_yaml(config)}```")
+
+    def _record(self, step: int, place: _Place, data: _StepData, result: StepResult, waited: float) -> None:
+        self.window.add(data, result, waited)
+        if (step + 1) % self.config.run.log_every and step + 1 != self.total_steps:
+            return
+        names = [self.tasks[task].name for task in result.tasks]
+        cosine_KK, conflict_rate = conflicts(result.gram_KK)
+        values = self.window.close(self.rank.world)
+        self.tracker.progress(step, self.window.losses, values["speed/examples_per_second"])
+        values |= {f"loss/{name}": loss for name, loss in self.window.losses.items()}
+        for k, name in enumerate(names):
+            values[f"gradient/norm/{name}"] = float(result.gram_KK[k, k].sqrt())
+            values[f"gradient/weight/{name}"] = float(result.weights_K[k])
+            for other in range(k + 1, len(names)):
+                values[f"gradient/cosine/{name}~{names[other]}"] = float(cosine_KK[k, other])
+        values |= {"gradient/conflict_rate": conflict_rate, "gradient/norm/combined": result.norm}
+        factor = learning_rate_factor(self.config.optimizer, place.phase, step - place.first, _steps(place))
+        values["learning_rate/encoder"] = self.config.optimizer.lr * factor * (place.phase.trainable == "all")
+        for name, task in self.config.tasks.items():
+            values[f"learning_rate/{name}"] = (
+                self.config.optimizer.head_lr if task.head.lr is None else task.head.lr
+            ) * factor
+        for share in data.shares:
+            batches = self.schedule.batches_per_pass[share.task]
+            ordinal = max(ordinal for task, ordinal in self.schedule.batches_at(step) if task == share.task)
+            values[f"passes/{self.tasks[share.task].name}"] = (ordinal + 1) / batches
+        self.tracker.scalars(step, values)
+
+    def _conclude(self) -> dict[str, float]:
+        """The closing table and `result.json`, and where to look next."""
+        if not hasattr(self, "results"):  # resumed after the last step: all was done but this
+            self._evaluate(self.total_steps - 1)
+        scores = {result.task: result.score for result in self.results}
+        if not self.rank.first:
+            return scores
+        rows: list[list[str | float | None]] = []
+        record = {}
+        for task, result in zip(self.tasks, self.results, strict=True):
+            trivial, words = _baselines(task, result)
+            rows.append([task.name, result.metric, result.score, trivial, words])
+            record[task.name] = {
+                "metric": result.metric,
+                "score": result.score,
+                "trivial": trivial,
+                "bag_of_words": words,
+            }
+        write_atomically(self.run_dir / "result.json", json.dumps({"step": self.total_steps, "tasks": record}) + "\n")
+        self.tracker.table("Development scores", ["task", "metric", "mtbert", "trivial", "bag of words"], rows)
+        self.tracker.message(f"run folder: {self.run_dir}")
+        self.tracker.message(f"curves: tensorboard --logdir {self.run_dir.parent}")
+        return scores
+
+
+def _baselines(task: Task, result: Evaluation) -> tuple[float, float]:
+    """Scores of the trivial answer and of a bag of words on the same development set."""
+    train, dev, kind = task.train, task.dev, task.config.kind
+    metric = METRICS[result.metric]
+    trivial = trivial_baseline(kind, train.labels_N, dev.labels_N)
+    words = bag_of_words_baseline(kind, train.raw(np.arange(len(train))), train.labels_N, dev.raw(np.arange(len(dev))))
+    return metric(trivial, dev.labels_N), metric(words, dev.labels_N)
+
+
+def plan(config: Config, tasks: Sequence[Task]) -> tuple[Schedule, list[_Place]]:
+    """The schedule, and where each phase lies in it."""
+    sizes = [task.batch_size or config.schedule.batch_size for task in config.tasks.values()]
+    tokens = [task.tokens_N("train") for task in tasks]
+    epochs = sum(phase.epochs or 0 for phase in config.phases)
+    schedule = Schedule(config.schedule, tokens, sizes, config.seed, max(epochs, 1))
+    places, first = [], 0
+    for phase in config.phases:
+        steps = phase.steps or (phase.epochs or 0) * schedule.steps_per_epoch
+        places.append(_Place(phase, first, first + steps - 1))
+        first += steps
+    return schedule, places
+
+
+def _steps(place: _Place) -> int:
+    return place.last - place.first + 1
+
+
+def learning_rate_factor(config: OptimizerConfig, phase: PhaseConfig, step: int, steps: int) -> float:
+    """What every learning rate is multiplied by at a phase's `step` of `steps`: warm-up, then the decay to 0."""
+    warmup = round(config.warmup * steps)
+    if step < warmup:
+        return phase.lr_scale * (step + 1) / warmup
+    progress = (step - warmup) / max(steps - warmup, 1)
+    decay = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1 + np.cos(np.pi * progress))}
+    return phase.lr_scale * float(decay[config.decay])
+
+
+class _Window:
+    """What is summed up between two lines of the log."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = names
+        self.losses: dict[str, float] = {}  # the last means known of every task
+        self._open()
+
+    def _open(self) -> None:
+        self.started = time.monotonic()
+        self.waited = 0.0
+        self.examples = self.tokens = self.padded = self.skipped = 0
+        self.sums: dict[str, list[float]] = {}
+
+    def add(self, data: _StepData, result: StepResult, waited: float) -> None:
+        self.waited += waited
+        self.skipped += result.skipped
+        for share, batches in zip(data.shares, data.batches, strict=True):
+            self.examples += share.examples
+            self.tokens += sum(batch.packed.tokens for batch in batches)
+            self.padded += sum(batch.packed.padded for batch in batches)
+        for task, loss in zip(result.tasks, result.losses_K.tolist(), strict=True):
+            self.sums.setdefault(self.names[task], []).append(loss)
+
+    def close(self, world: int) -> dict[str, float]:
+        seconds = max(time.monotonic() - self.started, 1e-9)
+        self.losses |= {name: float(np.mean(values)) for name, values in self.sums.items()}
+        values = {
+            "speed/examples_per_second": self.examples / seconds,
+            # this rank's tokens; the schedule gives every rank the same number to within a few per cent
+            "speed/tokens_per_second": world * self.tokens / seconds,
+            "speed/padding_avoided": 1 - self.tokens / max(self.padded, 1),
+            "speed/waiting_for_data": self.waited / seconds,
+            "skipped_steps": float(self.skipped),
+        }
+        self._open()
+        return values
