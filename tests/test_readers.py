@@ -1,0 +1,238 @@
+"""Rows come out as they were written; what is malformed is named, and costs no neighbour."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import sys
+from pathlib import Path
+
+import hypothesis.strategies as st
+import pyarrow
+import pyarrow.parquet
+import pytest
+from hypothesis import example, given, settings
+
+from mtbert.config import UserError
+from mtbert.readers import Quarantined, Row, read_rows
+
+
+def rows(path: Path, *columns: str, id_column: str | None = None) -> list[Row | Quarantined]:
+    return list(read_rows(path, columns, id_column))
+
+
+def write(folder: Path, content: str | bytes, name: str = "rows.csv") -> Path:
+    path = folder / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def good(found: list[Row | Quarantined]) -> list[tuple[int, tuple[object, ...]]]:
+    return [(row.line, row.values) for row in found if isinstance(row, Row)]
+
+
+def bad(found: list[Row | Quarantined]) -> list[int]:
+    return [row.line for row in found if isinstance(row, Quarantined)]
+
+
+# ------------------------------------------------------------------------------------------------ RFC 4180
+
+# all that quoting is about, and letters from other alphabets
+FIELD = st.text(st.sampled_from("ab \"\t,\n\r'é漢\u2028"), max_size=12)
+
+
+@settings(deadline=None, max_examples=400)
+@given(
+    table=st.integers(2, 4).flatmap(
+        lambda width: st.lists(st.lists(FIELD, min_size=width, max_size=width), max_size=8)
+    ),
+    delimiter=st.sampled_from("\t,"),
+    terminator=st.sampled_from(["\n", "\r\n"]),
+    quoting=st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]),
+)
+@example(table=[["a\nb", "c"], ['"', "\n"]], delimiter="\t", terminator="\n", quoting=csv.QUOTE_MINIMAL)
+@example(table=[['x\n"1\t2"\ny', "1\t2\n3\t4\n5\t6"]], delimiter="\t", terminator="\n", quoting=csv.QUOTE_MINIMAL)
+def test_what_a_csv_writer_wrote_reads_back(
+    tmp_path_factory: pytest.TempPathFactory, table: list[list[str]], delimiter: str, terminator: str, quoting: int
+) -> None:
+    if quoting == csv.QUOTE_MINIMAL and terminator == "\n":  # before Python 3.13 a lone \r is then left unquoted
+        table = [[field.replace("\r", "") for field in row] for row in table]
+    width = len(table[0]) if table else 2
+    names = [f"column{i}" for i in range(width)]
+    out = io.StringIO(newline="")
+    writer = csv.writer(out, delimiter=delimiter, lineterminator=terminator, quoting=quoting)
+    writer.writerows([names, *table])
+    path = write(tmp_path_factory.getbasetemp(), out.getvalue())
+    assert [values for _, values in good(rows(path, *names))] == [tuple(row) for row in table]
+    assert not bad(rows(path, *names))
+
+
+def test_a_field_over_several_lines_keeps_the_line_numbers_right(tmp_path: Path) -> None:
+    path = write(tmp_path, 'text,label\n"one\n\ntwo",1\nthree,0\n')
+    assert good(rows(path, "text", "label")) == [(2, ("one\n\ntwo", "1")), (5, ("three", "0"))]
+
+
+def test_byte_order_mark_blank_lines_and_no_last_newline(tmp_path: Path) -> None:
+    path = write(tmp_path, "\ufefftext\tlabel\n\na\t1\n\r\nb\t0")
+    assert good(rows(path, "text", "label")) == [(3, ("a", "1")), (5, ("b", "0"))]
+
+
+def test_the_first_line_tells_the_delimiter_whatever_the_name(tmp_path: Path) -> None:
+    tab = write(tmp_path, "\ttext, all\tlabel\n0\ta, b\t1\n", "rows.csv")
+    comma = write(tmp_path, 'text,label\n"a, b",1\n', "rows.tsv")
+    assert good(rows(tab, "text, all", "label")) == good(rows(comma, "text", "label")) == [(2, ("a, b", "1"))]
+
+
+# ------------------------------------------------------------------------------------------------ malformed rows
+
+
+@pytest.mark.parametrize(
+    "flaw",
+    [
+        '5\t"open\t0',
+        '5\t"open',
+        '5\t"""Cited, never closed\t0',
+        '"5\topen\t0',
+        '5\t"shut" too soon\t0',
+        "5\tone\ttoo\tmany",
+        "5\tone too few",
+    ],
+)
+@pytest.mark.parametrize("neighbour", ['6\t"quoted"\t1', '6\t"""Cited"" he said"\t1', '6\t5" nail\t1', "6\tplain\t1"])
+@pytest.mark.parametrize("between", [0, 1, 20])
+def test_a_flawed_row_costs_no_neighbour(tmp_path: Path, flaw: str, neighbour: str, between: int) -> None:
+    plain = "".join(f"{n}\ttext {n}\t0\n" for n in range(between))
+    path = write(tmp_path, f"id\ttext\tlabel\n1\tbefore\t1\n{flaw}\n{plain}{neighbour}\n9\tafter\t0\n")
+    found = rows(path, "text", "label")
+    assert bad(found) == [3]
+    if between or '5" nail' not in neighbour or not flaw.count('"') % 2:
+        assert [line for line, _ in good(found)] == [2, *range(4, between + 6)]
+    else:  # a stray quote right after an unclosed one could be its end: both lines are set aside, and named
+        assert [line for line, _ in good(found)] == [2, 5]
+        assert "(lines 3–4)" in next(row.reason for row in found if isinstance(row, Quarantined))
+
+
+def test_a_stray_quote_far_below_does_not_make_one_field_of_the_rows_between(tmp_path: Path) -> None:
+    plain = "".join(f"{n}\ttext {n}\t0\n" for n in range(10))
+    path = write(tmp_path, f'id\ttext\tlabel\n1\t"open\t0\n{plain}6\t5"\t1\n9\tafter\t0\n')
+    found = rows(path, "text")
+    assert bad(found) == [2]
+    assert [line for line, _ in good(found)] == list(range(3, 15))
+
+
+def test_an_unclosed_quote_in_the_last_row(tmp_path: Path) -> None:
+    found = rows(write(tmp_path, 'text,label\na,1\n"b,0\n'), "text")
+    assert [good(found), bad(found)] == [[(2, ("a",))], [3]]
+
+
+def test_a_flawed_row_of_several_lines_is_one_row(tmp_path: Path) -> None:
+    found = rows(write(tmp_path, 'text,label\n"one\ntwo",1,2\nthree,0\n'), "text")
+    assert [good(found), bad(found)] == [[(4, ("three",))], [2]]
+
+
+def test_a_field_longer_than_the_csv_module_takes_is_set_aside(tmp_path: Path) -> None:
+    found = rows(write(tmp_path, f'text,label\n"{"x" * 200_000}",1\nb,0\n'), "text")
+    assert [good(found), bad(found)] == [[(3, ("b",))], [2]]
+
+
+def test_many_unclosed_quotes_take_no_quadratic_time(tmp_path: Path) -> None:
+    path = write(tmp_path, "text,label\n" + "".join(f'"{n},0\nplain {n},1\n' for n in range(2000)))
+    found = rows(path, "text")
+    assert len(good(found)) == len(bad(found)) == 2000
+
+
+def test_the_id_of_a_flawed_row_is_told_where_it_can_be(tmp_path: Path) -> None:
+    path = write(tmp_path, 'id\ttext\tlabel\nx1\t"open\t0\nx2\tb\t1\n"x3\tc\t1\n')
+    found = rows(path, "text", id_column="id")
+    assert [row.id for row in found] == ["x1", "x2", None]
+    assert [type(row) for row in found] == [Quarantined, Row, Quarantined]
+
+
+# ------------------------------------------------------------------------------------------------ bad files
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "rows.csv: the file is empty; its first line must name the columns"),
+        ('"text\tlabel\n', "rows.csv line 1: a quote is opened and not closed"),
+        ("\tid\tsentance\tlabel\n", "rows.csv: no column 'sentence'; columns present: 'sentance',"),
+        ("sentence\tsentence\tlabel\n", "column 'sentence' occurs twice"),
+        (b"sentence\tlabel\nok\t1\ncaf\xe9\t1\n", "rows.csv line 3, column 'sentence': byte 0xe9 is not UTF-8"),
+        (b'sentence\tlabel\n"two\nlines \xff"\t1\n', "rows.csv line 3, column 'sentence': byte 0xff is not UTF-8"),
+        (b"sentence\tlabel\nok\t1\0\n", "rows.csv line 2, column 'label': a NUL byte"),
+        (b'sentence\tlabel\n"open \xe9\t1\n', "rows.csv line 2: byte 0xe9 is not UTF-8"),
+        (b"\xff\xfes\0e\0n\0", "rows.csv line 1: byte 0xff is not UTF-8; save the file as UTF-8"),
+    ],
+)
+def test_a_bad_file_is_one_clear_line(tmp_path: Path, content: str | bytes, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        rows(write(tmp_path, content), "sentence", "label")
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_line_without_end_does_not_fill_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mtbert.readers.MAX_LINE", 1000)
+    with pytest.raises(UserError, match="line 2: longer than 1,000 bytes"):
+        rows(write(tmp_path, "text,label\n" + "x" * 5000), "text")
+
+
+def test_a_missing_file_suggests_the_nearest_name(tmp_path: Path) -> None:
+    write(tmp_path, "", "ids-sst-train.csv")
+    with pytest.raises(UserError, match=r"sst-train\.csv: no such file; did you mean ids-sst-train\.csv\?"):
+        rows(tmp_path / "sst-train.csv", "text")
+    with pytest.raises(UserError, match=r"the folder .*nowhere does not exist"):
+        rows(tmp_path / "nowhere" / "a.csv", "text")
+    with pytest.raises(UserError, match="is not a file"):
+        rows(tmp_path, "text")
+
+
+# ------------------------------------------------------------------------------------------------ JSON lines
+
+
+def test_json_lines(tmp_path: Path) -> None:
+    lines = [json.dumps({"id": 7, "label": 1, "text": "é\n"}), "", '{"text": 1', "[1]", '{"id": 8, "text": "b"}']
+    path = write(tmp_path, "\n".join(lines), "rows.jsonl")
+    found = rows(path, "text", "label", id_column="id")
+    assert found[0] == Row(1, ("é\n", 1), "7")
+    assert [(row.line, row.id) for row in found[1:]] == [(3, None), (4, None), (5, "8")]
+    assert all(isinstance(row, Quarantined) for row in found[1:])
+    assert "no key 'label'" in found[3].reason  # type: ignore[union-attr]
+
+
+def test_json_lines_without_the_column_or_in_latin_1(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no column 'text'; columns present: 'txt', 'label'"):
+        rows(write(tmp_path, '{"label": 1, "txt": "a"}\n', "rows.jsonl"), "text", "label")
+    with pytest.raises(UserError, match="line 1, column 'text': byte 0xe9 is not UTF-8"):
+        rows(write(tmp_path, b'{"label": 1, "text": "caf\xe9"}\n', "rows.jsonl"), "text", "label")
+
+
+# ------------------------------------------------------------------------------------------------ Parquet
+
+
+def test_parquet(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    table = {
+        "id": [f"x{n}" for n in range(5000)],
+        "text": [f"text {n}" for n in range(5000)],
+        "label": [0, None] * 2500,
+    }
+    pyarrow.parquet.write_table(pyarrow.table(table), path)
+    found = rows(path, "text", "label", id_column="id")
+    assert len(found) == 5000
+    assert found[-1] == Row(5000, ("text 4999", None), "x4999")
+    with pytest.raises(UserError, match="no column 'txt'; columns present: 'text'"):
+        rows(path, "txt")
+
+
+def test_a_damaged_parquet_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not a readable Parquet file"):
+        rows(write(tmp_path, b"PAR1 and nothing", "rows.parquet"), "text")
+
+
+def test_parquet_without_pyarrow_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UserError, match=r"pip install mtbert\[parquet\]"):
+        rows(write(tmp_path, b"PAR1", "rows.parquet"), "text")
