@@ -1,2 +1,3 @@
 """Multi-task BERT with sharded gradient surgery."""
+
 __version__ = "0.1.0"

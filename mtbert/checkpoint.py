@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -125,6 +125,17 @@ class Checkpointer:
             engine.load_state(reader.span, checkpoint.adam_steps)
         surgery = checkpoint.folder / "surgery.safetensors"
         engine.surgery.load_state_dict(load_file(surgery) if surgery.exists() else {})
+
+
+def find_checkpoint(run_dir: Path, which: Literal["best", "latest"]) -> Checkpoint:
+    """The newest checkpoint of a run, or the one with the best score. Raises `UserError` where there is none."""
+    folders = sorted((run_dir / "checkpoints").glob("step-*"))
+    if not folders:
+        raise UserError(f"{run_dir}: has no checkpoint yet")
+    newest = open_checkpoint(folders[-1])
+    if which == "latest" or newest.best is None:
+        return newest
+    return open_checkpoint(run_dir / "checkpoints" / f"step-{int(newest.best['step']):08d}")
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:

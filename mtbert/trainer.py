@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -20,11 +21,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mtbert.baselines import bag_of_words_baseline, trivial_baseline
-from mtbert.checkpoint import Checkpointer
+from mtbert.checkpoint import Checkpointer, find_checkpoint, load_weights
 from mtbert.config import Config, OptimizerConfig, PhaseConfig, UserError, load_config, to_yaml
 from mtbert.data import Batch, prefetch
 from mtbert.encoder import EncoderShape, load_pretrained
-from mtbert.engine import Engine, Loss, StepResult, close_ranks, join_ranks, parameter_groups
+from mtbert.engine import (
+    Engine,
+    Loss,
+    StepResult,
+    choose_precision,
+    close_ranks,
+    join_ranks,
+    local_device,
+    parameter_groups,
+)
 from mtbert.evaluate import Evaluation, evaluate_all
 from mtbert.heads import MultiTaskModel
 from mtbert.metrics import METRICS
@@ -106,6 +116,24 @@ def build(config: Config) -> Built:
     if weights:
         model.encoder.load_weights(weights)
     return model, shape, load_tasks(config, data, tokenizer, min(encoder.max_length, shape.max_positions))
+
+
+def evaluate_run(run_dir: Path, which: Literal["best", "latest"]) -> tuple[int, list[Evaluation], float]:
+    """Score a checkpoint of a run in this process: its step, each task's result, and the composite."""
+    config = load_config(run_dir / "config.yaml")
+    checkpoint = find_checkpoint(run_dir, which)
+    rank = Rank()
+    join_ranks(rank, config.engine)
+    try:
+        model, _, tasks = build(config)
+        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        model.load_state_dict(load_weights(checkpoint.folder, shapes))
+        device = local_device(rank)
+        model.to(device=device, dtype=choose_precision(config.engine.precision, device))
+        results, score = evaluate_all(model, tasks, rank, device)
+    finally:
+        close_ranks()
+    return checkpoint.step, results, score
 
 
 @dataclass(frozen=True)

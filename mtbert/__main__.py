@@ -1,0 +1,5 @@
+import sys
+
+from mtbert.cli import main
+
+sys.exit(main())

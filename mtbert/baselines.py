@@ -1,0 +1,93 @@
+"""What a table of results is compared with: the trivial answer and a bag of words.
+
+    N examples, V vocabulary (1- and 2-grams seen in training), F features
+
+A score means little alone: the majority class may already be right half of the time, and word counts read more from
+a corpus than one expects. Both baselines see only the training rows and predict the development rows.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import sparse
+from sklearn.feature_extraction.text import CountVectorizer
+from sklearn.linear_model import LogisticRegression, Ridge
+
+MAX_TRAIN_ROWS = 20_000
+"""Of larger training sets this many rows, drawn without replacement by a fixed seed, are fitted."""
+
+Text = tuple[str, ...]
+"""One sentence, or the two of a pair."""
+
+
+def trivial_baseline(kind: str, train_labels: Sequence[float], dev_labels: Sequence[float]) -> NDArray[np.float64]:
+    """The best constant answer in training, once per development row: majority class, or mean for pair_regression.
+
+    Of equally frequent classes the smallest is taken. Returns (N,) float64; the development labels only give N.
+    """
+    if kind == "pair_regression":
+        answer = float(np.mean(train_labels))
+    else:
+        counts = Counter(train_labels)
+        answer = min(counts, key=lambda label: (-counts[label], label))
+    return np.full(len(dev_labels), answer, dtype=np.float64)
+
+
+def bag_of_words_baseline(
+    kind: str, train_texts: Sequence[Text], train_labels: Sequence[float], dev_texts: Sequence[Text]
+) -> NDArray[np.float64]:
+    """Predictions (N,) of a linear model on word and word-pair counts, float64.
+
+    - classification: logistic regression on counts of 1- and 2-grams.
+    - pair_classification: logistic regression on the symmetric features of `_pair_features`.
+    - pair_regression: ridge regression on the same features, clipped to the range of the training labels.
+
+    At most `MAX_TRAIN_ROWS` training rows are used.
+    """
+    train_texts, labels_N = _subsample(train_texts, np.asarray(train_labels, dtype=np.float64))
+    vectoriser = CountVectorizer(ngram_range=(1, 2), token_pattern=r"(?u)\b\w+\b", binary=kind != "classification")
+    vectoriser.fit(sentence for text in train_texts for sentence in text)
+    featurise = _single_features if kind == "classification" else _pair_features
+    train_NF, dev_NF = featurise(vectoriser, train_texts), featurise(vectoriser, dev_texts)
+    if kind == "pair_regression":
+        predictions_N = Ridge(alpha=1.0, solver="lsqr", tol=1e-4).fit(train_NF, labels_N).predict(dev_NF)
+        return np.asarray(predictions_N.clip(labels_N.min(), labels_N.max()), dtype=np.float64)
+    model = LogisticRegression(C=1.0, max_iter=2000, tol=1e-3)
+    return np.asarray(model.fit(train_NF, labels_N).predict(dev_NF), dtype=np.float64)
+
+
+def _subsample(texts: Sequence[Text], labels_N: NDArray[np.float64]) -> tuple[Sequence[Text], NDArray[np.float64]]:
+    if len(texts) <= MAX_TRAIN_ROWS:
+        return texts, labels_N
+    rows = np.sort(np.random.default_rng(0).choice(len(texts), MAX_TRAIN_ROWS, replace=False))
+    return [texts[row] for row in rows], labels_N[rows]
+
+
+def _single_features(vectoriser: CountVectorizer, texts: Sequence[Text]) -> sparse.csr_matrix:
+    return vectoriser.transform(sentence for (sentence,) in texts)
+
+
+def _pair_features(vectoriser: CountVectorizer, texts: Sequence[Text]) -> sparse.csr_matrix:
+    """|u − v| and u ∘ v of the binary count vectors u, v of the two sentences, and how much they overlap.
+
+    The overlap columns are Jaccard, Dice and containment of n-grams and the relative difference in length, all
+    within 0…1 like the other features, so that one regularisation suits all. (N, 2V + 4).
+    """
+    u_NV = vectoriser.transform(first for first, _ in texts).astype(np.float64)
+    v_NV = vectoriser.transform(second for _, second in texts).astype(np.float64)
+    common_NV = u_NV.multiply(v_NV).tocsr()
+    size_u_N, size_v_N, common_N = (np.asarray(m.sum(axis=1)).ravel() for m in (u_NV, v_NV, common_NV))
+    longer_N, shorter_N = np.maximum(size_u_N, size_v_N), np.minimum(size_u_N, size_v_N)
+    overlap_N4 = np.column_stack(
+        [
+            common_N / np.maximum(size_u_N + size_v_N - common_N, 1),
+            2 * common_N / np.maximum(size_u_N + size_v_N, 1),
+            common_N / np.maximum(shorter_N, 1),
+            (longer_N - shorter_N) / np.maximum(longer_N, 1),
+        ]
+    )
+    return sparse.hstack([abs(u_NV - v_NV), common_NV, overlap_N4], format="csr")
