@@ -386,9 +386,7 @@ def train_tokenizer(texts: Iterable[str], path: Path, size: int = 30_000) -> Pat
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, splitter
     tokenizer.decoder = decoders.WordPiece()
     tokenizer.add_special_tokens(SPECIAL_TOKENS)
-    tokenizer.post_processor = processors.BertProcessing(
-        sep=("[SEP]", vocabulary["[SEP]"]), cls=("[CLS]", vocabulary["[CLS]"])
-    )
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", vocabulary["[SEP]"]), ("[CLS]", vocabulary["[CLS]"]))
     tokenizer.save(str(path))
     return path
 
