@@ -96,7 +96,7 @@ THINGS: list[Concept] = [
     ("gifts", "presents"),
     ("coats", "jackets"),
     ("boats", "ships"),
-    ("phones", "telephones"),
+    ("hats", "caps"),
     ("pictures", "images"),
     ("carpets", "rugs"),
 ]
