@@ -1,0 +1,335 @@
+"""What runs on every rank: a picklable job that submitit loads, on Slurm and on one machine alike.
+
+It finds its rank, joins its output to the run folder, turns signals into a flag, calls the trainer and records how
+that ended. Of submitit it uses the start only: results, requeueing and the end of other ranks are settled through
+`launch.records`, because submitit's own need accounting, reach rank 0 alone and ignore SIGTERM.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import fcntl
+import logging
+import os
+import pty
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import termios
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import submitit
+
+from launch.records import (
+    HEARTBEAT_S,
+    End,
+    Lock,
+    alive,
+    end_path,
+    job_folder,
+    log_path,
+    read_end,
+    stop_path,
+    write_end,
+)
+from mtbert.config import UserError
+from mtbert.runs import Outcome, Rank
+
+Train = Callable[[Path, Rank, Callable[[], bool], bool], Outcome]
+
+WATCH_S = 0.25
+BLAME_S = 1.0
+"""How long a failing rank waits before it takes the blame: a rank whose peer was killed learns of it by an exception
+of its own, within milliseconds, and the watch needs a moment to see the peer gone."""
+
+EXIT_CODES = {"finished": 0, "stopped": 0, "failed": 1, "mistake": 2}
+IDLE_RESTARTS = 3
+
+
+@dataclass(frozen=True)
+class Job:
+    """One submission. Called on every rank, once per attempt.
+
+    Args:
+        run: run folder, seen from every node.
+        token: name of this submission; unlike a job id, never used twice.
+        terminal: (lines, columns) of the terminal that shows rank 0 live, None where there is none.
+        train: the function to run, `mtbert.trainer.train` unless given.
+    """
+
+    run: Path
+    token: str
+    terminal: tuple[int, int] | None = None
+    train: Train | None = None
+
+    def __call__(self) -> None:
+        environment = submitit.JobEnvironment()
+        logging.getLogger("submitit").setLevel(logging.WARNING)  # rank 0's output is for people
+        # a stale result makes submitit judge this attempt by an earlier one, a stale half of one stops it from ending
+        result = environment.paths.result_pickle
+        for stale in (result, result.with_suffix(".pkl.save_tmp")):
+            stale.unlink(missing_ok=True)
+
+        place = Place.of(environment, self)
+        with _output(self.run, place.rank, self.terminal):
+            status = Attempt(self.run, self.token, place).run_to_end(self.train)
+        if code := EXIT_CODES[status]:
+            os._exit(code)  # an orderly exit may wait for peers that will not come
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this process stands: its rank, and what the cluster knows about the attempt."""
+
+    rank: Rank
+    host: str
+    first_hosts: tuple[str, ...]
+    restarts: int
+    slurm_job: str | None
+
+    @classmethod
+    def of(cls, environment: submitit.JobEnvironment, job: Job) -> Place:
+        slurm_job = environment.raw_job_id if environment.cluster == "slurm" else None
+        world, number = environment.num_tasks, environment.global_rank
+        if slurm_job is None:
+            local_rank, local_world = number, world
+            rendezvous = f"file://{job_folder(job.run) / f'{job.token}.rendezvous'}"
+            restarts = 0
+        else:
+            local_rank, local_world = environment.local_rank, world // environment.num_nodes
+            restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+            # derived from the job, so that every rank knows it; another one after a requeue, lest the old one lingers
+            port = 20_000 + (int(slurm_job) * 7 + restarts) % 20_000
+            rendezvous = f"tcp://{environment.hostnames[0]}:{port}"
+        rank = Rank(number, world, local_rank, local_world, rendezvous)
+        return cls(rank, socket.gethostname(), tuple(environment.hostnames[:2]), restarts, slurm_job)
+
+
+class Attempt:
+    """One start of a job on one rank."""
+
+    def __init__(self, run: Path, token: str, place: Place) -> None:
+        self.run = run
+        self.token = token
+        self.place = place
+        self.rank = place.rank
+        self.name = f"{token}-{place.restarts}"
+        self.lock = Lock(run, self.name)
+        self._stop = threading.Event()
+        self._over = threading.Event()
+
+    def run_to_end(self, train: Train | None) -> str:
+        """Trains, records the end, requeues where that is due. Returns the status in the record."""
+        for number in (signal.SIGUSR2, signal.SIGTERM):
+            signal.signal(number, lambda *_: self._stop.set())
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a whole terminal; the submitter asks for the stop
+        _set_variables(self.place)
+        presence = self._presence(self.rank.rank)
+        presence.write_text(f"{self.place.host} {os.getpid()}")
+        try:
+            if self.rank.first:
+                self.lock.acquire()
+            threading.Thread(target=self._watch, name="watch", daemon=True).start()
+            outcome = (train or _trainer())(self.run, self.rank, self._stop.is_set, not self.rank.first)
+        except UserError as error:
+            self._end("mistake", message=str(error))
+        except Exception:
+            trace = traceback.format_exc()
+            print(trace, file=sys.stderr, flush=True)
+            self._await_cause()
+            self._end("failed", message=trace)
+        else:
+            if self.rank.first:
+                self._end(outcome.status, outcome.step, outcome.metrics)
+            if outcome.status == "stopped":
+                self._requeue(outcome.step)
+        self._over.set()
+        presence.unlink(missing_ok=True)
+        end = read_end(self.run, self.name)
+        status = end.status if end else "finished"
+        self._release()
+        return status
+
+    def _release(self) -> None:
+        if self.rank.first and self._holds_lock():
+            self.lock.release()
+
+    # -------------------------------------------------------------------------------- the other ranks
+
+    def _watch(self) -> None:
+        """Ends this process when the attempt is lost, whatever the main thread is waiting for."""
+        # the controller's process id; a rank that lost it would run on unseen
+        parent = int(os.environ["SUBMITIT_LOCAL_JOB_ID"]) if self.place.slurm_job is None else os.getppid()
+        beat = time.monotonic()
+        while not self._over.wait(WATCH_S):
+            if stop_path(self.run, self.token).exists():
+                self._stop.set()
+            end = read_end(self.run, self.name)
+            if end is None and (dead := self._dead_peer()) is not None:
+                self._end("failed", rank=dead, message=f"rank {dead} was killed")
+                end = read_end(self.run, self.name)
+            if end is not None and EXIT_CODES[end.status]:
+                self._leave(EXIT_CODES[end.status])
+            if os.getppid() != parent:
+                self._leave(1)
+            if self.rank.first and time.monotonic() - beat > HEARTBEAT_S:
+                beat = time.monotonic()
+                if not self._holds_lock():
+                    self._end("failed", message=f"{self.run}: another job took this run folder over")
+                else:
+                    self.lock.touch()
+
+    def _leave(self, code: int) -> None:
+        self._presence(self.rank.rank).unlink(missing_ok=True)
+        self._release()
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        os._exit(code)
+
+    def _presence(self, rank: int) -> Path:
+        return job_folder(self.run) / f"{self.name}.rank{rank}"
+
+    def _dead_peer(self) -> int | None:
+        """A rank of this host that has gone without a word. Those of other hosts are Slurm's to watch."""
+        for peer in range(self.rank.world):
+            with contextlib.suppress(FileNotFoundError):
+                words = self._presence(peer).read_text().split()
+                if len(words) == 2 and words[0] == self.place.host and not alive(int(words[1])):
+                    return peer
+        return None
+
+    def _await_cause(self) -> None:
+        until = time.monotonic() + BLAME_S
+        while time.monotonic() < until and not end_path(self.run, self.name).exists():
+            time.sleep(WATCH_S / 5)
+
+    def _end(
+        self,
+        status: str,
+        step: int | None = None,
+        metrics: dict[str, float] | None = None,
+        message: str = "",
+        rank: int | None = None,
+    ) -> None:
+        end = End(status, self.rank.rank if rank is None else rank, self.place.host, step, metrics or {}, message)  # type: ignore[arg-type]
+        write_end(self.run, self.name, end)
+
+    def _holds_lock(self) -> bool:
+        with contextlib.suppress(FileNotFoundError):
+            return f'"{self.name}"' in self.lock.path.read_text()
+        return False
+
+    # ----------------------------------------------------------------------------------------- requeue
+
+    def _requeue(self, step: int) -> None:
+        """Puts a stopped Slurm job back into the queue, unless it was cancelled.
+
+        Slurm says which: a job that was preempted or nears its time limit is still running, a cancelled one is not.
+        """
+        job = self.place.slurm_job
+        if job is None or not self.rank.first or slurm_state(job) != "RUNNING":
+            return
+        idle = sum(
+            (end := read_end(self.run, f"{self.token}-{number}")) is not None and end.step == step
+            for number in range(max(0, self.place.restarts - IDLE_RESTARTS), self.place.restarts)
+        )
+        if idle == IDLE_RESTARTS:
+            print(f"stopped at step {step} for the fourth time: the time limit is too short, so the job ends here")
+            return
+        print(f"stopped at step {step}; back into the queue", flush=True)
+        subprocess.run(["scontrol", "requeue", job], check=True, timeout=60)
+
+
+def _trainer() -> Train:
+    from mtbert.trainer import train  # with torch, and after the variables it reads are set
+
+    return train
+
+
+def slurm_state(job: str) -> str:
+    """JobState of a job Slurm still remembers."""
+    shown = subprocess.run(["scontrol", "show", "job", "-o", job], capture_output=True, text=True, timeout=60)
+    words = (word.partition("=") for word in shown.stdout.split())
+    return next((value for key, _, value in words if key == "JobState"), "UNKNOWN")
+
+
+# ---------------------------------------------------------------------------------- variables and output
+
+
+def _set_variables(place: Place) -> None:
+    """What libraries read when they are imported. The user's own settings win."""
+    rank = place.rank
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // rank.local_world)))
+    if interface := _interface(place):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _interface(place: Place) -> str | None:
+    """The network interface that leads to the other nodes; the loopback one on a single node.
+
+    Left alone, gloo takes the address the host name resolves to, which on many machines is one that peers cannot reach.
+    """
+    if place.slurm_job is None or len(place.first_hosts) < 2:
+        return next((name for _, name in socket.if_nameindex() if name.startswith("lo")), None)
+    # the way to oneself is the loopback, so the first node asks for the way to the second
+    other = place.first_hosts[1] if place.host.split(".")[0] == place.first_hosts[0] else place.first_hosts[0]
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((other, 9))  # sends nothing, but picks the route
+        mine = probe.getsockname()[0]
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):  # an interface without an IPv4 address
+                request = struct.pack("256s", name.encode()[:15])
+                reply = fcntl.ioctl(probe.fileno(), 0x8915, request)  # SIOCGIFADDR
+                if socket.inet_ntoa(reply[20:24]) == mine:
+                    return name
+    return None
+
+
+@contextlib.contextmanager
+def _output(run: Path, rank: Rank, terminal: tuple[int, int] | None) -> Iterator[None]:
+    """Points this process's stdout and stderr, on the level of descriptors, at its files in the run folder.
+
+    Where someone watches on a terminal, rank 0 writes through a pseudo-terminal of its own into its file: it then
+    draws the bar it would draw there, and who watches copies the file, bytes as they are. The job depends on nobody.
+    """
+    path = log_path(run, rank.rank)
+    path.parent.mkdir(exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    errors = os.open(path.with_suffix(".err"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    os.dup2(errors, 2)
+    faulthandler.enable(file=2)
+    if not (terminal and rank.first):
+        os.dup2(log, 1)
+        yield
+        sys.stdout.flush()
+        return
+
+    outer, inner = pty.openpty()
+    fcntl.ioctl(inner, termios.TIOCSWINSZ, struct.pack("HHHH", *terminal, 0, 0))
+    os.dup2(inner, 1)
+    os.close(inner)
+
+    def copy() -> None:
+        with contextlib.suppress(OSError):  # EIO: the last writer has closed its end
+            while chunk := os.read(outer, 65536):
+                os.write(log, chunk)
+
+    copier = threading.Thread(target=copy, name="terminal", daemon=True)
+    copier.start()
+    yield
+    sys.stdout.flush()
+    os.dup2(log, 1)
+    copier.join()

@@ -1,0 +1,138 @@
+"""Runs a job on this machine through submitit's local executor and shows rank 0 live."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import submitit
+
+from launch.job import Job, Train
+from launch.records import (
+    End,
+    JobNote,
+    job_folder,
+    last_end,
+    log_path,
+    snapshot_code,
+    stop_path,
+    write_note,
+)
+from mtbert.config import UserError
+
+POLL_S = 0.05
+YEAR_MIN = 60 * 24 * 365
+SHOW_CURSOR = b"\x1b[?25h"
+
+
+class Tail:
+    """Copies what is appended to a file from now on to our stdout, bytes as they are."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._offset = path.stat().st_size if path.exists() else 0
+
+    def copy(self) -> None:
+        if not self.path.exists():
+            return
+        with self.path.open("rb") as file:
+            file.seek(self._offset)
+            new = file.read()
+        self._offset += len(new)
+        sys.stdout.buffer.write(new)
+        sys.stdout.flush()
+
+
+def run_here(run: Path, nodes: int, ranks_per_node: int, gpus: int = 0, train: Train | None = None) -> End | None:
+    """Starts nodes × ranks_per_node processes on this machine and shows rank 0's output until they have ended.
+
+    Ctrl-C asks them to save and stop, a second one kills them.
+
+    Returns: how the job ended; None when no rank could say (they were killed).
+    """
+    token = secrets.token_hex(4)
+    terminal = shutil.get_terminal_size()
+    shown = (terminal.lines, terminal.columns) if sys.stdout.isatty() else None
+    executor = submitit.LocalExecutor(
+        job_folder(run), python=f"{shlex.quote(sys.executable)} {shlex.quote(str(snapshot_code(run)))}/launch/start.py"
+    )
+    world = nodes * ranks_per_node
+    executor.update_parameters(tasks_per_node=world, gpus_per_node=gpus, timeout_min=YEAR_MIN, **_visible(gpus))
+    tail = Tail(log_path(run))
+    with _counted_interrupts() as interrupts:
+        with _interrupts_ignored():  # inherited: the Ctrl-C of a terminal reaches children too, and would end them
+            job = executor.submit(Job(run.resolve(), token, shown, train))
+        write_note(run, JobNote("local", job.job_id, token, socket.gethostname(), nodes, ranks_per_node))
+        while not job.done():
+            tail.copy()
+            if interrupts and not stop_path(run, token).exists():
+                stop_path(run, token).touch()
+                print("\nsaving and stopping; Ctrl-C again ends it at once", file=sys.stderr, flush=True)
+            if len(interrupts) > 1:
+                job._process.kill()  # the ranks see it gone and follow
+                job._process.wait()
+            time.sleep(POLL_S)
+    tail.copy()
+    if shown:
+        sys.stdout.buffer.write(SHOW_CURSOR)
+        sys.stdout.flush()
+    end = last_end(run, token)
+    if end is None and interrupts:
+        end = End("stopped", 0, socket.gethostname())
+    return end
+
+
+def gpus_here() -> int:
+    """GPUs of this machine that CUDA_VISIBLE_DEVICES leaves us, without importing torch."""
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return len([device for device in visible.split(",") if device.strip()])
+    if shutil.which("nvidia-smi") is None:
+        return 0
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60)
+    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
+
+
+def _visible(gpus: int) -> dict[str, Any]:
+    """submitit numbers GPUs from 0 unless it is given those CUDA_VISIBLE_DEVICES names."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if not gpus or visible is None:
+        return {}
+    try:
+        return {"visible_gpus": [int(device) for device in visible.split(",")]}
+    except ValueError:
+        raise UserError(f"CUDA_VISIBLE_DEVICES={visible}: local jobs need device numbers, such as 0,1") from None
+
+
+@contextmanager
+def _counted_interrupts() -> Iterator[list[int]]:
+    """The list that grows by one entry per Ctrl-C (or TERM, or hang-up) while the block runs."""
+    seen: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, lambda number, _: seen.append(number)) for number in numbers}
+    try:
+        yield seen
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    numbers = (signal.SIGINT, signal.SIGHUP)
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

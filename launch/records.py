@@ -1,0 +1,191 @@
+"""What a job leaves in its run folder, so that submitter, ranks and a later `--resume` agree without a daemon.
+
+    RUN/code/                  packages as they were at submission; the job imports from here
+    RUN/logs/rank0.log, .err   what each rank printed, over all attempts
+    RUN/job/job.json           the job that was submitted last: where it runs, how large it is
+    RUN/job/lock               the attempt that owns the folder; touched every few seconds
+    RUN/job/ATTEMPT.end.json   how an attempt ended; the first rank to write it wins
+    RUN/job/ATTEMPT.rank0      a living rank's host and process id
+    RUN/job/TOKEN.stop         asks the ranks of a job to save and stop
+
+A job is one submission and has a token; an attempt is one start of it (`TOKEN-0`, after a requeue `TOKEN-1`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from mtbert.config import UserError
+from mtbert.runs import write_atomically
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("mtbert", "launch")
+
+HEARTBEAT_S = 5.0
+STALE_S = 60.0
+"""A lock untouched for this long belongs to nobody: twelve missed heartbeats, more than any pause of a file server."""
+
+
+@dataclass(frozen=True)
+class JobNote:
+    """`job.json`: the submission a run folder belongs to."""
+
+    cluster: Literal["slurm", "local"]
+    id: str
+    token: str
+    host: str
+    nodes: int
+    ranks_per_node: int
+
+
+@dataclass(frozen=True)
+class End:
+    """How an attempt ended. `mistake` is the user's (exit code 2), `failed` is ours (1)."""
+
+    status: Literal["finished", "stopped", "mistake", "failed"]
+    rank: int
+    host: str
+    step: int | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    message: str = ""
+
+
+def job_folder(run: Path) -> Path:
+    return run / "job"
+
+
+def log_path(run: Path, rank: int = 0) -> Path:
+    return run / "logs" / f"rank{rank}.log"
+
+
+def end_path(run: Path, attempt: str) -> Path:
+    return job_folder(run) / f"{attempt}.end.json"
+
+
+def stop_path(run: Path, token: str) -> Path:
+    return job_folder(run) / f"{token}.stop"
+
+
+def write_note(run: Path, note: JobNote) -> None:
+    write_atomically(job_folder(run) / "job.json", json.dumps(asdict(note), indent=2) + "\n")
+
+
+def read_note(run: Path) -> JobNote | None:
+    try:
+        return JobNote(**json.loads((job_folder(run) / "job.json").read_text()))
+    except FileNotFoundError:
+        return None
+
+
+def write_end(run: Path, attempt: str, end: End) -> bool:
+    """Records the end unless another rank was first; whether this one was.
+
+    A hard link is the one atomic "create with this content unless it exists" that network file systems keep.
+    """
+    path = end_path(run, attempt)
+    aside = path.with_name(f".{path.name}.{end.host}.{end.rank}.{os.getpid()}")
+    aside.write_text(json.dumps(asdict(end), indent=2) + "\n")
+    try:
+        path.hardlink_to(aside)
+    except FileExistsError:
+        return False
+    finally:
+        aside.unlink()
+    return True
+
+
+def read_end(run: Path, attempt: str) -> End | None:
+    try:
+        return End(**json.loads(end_path(run, attempt).read_text()))
+    except FileNotFoundError:
+        return None
+
+
+def last_end(run: Path, token: str) -> End | None:
+    """The end of a job's latest attempt that left one."""
+    numbers = [int(path.name.split(".")[0].rsplit("-", 1)[1]) for path in job_folder(run).glob(f"{token}-*.end.json")]
+    return read_end(run, f"{token}-{max(numbers)}") if numbers else None
+
+
+def snapshot_code(run: Path) -> Path:
+    """Copies our packages into the run folder, so that editing the checkout does not change a queued job.
+
+    A folder that has them keeps them: a continued run goes on with the code it began with.
+    """
+    code = run / "code"
+    if not code.exists():
+        aside = run / ".code.tmp"
+        for package in PACKAGES:
+            shutil.copytree(
+                ROOT / package, aside / package, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True
+            )
+        aside.rename(code)
+    return code
+
+
+class Lock:
+    """One attempt at a time in a run folder.
+
+    The file names its owner. Another attempt may take it over when the owner is an earlier attempt of the same job,
+    a dead process of this host, or has not touched the file for `STALE_S`.
+    """
+
+    def __init__(self, run: Path, attempt: str) -> None:
+        self.run = run
+        self.path = job_folder(run) / "lock"
+        self.owner: dict[str, Any] = {"attempt": attempt, "host": socket.gethostname(), "pid": os.getpid()}
+
+    def acquire(self) -> None:
+        """Raises `UserError` when a living attempt of another job holds the folder."""
+        while True:
+            try:
+                with self.path.open("x") as file:
+                    json.dump(self.owner, file)
+                return
+            except FileExistsError:
+                pass
+            if holder := self.holder():
+                raise UserError(
+                    f"{self.run}: another job is using this run folder ({holder}); wait for it, or end it with: "
+                    f"python launch/submit.py cancel {self.run}"
+                )
+            self.path.unlink(missing_ok=True)
+
+    def holder(self) -> str | None:
+        """Who holds the lock and lives, in words; None when nobody does."""
+        try:
+            owner: dict[str, Any] = json.loads(self.path.read_text() or "{}")
+            age_s = time.time() - self.path.stat().st_mtime
+        except FileNotFoundError:
+            return None
+        if owner:
+            same_job = owner["attempt"].rsplit("-", 1)[0] == self.owner["attempt"].rsplit("-", 1)[0]
+            dead = owner["host"] == self.owner["host"] and not alive(owner["pid"])
+            if same_job or dead:
+                return None
+        if age_s > STALE_S:
+            return None
+        return f"process {owner.get('pid', '?')} on {owner.get('host', '?')}, seen {max(age_s, 0):.0f} s ago"
+
+    def touch(self) -> None:
+        os.utime(self.path)
+
+    def release(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

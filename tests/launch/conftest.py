@@ -1,0 +1,49 @@
+"""Runs duties through the launcher in a process of its own, the way a user's shell would."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from duties import Launch
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+
+DRIVER = """
+import sys
+sys.path[:0] = [{root!r}, {here!r}]
+from pathlib import Path
+import cloudpickle, duties
+from launch.local import run_here
+from launch.submit import report
+cloudpickle.register_pickle_by_value(duties)
+run = Path(sys.argv[1])
+sys.exit(report(run, run_here(run, 2, 1, train=getattr(duties, sys.argv[2])), "--resume it"))
+"""
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    run = tmp_path / "run"
+    (run / "job").mkdir(parents=True)
+    return run
+
+
+@pytest.fixture
+def launch(run: Path) -> Launch:
+    """`launch("tell")`: two ranks of that duty in the folder `run`, output captured."""
+
+    def start(duty: str) -> subprocess.Popen[str]:
+        driver = DRIVER.format(root=str(ROOT), here=str(HERE))
+        return subprocess.Popen(
+            [sys.executable, "-c", driver, str(run), duty],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=run.parent,
+        )
+
+    return start

@@ -1,0 +1,179 @@
+"""A job of two ranks on this machine: how it is seen, how it ends, how it is stopped."""
+
+from __future__ import annotations
+
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from duties import Launch
+
+from launch.records import Lock, job_folder
+
+QUICK_S = 20
+"""Far below any time-out of torch or submitit, with room for a busy machine."""
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + QUICK_S
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path.name} never came"
+        time.sleep(0.02)
+
+
+def gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def test_two_ranks_see_each_other_and_import_the_snapshot(launch: Launch, run: Path) -> None:
+    job = launch("tell")
+    out, err = job.communicate(timeout=60)
+    assert (job.returncode, err) == (0, "")
+    seen = [(run / f"seen{rank}").read_text().split() for rank in range(2)]
+    assert [words[0] for words in seen] == ["0/2", "1/2"]
+    assert seen[0][1] == seen[1][1] and seen[0][1].startswith("file://")
+    assert {words[2] for words in seen} == {str(run / "code" / "mtbert")}
+    lines = out.splitlines()
+    assert lines[0].startswith("no terminal")
+    assert lines[1] == "words of rank 0"
+    assert lines[2:] == [f"run folder   {run}", f"TensorBoard  tensorboard --logdir {run.parent}"]
+    assert not (run / "job" / "lock").exists()
+
+
+@pytest.mark.parametrize("duty", ["rank_1_fails", "rank_1_is_killed", "killed_inside_a_collective"])
+def test_one_lost_rank_ends_the_job_and_is_named(launch: Launch, run: Path, duty: str) -> None:
+    job = launch(duty)
+    _, err = job.communicate(timeout=QUICK_S)
+    assert job.returncode == 1
+    assert err.startswith("rank 1 on ")
+    if duty == "rank_1_fails":
+        assert err.count("Traceback") == 1
+        assert err.endswith("ZeroDivisionError: the flaw in rank 1\n")
+    else:
+        assert err.endswith("rank 1 was killed\n")
+
+
+def test_a_users_mistake_found_in_a_rank_is_one_line(launch: Launch) -> None:
+    job = launch("rank_1_finds_a_mistake")
+    out, err = job.communicate(timeout=QUICK_S)
+    assert (job.returncode, out) == (2, "")
+    assert err == "error: train.csv line 3: label 7 is not in 0 … 4\n"
+
+
+def test_ctrl_c_saves_on_every_rank(launch: Launch, run: Path) -> None:
+    job = launch("until_stopped")
+    wait_for(run / "step0")
+    wait_for(run / "step1")
+    job.send_signal(signal.SIGINT)
+    out, err = job.communicate(timeout=QUICK_S)
+    assert job.returncode == 130
+    assert "saving and stopping" in err
+    assert out.splitlines()[-1] == f"stopped at step {(run / 'saved0').read_text()}; continue with: --resume it"
+    assert (run / "saved1").exists()
+
+
+def test_a_signal_that_reaches_one_rank_only_sets_its_flag(launch: Launch, run: Path) -> None:
+    """That the others follow is the trainer's agreement; the launcher must not end anyone."""
+    job = launch("until_stopped")
+    wait_for(run / "step1")
+    presence = next((run / "job").glob("*.rank1"))
+    os.kill(int(presence.read_text().split()[1]), signal.SIGUSR2)
+    wait_for(run / "saved1")
+    assert job.poll() is None and not (run / "saved0").exists()
+    job.send_signal(signal.SIGINT)
+    job.communicate(timeout=QUICK_S)
+    assert (run / "saved0").exists()
+
+
+def test_a_second_ctrl_c_kills(launch: Launch, run: Path) -> None:
+    job = launch("never_stops")
+    wait_for(run / "pid0")
+    wait_for(run / "pid1")
+    job.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert job.poll() is None
+    job.send_signal(signal.SIGINT)
+    _, err = job.communicate(timeout=QUICK_S)
+    assert job.returncode == 130, err
+    deadline = time.monotonic() + QUICK_S
+    while not all(gone(int((run / f"pid{rank}").read_text())) for rank in range(2)):
+        assert time.monotonic() < deadline, "ranks outlived the second Ctrl-C"
+        time.sleep(0.05)
+
+
+def test_a_submitter_that_dies_leaves_the_job_running(launch: Launch, run: Path) -> None:
+    job = launch("until_stopped")
+    wait_for(run / "step1")
+    job.kill()
+    job.wait()
+    before = int((run / "step1").read_text())
+    time.sleep(1)
+    assert int((run / "step1").read_text()) > before
+    token = next((run / "job").glob("*.rank1")).name.split("-")[0]
+    (run / "job" / f"{token}.stop").touch()
+    job.communicate(timeout=QUICK_S)  # the ranks held our end of its pipes too
+    assert (run / "saved0").exists() and (run / "saved1").exists()
+
+
+def test_rank_0_draws_for_the_terminal_that_shows_it(run: Path, tmp_path: Path) -> None:
+    """With a terminal behind the submitter, rank 0 sees one as well, and what it draws arrives unchanged."""
+    outer, inner = pty.openpty()
+    here = Path(__file__).parent
+    driver = (
+        f"import sys; sys.path[:0] = [{str(here.parent.parent)!r}, {str(here)!r}]\n"
+        "from pathlib import Path; import cloudpickle, duties; from launch.local import run_here\n"
+        "cloudpickle.register_pickle_by_value(duties)\n"
+        "run_here(Path(sys.argv[1]), 1, 1, train=duties.tell)"
+    )
+    job = subprocess.Popen([sys.executable, "-c", driver, str(run)], stdout=inner, stdin=inner, cwd=tmp_path)
+    os.close(inner)
+    shown = b""
+    try:
+        while chunk := os.read(outer, 4096):
+            shown += chunk
+    except OSError:  # EIO: the other end is closed
+        pass
+    os.close(outer)
+    assert job.wait(timeout=QUICK_S) == 0
+    assert shown.startswith(b"terminal ")
+
+
+def test_two_jobs_on_one_folder_the_second_refuses(launch: Launch, run: Path) -> None:
+    first = launch("until_stopped")
+    wait_for(run / "step0")
+    second = launch("until_stopped")
+    _, err = second.communicate(timeout=QUICK_S)
+    assert second.returncode == 2
+    assert err.count("\n") == 1 and "another job is using this run folder" in err
+    assert first.poll() is None
+    first.send_signal(signal.SIGINT)
+    first.communicate(timeout=QUICK_S)
+    assert first.returncode == 130
+
+
+def test_a_lock_left_by_a_dead_process_is_taken_over(run: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    old = Lock(run, "old-0")
+    old.owner["pid"] = dead.pid
+    old.acquire()
+    Lock(run, "new-0").acquire()
+    assert "new-0" in (job_folder(run) / "lock").read_text()
+
+
+def test_a_lock_on_another_host_is_stale_when_untouched(run: Path) -> None:
+    elsewhere = Lock(run, "old-0")
+    elsewhere.owner["host"] = "elsewhere"
+    elsewhere.acquire()
+    assert (holder := Lock(run, "new-0").holder()) and "elsewhere" in holder
+    long_ago = time.time() - 120
+    os.utime(elsewhere.path, (long_ago, long_ago))
+    assert Lock(run, "new-0").holder() is None

@@ -1,0 +1,114 @@
+"""The command line: what it shows, what it refuses, and that a refusal leaves nothing behind."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent.parent
+
+CONFIG = {
+    "data": {"generate": {"train": 40, "dev": 20}},
+    "encoder": {"shape": {"hidden_size": 16, "layers": 1, "heads": 2, "intermediate_size": 32}},
+    "tasks": {"sst": {"kind": "classification", "train": "sst-train.csv", "dev": "sst-dev.csv", "classes": 5}},
+    "phases": [{"steps": 4}],
+}
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(CONFIG))
+    return path
+
+
+def submit(*arguments: str | Path, cwd: Path, script: bool = True) -> subprocess.CompletedProcess[str]:
+    start = [ROOT / "launch" / "submit.py"] if script else ["-m", "launch.submit"]
+    return subprocess.run(
+        [sys.executable, *start, *arguments], cwd=cwd, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+@pytest.mark.parametrize("script", [True, False])
+def test_help_is_quick(script: bool, tmp_path: Path) -> None:
+    started = time.perf_counter()
+    done = submit("--help", cwd=tmp_path if script else ROOT, script=script)
+    assert done.returncode == 0 and "--ranks-per-node" in done.stdout
+    assert time.perf_counter() - started < 3, "about 0.3 s on an idle machine"
+
+
+def test_torch_is_not_imported_to_submit() -> None:
+    code = "import sys, launch.submit, launch.local; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
+def test_dry_run_shows_the_configuration_and_makes_nothing(config: Path, tmp_path: Path) -> None:
+    done = submit("--nodes", "2", "--config", config, "--set", "seed=7", "--local", "--dry-run", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    first, _, rest = done.stdout.partition("\n")
+    assert "2 node(s) × 1 CPU rank(s)" in first
+    assert yaml.safe_load(rest)["seed"] == 7
+    assert list(tmp_path.iterdir()) == [config]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--set", "optimiser.lr=1"], "did you mean 'optimizer'?"),
+        (["--set", "optimizer.lr=fast"], "optimizer.lr: input should be a valid number"),
+        (["--set", "data={dir: nowhere}"], "data"),
+        (["--ranks-per-node", "1", "--gpus-per-node", "1"], "one rank per GPU"),
+        (["--gpus-per-node", "900"], "--gpus-per-node 900"),
+        (["--resume", "nowhere"], "leave --config out"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing(
+    arguments: list[str], told: str, config: Path, tmp_path: Path
+) -> None:
+    done = submit("--config", config, "--local", *arguments, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert told in done.stderr
+    assert list(tmp_path.iterdir()) == [config]
+
+
+@pytest.mark.parametrize("nodes", ["0", "two", "-1"])
+def test_a_wrong_number_of_nodes_is_refused(nodes: str, config: Path, tmp_path: Path) -> None:
+    done = submit("--config", config, f"--nodes={nodes}", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.endswith(f"error: argument --nodes: {nodes!r} is not a number from 1\n")
+
+
+def test_missing_data_are_named_before_anything_starts(config: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    here = ["--config", config, "--local", "--set", "data.generate=null"]
+    done = submit(*here, f"data.dir={tmp_path / 'nowhere'}", cwd=tmp_path)
+    assert done.stderr == f"error: data.dir {tmp_path / 'nowhere'}: no such folder\n"
+    done = submit(*here, f"data.dir={data}", cwd=tmp_path)
+    assert done.stderr == f"error: tasks.sst.train: no file {data / 'sst-train.csv'}\n"
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_continued_run_keeps_what_it_trains(config: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(config.read_text())
+    done = submit("--resume", run, "--set", "optimizer.lr=1", "--local", "--dry-run", cwd=tmp_path)
+    assert done.returncode == 2 and "optimizer.lr=1: a continued run keeps what it trains" in done.stderr
+    done = submit("--resume", run, "--set", "checkpoint.keep=5", "--local", "--dry-run", cwd=tmp_path)
+    assert done.returncode == 0 and "keep: 5" in done.stdout
+
+
+def test_a_taken_name_is_not_overwritten(config: Path, tmp_path: Path) -> None:
+    taken = tmp_path / "runs" / "mine"
+    taken.mkdir(parents=True)
+    done = submit("--config", config, "--local", "--set", "run.name=mine", cwd=tmp_path)
+    assert done.returncode == 2 and "exists already" in done.stderr
+    assert list(taken.iterdir()) == []
