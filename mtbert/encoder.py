@@ -44,7 +44,9 @@ class Block:
     tokens: slice  # where they lie among the T tokens
     count: int  # N sequences
     longest: int  # L tokens
-    slots: Tensor | None  # each token's place among the N·L padded ones; None when all lengths are equal
+    # all None when the lengths are equal:
+    padded_NL: Tensor | None  # flat; the token at each place of the padded block, at padding any one
+    places: Tensor | None  # each token's place among the N·L
     mask_N1L: Tensor | None  # 0 at tokens, −inf at padding
 
 
@@ -127,9 +129,13 @@ def _block(lengths: np.ndarray, start: int, stop: int) -> Block:
     count, longest = len(lengths), int(lengths[-1])
     real_NL = np.arange(longest) < lengths[:, None]
     if real_NL.all():
-        return Block(slice(start, stop), count, longest, None, None)
-    mask_NL = torch.from_numpy(np.where(real_NL, np.float32(0), np.float32(-math.inf)))
-    return Block(slice(start, stop), count, longest, torch.from_numpy(real_NL.ravel().nonzero()[0]), mask_NL[:, None])
+        return Block(slice(start, stop), count, longest, None, None, None)
+    places = real_NL.ravel().nonzero()[0]
+    padded_NL = np.zeros(count * longest, np.int64)
+    padded_NL[places] = np.arange(start, stop)
+    mask_NL = np.where(real_NL, np.float32(0), np.float32(-math.inf))
+    tensors = torch.from_numpy(padded_NL), torch.from_numpy(places), torch.from_numpy(mask_NL[:, None])
+    return Block(slice(start, stop), count, longest, *tensors)
 
 
 # ------------------------------------------------------------------------------------------------ the encoder
@@ -155,7 +161,7 @@ class Encoder(nn.Module):
         width = shape.hidden_size
         self.shape = shape
         self.dropout = dropout
-        self.words = nn.Embedding(shape.vocab_size, width)
+        self.words = WordEmbedding(shape.vocab_size, width)
         self.positions = nn.Embedding(shape.max_positions, width)
         self.types = nn.Embedding(shape.type_vocab_size, width)
         self.norm = nn.LayerNorm(width, eps=shape.layer_norm_eps)
@@ -198,6 +204,13 @@ class Encoder(nn.Module):
         return dropout(self.norm(hidden_TD), self.dropout, generator)
 
 
+class WordEmbedding(nn.Embedding):
+    """Where a gradient buffer is there already, only the rows of the words that occurred are added to it."""
+
+    def forward(self, ids_T: Tensor) -> Tensor:
+        return F.embedding(ids_T, self.weight, sparse=self.weight.grad is not None)
+
+
 class Layer(nn.Module):
     """Self-attention and a feed-forward layer, each with dropout, a residual connection and a LayerNorm after it."""
 
@@ -219,7 +232,7 @@ class Layer(nn.Module):
         """`rows`: the only tokens whose output is wanted; all others serve as keys and values alone."""
         context_TD = attention(self.qkv(hidden_TD), packed, self.heads)
         if rows is not None:
-            hidden_TD, context_TD = hidden_TD[rows], context_TD[rows]
+            hidden_TD, context_TD = hidden_TD.index_select(0, rows), context_TD.index_select(0, rows)
         hidden_TD = self.attended_norm(hidden_TD + dropout(self.attended(context_TD), self.dropout, generator))
         inner_TF = F.gelu(self.up(hidden_TD))
         result_TD: Tensor = self.down_norm(hidden_TD + dropout(self.down(inner_TF), self.dropout, generator))
@@ -235,18 +248,28 @@ def attention(qkv_T3D: Tensor, packed: Packed, heads: int) -> Tensor:
         context = varlen_attn(q, k, v, packed.starts, packed.starts, packed.longest, packed.longest)
         assert isinstance(context, Tensor)
         return context.reshape(tokens, width)
-    contexts = [qkv_T3D[:0, :width]]
+    contexts_TD = [qkv_T3D[:0, :width]]
     for block in packed.blocks:
-        rows = qkv_T3D[block.tokens]
-        if block.slots is not None:
-            rows = rows.new_zeros(block.count * block.longest, 3 * width).index_copy(0, block.slots, rows)
-        q, k, v = rows.view(block.count, block.longest, 3, heads, size).permute(2, 0, 3, 1, 4)
-        scores = (q @ k.mT) / math.sqrt(size)
-        if block.mask_N1L is not None:
-            scores = scores + block.mask_N1L[:, None].to(scores.dtype)
-        padded = (scores.softmax(-1) @ v).transpose(1, 2).reshape(-1, width)
-        contexts.append(padded if block.slots is None else padded[block.slots])
-    return torch.cat(contexts)
+        rows = qkv_T3D[block.tokens] if block.padded_NL is None else qkv_T3D.index_select(0, block.padded_NL)
+        split = rows.view(block.count, block.longest, 3, heads, size).permute(2, 0, 3, 1, 4)
+        q, k, v = split.reshape(3, block.count * heads, block.longest, size).unbind()
+        # baddbmm scales before it rounds; scaled_dot_product_attention is many times slower on CPU in bf16
+        if block.mask_N1L is None:
+            scores = torch.baddbmm(q.new_zeros(()), q, k.mT, beta=0, alpha=size**-0.5)
+        else:
+            mask = block.mask_N1L.to(q.dtype).repeat_interleave(heads, dim=0)
+            scores = torch.baddbmm(mask, q, k.mT, alpha=size**-0.5)
+        context = (_softmax(scores) @ v).view(block.count, heads, block.longest, size)
+        context = context.transpose(1, 2).reshape(-1, width)
+        contexts_TD.append(context if block.places is None else context.index_select(0, block.places))
+    return torch.cat(contexts_TD)
+
+
+def _softmax(scores: Tensor) -> Tensor:
+    """Over the last dimension; where a row is shorter than a vector register, torch is faster over dim 0."""
+    if scores.shape[-1] * scores.element_size() < 64:
+        return scores.movedim(-1, 0).softmax(0).movedim(0, -1)
+    return scores.softmax(-1)
 
 
 def initialise(module: nn.Module, seed: int) -> None:
@@ -271,14 +294,12 @@ def dropout(x: Tensor, p: float, generator: Generator | None) -> Tensor:
     threshold = min(round(p * 256), 255)
     if generator is None or threshold == 0:
         return x
-    return x * (keep_mask(x, threshold, generator) * (256 / (256 - threshold)))
-
-
-def keep_mask(x: Tensor, threshold: int, generator: Generator) -> Tensor:
-    """1 with probability 1 − threshold / 256, else 0, in the shape and dtype of x."""
     words = torch.empty((x.numel() + 7) // 8, dtype=torch.int64, device=x.device)
     words.random_(-(2**63), None, generator=generator)
-    return (words.view(torch.uint8)[: x.numel()] >= threshold).view(x.shape).to(x.dtype)
+    bytes_ = words.view(torch.uint8)[: x.numel()].view(x.shape)
+    keep = torch.ge(bytes_, threshold, out=torch.empty_like(x, requires_grad=False))
+    # the scale stays out of the mask: it is a Python number, exact, and a mask in bf16 would round it
+    return (x * keep) * (256 / (256 - threshold))
 
 
 # ------------------------------------------------------------------------------------------------ weights in and out
