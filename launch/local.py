@@ -29,29 +29,12 @@ from launch.records import (
     stop_path,
     write_note,
 )
+from launch.show import Tail
 from mtbert.config import UserError
 
 POLL_S = 0.05
 YEAR_MIN = 60 * 24 * 365
 SHOW_CURSOR = b"\x1b[?25h"
-
-
-class Tail:
-    """Copies what is appended to a file from now on to our stdout, bytes as they are."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._offset = path.stat().st_size if path.exists() else 0
-
-    def copy(self) -> None:
-        if not self.path.exists():
-            return
-        with self.path.open("rb") as file:
-            file.seek(self._offset)
-            new = file.read()
-        self._offset += len(new)
-        sys.stdout.buffer.write(new)
-        sys.stdout.flush()
 
 
 def run_here(run: Path, nodes: int, ranks_per_node: int, gpus: int = 0, train: Train | None = None) -> End | None:

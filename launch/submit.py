@@ -6,13 +6,15 @@ No torch in here: mistakes in the command or the configuration show at once, bef
 from __future__ import annotations
 
 import argparse
+import datetime
+import shutil
 import sys
 from pathlib import Path
 
 if not __package__:  # started as a script: the checkout, not launch/, is where imports begin
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from launch.records import ROOT, End, Lock, job_folder, log_path
+from launch.records import ROOT, JobNote, Lock, job_folder, read_note, snapshot_code
 from mtbert.config import Config, UserError, load_config, to_yaml
 from mtbert.runs import create_run, write_atomically
 
@@ -21,17 +23,32 @@ DEFAULT_CONFIG = Path("configs") / "quickstart.yaml"
 RESUMABLE = ("checkpoint.", "data.cache=", "data.dir=", "engine.threads=", "run.evaluate_every=", "run.log_every=")
 """What --set may change when a run is continued: nothing that would alter the model or the course of training."""
 
+EPILOG = """
+status [RUN ...]   how jobs stand (default: all under runs/)
+cancel RUN ...     save and end
+--follow RUN       watch a job that was submitted before
+"""
+
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python launch/submit.py",
+        usage="%(prog)s [--nodes N] [options]\n       %(prog)s status [RUN ...]\n       %(prog)s cancel RUN ...",
         description="Train on a Slurm cluster where sbatch exists, otherwise on this machine.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.add_argument(
+        "verb", nargs="?", choices=("train", "status", "cancel"), default="train", help=argparse.SUPPRESS
+    )
+    parser.add_argument("runs", nargs="*", type=Path, help=argparse.SUPPRESS)
+
     what = parser.add_argument_group("what to train")
     what.add_argument("--config", type=Path, metavar="YAML", help=f"configuration (default: {DEFAULT_CONFIG})")
     what.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", dest="overrides")
     what.add_argument("--resume", type=Path, metavar="RUN", help="continue a run folder from its last checkpoint")
+    what.add_argument("--array", metavar="KEY=V1,V2,...", help="one job per value, for example seed=0,1,2")
 
     where = parser.add_argument_group("where")
     where.add_argument("--nodes", type=_count, default=1, metavar="N", help="nodes (default: 1)")
@@ -39,47 +56,78 @@ def parser() -> argparse.ArgumentParser:
     where.add_argument("--gpus-per-node", type=_count, metavar="N", help="GPUs on each node, one rank each")
     where.add_argument("--local", action="store_true", help="run here even where sbatch exists")
 
+    slurm = parser.add_argument_group("Slurm (without them, the cluster's defaults)")
+    slurm.add_argument("--partition", metavar="NAME")
+    slurm.add_argument("--time", metavar="LIMIT", help="90 (minutes), 1:30:00 or 1-12; a job at its limit is requeued")
+    for name in ("account", "qos", "constraint", "exclude", "mem"):
+        slurm.add_argument(f"--{name}", metavar="X", help="as for sbatch")
+    slurm.add_argument("--cpus-per-rank", type=_count, metavar="N")
+    slurm.add_argument("--slurm", nargs="+", action="extend", default=[], metavar="OPTION[=VALUE]",
+                       help="any other option of sbatch, for example reservation=mine")  # fmt: skip
+
     how = parser.add_argument_group("how")
-    how.add_argument("--dry-run", action="store_true", help="show what would be run and stop")
+    how.add_argument("--dry-run", action="store_true", help="show the batch script and the configuration and stop")
+    how.add_argument("--follow", nargs="?", type=Path, const=True, metavar="RUN",
+                     help="show rank 0's log until the job ends and return its exit code")  # fmt: skip
     return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
+    args = parser().parse_args(words)
     try:
-        return submit(parser().parse_args(words), ["python", "launch/submit.py", *words])
+        if args.verb != "train":
+            return {"status": status, "cancel": cancel}[args.verb](args.runs)
+        if isinstance(args.follow, Path):
+            return follow_again(args.follow)
+        return train(args, ["python", "launch/submit.py", *words])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
-def submit(args: argparse.Namespace, command: list[str]) -> int:
+def train(args: argparse.Namespace, command: list[str]) -> int:
     if args.ranks_per_node and args.gpus_per_node:
         raise UserError("--ranks-per-node is for CPUs; with --gpus-per-node there is one rank per GPU")
-    source, config = _configuration(args)
-    return _here(args, source, config, command)
+    if args.array and args.resume:
+        raise UserError("--array makes new runs; continue each of them with --resume")
+    source = _source(args)
+    values: list[str | None] = [*_array(args.array)] if args.array else [None]
+    configs = [load_config(source, [*args.overrides, *([value] if value else [])]) for value in values]
+    for config in configs:
+        _check_files(config)
+    if args.local or shutil.which("sbatch") is None:
+        return _here(args, source, configs, values, command)
+    return _on_slurm(args, source, configs, values, command)
 
 
-def _configuration(args: argparse.Namespace) -> tuple[Path, Config]:
-    """The file and the checked configuration: all that can be known to be wrong is found here."""
+# ------------------------------------------------------------------- what can be known before it starts
+
+
+def _source(args: argparse.Namespace) -> Path:
+    """The file the configuration comes from."""
     if args.resume is None:
-        source = args.config or next(
-            (root / DEFAULT_CONFIG for root in (Path(), ROOT) if (root / DEFAULT_CONFIG).is_file()), DEFAULT_CONFIG
+        roots = (Path(), ROOT)
+        default = next((root / DEFAULT_CONFIG for root in roots if (root / DEFAULT_CONFIG).is_file()), DEFAULT_CONFIG)
+        return args.config or default
+    if args.config is not None:
+        raise UserError("--resume takes the configuration from the run folder; leave --config out")
+    source: Path = args.resume / "config.yaml"
+    if not source.is_file():
+        raise UserError(f"--resume {args.resume}: no run folder, {source.name} is missing there")
+    if barred := [text for text in args.overrides if not text.startswith(RESUMABLE)]:
+        raise UserError(
+            f"--set {barred[0]}: a continued run keeps what it trains; only these can change: "
+            f"{', '.join(key.rstrip('.=') for key in RESUMABLE)}"
         )
-    else:
-        if args.config is not None:
-            raise UserError("--resume takes the configuration from the run folder; leave --config out")
-        source = args.resume / "config.yaml"
-        if not source.is_file():
-            raise UserError(f"--resume {args.resume}: no run folder, {source.name} is missing there")
-        if barred := [text for text in args.overrides if not text.startswith(RESUMABLE)]:
-            raise UserError(
-                f"--set {barred[0]}: a continued run keeps what it trains; only these can change: "
-                f"{', '.join(key.rstrip('.=') for key in RESUMABLE)}"
-            )
-    config = load_config(source, args.overrides)
-    _check_files(config)
-    return source, config
+    return source
+
+
+def _array(text: str) -> list[str]:
+    key, equals, values = text.partition("=")
+    if not equals or not key or not all(values.split(",")):
+        raise UserError(f"--array {text}: expected KEY=V1,V2,..., for example seed=0,1,2")
+    return [f"{key}={value}" for value in values.split(",")]
 
 
 def _check_files(config: Config) -> None:
@@ -94,24 +142,45 @@ def _check_files(config: Config) -> None:
                 raise UserError(f"tasks.{name}.{key}: no file {path}")
 
 
-def _folder(args: argparse.Namespace, source: Path, config: Config, command: list[str]) -> Path:
-    """A new run folder, or the one to continue with its configuration brought up to date."""
-    if args.resume is None:
-        run = create_run(config, str(source), command)
-    else:
-        run = args.resume
+# ----------------------------------------------------------------------------------------- run folders
+
+
+def _folders(
+    args: argparse.Namespace, source: Path, configs: list[Config], values: list[str | None], command: list[str]
+) -> tuple[Path, list[Path]]:
+    """The folder that holds the job's code, and a run folder per configuration: itself, or those of an array in it."""
+    if args.resume is not None:
+        run: Path = args.resume
         if holder := Lock(run, "-").holder():
             raise UserError(f"--resume {run}: a job is using this run folder ({holder})")
-        write_atomically(run / "config.yaml", to_yaml(config))
-    job_folder(run).mkdir(exist_ok=True)
-    return run
+        write_atomically(run / "config.yaml", to_yaml(configs[0]))
+        job_folder(run).mkdir(exist_ok=True)
+        return run, [run]
+    if not args.array:
+        run = create_run(configs[0], str(source), command)
+        job_folder(run).mkdir()
+        return run, [run]
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    folder = Path(configs[0].run.dir).expanduser() / (configs[0].run.name or f"{stamp}-{source.stem}-array")
+    runs = []
+    for config, value in zip(configs, values, strict=True):
+        place = config.run.model_copy(update={"dir": str(folder), "name": value})
+        runs.append(create_run(config.model_copy(update={"run": place}), str(source), command))
+        job_folder(runs[-1]).mkdir()
+        (runs[-1] / "code").symlink_to(Path("..") / "code")
+    snapshot_code(folder)
+    job_folder(folder).mkdir()
+    return folder, runs
 
 
 # --------------------------------------------------------------------------------------- on this machine
 
 
-def _here(args: argparse.Namespace, source: Path, config: Config, command: list[str]) -> int:
+def _here(
+    args: argparse.Namespace, source: Path, configs: list[Config], values: list[str | None], command: list[str]
+) -> int:
     from launch.local import gpus_here, run_here  # submitit takes a moment to import
+    from launch.show import STOPPED, report
 
     gpus = args.gpus_per_node or (0 if args.ranks_per_node else gpus_here() // args.nodes)
     if gpus * args.nodes > gpus_here():
@@ -123,32 +192,96 @@ def _here(args: argparse.Namespace, source: Path, config: Config, command: list[
     device = "GPU" if gpus else "CPU"
     print(f"{why}running on this machine: {args.nodes} node(s) × {ranks} {device} rank(s)", flush=True)
     if args.dry_run:
-        print(f"\n{to_yaml(config)}", end="")
+        _show_configurations(configs, values)
         return 0
-    run = _folder(args, source, config, command)
-    print(f"run folder {run}", flush=True)
-    end = run_here(run, args.nodes, ranks, gpus * args.nodes)
-    return report(run, end, resume=f"python launch/submit.py --nodes {args.nodes} --resume {run}")
+    _, runs = _folders(args, source, configs, values, command)
+    code = 0
+    for run in runs:
+        print(f"run folder {run}", flush=True)
+        now = report(run, run_here(run, args.nodes, ranks, gpus * args.nodes), args.nodes)
+        code = code or now
+        if now == STOPPED:
+            break
+    return code
 
 
-def report(run: Path, end: End | None, resume: str) -> int:
-    """Last words of a job to its user; returns the exit code."""
-    if end is None:
-        print(f"error: the job was killed; see {log_path(run).parent}/; continue with: {resume}", file=sys.stderr)
-        return 1
-    if end.status == "mistake":
-        print(f"error: {end.message}", file=sys.stderr)
-        return 2
-    if end.status == "failed":
-        print(f"rank {end.rank} on {end.host} failed; all output: {log_path(run).parent}/", file=sys.stderr)
-        print(end.message.rstrip(), file=sys.stderr)
-        return 1
-    if end.status == "stopped":
-        at = "before the first step" if end.step is None else f"at step {end.step}"
-        print(f"stopped {at}; continue with: {resume}")
-        return 130
-    print(f"run folder   {run}\nTensorBoard  tensorboard --logdir {run.parent}")
+# --------------------------------------------------------------------------------------------- on Slurm
+
+
+def _on_slurm(
+    args: argparse.Namespace, source: Path, configs: list[Config], values: list[str | None], command: list[str]
+) -> int:
+    from launch import slurm
+
+    if args.time is not None:
+        slurm.minutes(args.time)
+    if args.dry_run:
+        folder = args.resume or Path(configs[0].run.dir) / (configs[0].run.name or "RUN")
+        print(slurm.script(args, f"mtbert-{folder.name}", folder, len(configs)))
+        _show_configurations(configs, values)
+        return 0
+    if args.resume is not None and (note := read_note(args.resume)) and slurm.queued(note):
+        raise UserError(
+            f"--resume {args.resume}: job {note.id} is not over; watch it with --follow {args.resume}, "
+            f"or end it with: python launch/submit.py cancel {args.resume}"
+        )
+    folder, runs = _folders(args, source, configs, values, command)
+    try:
+        notes = slurm.submit_jobs(args, f"mtbert-{folder.name}", folder, runs)
+    except UserError:
+        if args.resume is None:
+            shutil.rmtree(folder)
+        raise
+    for run, note in zip(runs, notes, strict=True):
+        print(f"job {note.id}: {args.nodes} node(s) × {note.ranks_per_node} rank(s), run folder {run}", flush=True)
+    if not args.follow:
+        print(f"watch with: python launch/submit.py --follow {runs[0]}")
+        return 0
+    codes = [slurm.follow(run, note, from_start=args.resume is None) for run, note in zip(runs, notes, strict=True)]
+    return max(codes)
+
+
+def follow_again(run: Path) -> int:
+    from launch import slurm
+
+    note = _note(run)
+    if note.cluster == "local":
+        raise UserError(f"--follow {run}: its job ran on {note.host} without Slurm; read {run}/logs/rank0.log")
+    return slurm.follow(run, note, from_start=False)
+
+
+def status(runs: list[Path]) -> int:
+    from launch import slurm
+
+    found = runs or sorted(path.parent.parent for path in Path("runs").glob("**/job/job.json"))
+    for run in runs:
+        _note(run)
+    rows = [("run", "job", "state", "step"), *(slurm.status_of(run) for run in found)]
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     return 0
+
+
+def cancel(runs: list[Path]) -> int:
+    from launch import slurm
+
+    if not runs:
+        raise UserError("cancel: which run? give its folder")
+    for run, note in [(run, _note(run)) for run in runs]:
+        print(slurm.cancel(run, note))
+    return 0
+
+
+def _note(run: Path) -> JobNote:
+    if note := read_note(run):
+        return note
+    raise UserError(f"{run}: no job was submitted from this folder")
+
+
+def _show_configurations(configs: list[Config], values: list[str | None]) -> None:
+    for config, value in zip(configs, values, strict=True):
+        print(f"\n# configuration{f' with {value}' if value else ''}\n{to_yaml(config)}", end="")
 
 
 def _count(text: str) -> int:

@@ -18,10 +18,10 @@ sys.path[:0] = [{root!r}, {here!r}]
 from pathlib import Path
 import cloudpickle, duties
 from launch.local import run_here
-from launch.submit import report
+from launch.show import report
 cloudpickle.register_pickle_by_value(duties)
 run = Path(sys.argv[1])
-sys.exit(report(run, run_here(run, 2, 1, train=getattr(duties, sys.argv[2])), "--resume it"))
+sys.exit(report(run, run_here(run, 2, 1, train=getattr(duties, sys.argv[2])), 2))
 """
 
 

@@ -1,0 +1,66 @@
+"""What the user sees of a job: rank 0's log while it grows, and last words with the exit code."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from launch.records import End, job_folder, log_path
+
+REMEMBERED = 4000
+"""Bytes of a log shown to someone who joins late, about a screen and a half."""
+
+STOPPED = 130
+"""Exit code of a job that was stopped or cancelled: what shells use after Ctrl-C."""
+
+
+class Tail:
+    """Copies what is appended to a file to our stdout, bytes as they are: from now on, or with its last lines first."""
+
+    def __init__(self, path: Path, last_lines: bool = False) -> None:
+        self.path = path
+        self._offset = path.stat().st_size if path.exists() else 0
+        if last_lines and self._offset:
+            with path.open("rb") as file:
+                file.seek(max(0, self._offset - REMEMBERED))
+                # half a line at the beginning is left out
+                self._offset = file.tell() + (len(file.readline()) if file.tell() else 0)
+
+    def copy(self) -> None:
+        if not self.path.exists():
+            return
+        with self.path.open("rb") as file:
+            file.seek(self._offset)
+            new = file.read()
+        self._offset += len(new)
+        sys.stdout.buffer.write(new)
+        sys.stdout.flush()
+
+
+def report(run: Path, end: End | None, nodes: int) -> int:
+    """Last words of a job to its user; returns the exit code. The trainer itself has told a finished run's."""
+    resume = f"python launch/submit.py --nodes {nodes} --resume {run}"
+    if end is None:
+        words = _launcher_errors(run) or f"the job was killed; see {log_path(run).parent}/"
+        print(f"error: {words}\ncontinue with: {resume}", file=sys.stderr)
+        return 1
+    if end.status == "mistake":
+        print(f"error: {end.message}", file=sys.stderr)
+        return 2
+    if end.status == "failed":
+        print(f"rank {end.rank} on {end.host} failed; all output: {log_path(run).parent}/", file=sys.stderr)
+        print(end.message.rstrip(), file=sys.stderr)
+        return 1
+    if end.status == "stopped":
+        at = "before the first step" if end.step is None else f"at step {end.step}"
+        print(f"stopped {at}; continue with: {resume}")
+        return STOPPED
+    return 0
+
+
+def _launcher_errors(run: Path) -> str:
+    """What the batch script, srun or an interpreter that could not start wrote before any rank had a log."""
+    newest = sorted(job_folder(run).glob("*_log.err"), key=lambda path: path.stat().st_mtime)
+    lines = [line for path in newest for line in path.read_text(errors="replace").splitlines() if line.strip()]
+    told = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    return told[0] if told else "\n".join(lines[-10:])

@@ -1,0 +1,258 @@
+"""Jobs on a Slurm cluster: the batch script, its submission, and following, listing and cancelling.
+
+submitit writes the script and submits it. How a job stands is asked of slurmctld (`scontrol`), which needs no
+accounting and is right about requeued jobs, where `sacct` says NODE_FAIL for a job that will go on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import secrets
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import submitit
+from submitit.core.utils import FailedJobError
+from submitit.slurm.slurm import _make_sbatch_string
+
+from launch.job import Job
+from launch.records import (
+    JobNote,
+    Lock,
+    job_folder,
+    last_end,
+    log_path,
+    read_note,
+    snapshot_code,
+    stop_path,
+    write_note,
+)
+from launch.show import STOPPED, Tail, report
+from mtbert.config import UserError
+
+GRACE_S = 90
+"""Seconds before the time limit at which ranks are asked to save; half the limit where that is shorter."""
+
+KILLED_RESTARTS = 5
+"""Restarts after which a job whose ranks are killed (memory, hardware) is given up."""
+
+POLL_S = 0.2
+ASK_EVERY_S = 2.0
+OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
+
+
+def parameters(args: argparse.Namespace, name: str, folder: Path) -> dict[str, Any]:
+    """Arguments of submitit's batch script. `folder` is the run folder, or that of an array."""
+    limit_min = None if args.time is None else minutes(args.time)
+    look = (
+        'test -e "$0/code/launch/start.py" || { '
+        'echo "error: $(hostname) does not see $0; put run.dir on a file system that all nodes share" >&2; exit 2; }'
+    )
+    return {
+        "job_name": name,
+        "nodes": args.nodes,
+        "ntasks_per_node": args.gpus_per_node or args.ranks_per_node or 1,
+        "gpus_per_node": args.gpus_per_node,
+        "cpus_per_task": args.cpus_per_rank,
+        "time": limit_min,
+        "partition": args.partition,
+        "account": args.account,
+        "qos": args.qos,
+        "constraint": args.constraint,
+        "exclude": args.exclude,
+        "mem": args.mem,
+        "wckey": None,
+        "signal_delay_s": GRACE_S if limit_min is None else min(GRACE_S, limit_min * 30),
+        "additional_parameters": {"requeue": True, **_extra(args.slurm)},
+        # without it the other ranks of a dead one would wait in a collective for torch's time-out
+        "srun_args": ["--kill-on-bad-exit=1"]
+        # srun does not take it over from the batch script
+        + ([f"--cpus-per-task={args.cpus_per_rank}"] if args.cpus_per_rank else []),
+        "setup": [
+            f"srun --nodes={args.nodes} --ntasks={args.nodes} --ntasks-per-node=1 "
+            f"bash -c {shlex.quote(look)} {shlex.quote(str(folder.resolve()))} || exit 2"
+        ],
+        "teardown": [
+            "code=$?",
+            "# ranks were killed, by a signal and not by their own exit: start again from the last checkpoint",
+            f"if [ $code -gt 128 ] && [ ${{SLURM_RESTART_COUNT:-0}} -lt {KILLED_RESTARTS} ] &&",
+            "    scontrol show job -o $SLURM_JOB_ID | grep -q JobState=RUNNING; then",
+            "    scontrol requeue $SLURM_JOB_ID && sleep 60",
+            "fi",
+            "exit $code",
+        ],
+    }
+
+
+def script(args: argparse.Namespace, name: str, folder: Path, count: int = 1) -> str:
+    """The batch script `submit_jobs` would hand to sbatch; `count` > 1 makes it an array."""
+    command = f"{_python(folder)} -u -m submitit.core._submit {shlex.quote(str(job_folder(folder).resolve()))}"
+    array = {"map_count": count} if count > 1 else {}
+    text: str = _make_sbatch_string(
+        command=command, folder=job_folder(folder).resolve(), **parameters(args, name, folder), **array
+    )
+    return text
+
+
+def submit_jobs(args: argparse.Namespace, name: str, folder: Path, runs: Sequence[Path]) -> list[JobNote]:
+    """One job per run folder, as a Slurm array when there are several. Raises `UserError` with sbatch's complaint."""
+    snapshot_code(folder)
+    executor = submitit.SlurmExecutor(job_folder(folder), python=_python(folder))
+    executor.update_parameters(**parameters(args, name, folder))
+    jobs = [Job(run.resolve(), secrets.token_hex(4)) for run in runs]
+    try:
+        submitted = executor.submit_array(jobs)
+    except FailedJobError as error:
+        raise UserError(_complaint(str(error))) from None
+    notes = []
+    for run, job, handle in zip(runs, jobs, submitted, strict=True):
+        ranks = args.gpus_per_node or args.ranks_per_node or 1
+        notes.append(JobNote("slurm", handle.job_id, job.token, "", args.nodes, ranks))
+        write_note(run, notes[-1])
+    return notes
+
+
+def _python(folder: Path) -> str:
+    return f"{shlex.quote(sys.executable)} {shlex.quote(str(folder.resolve() / 'code' / 'launch' / 'start.py'))}"
+
+
+def _extra(words: Sequence[str]) -> dict[str, Any]:
+    pairs = [word.partition("=") for word in words]
+    return {key.removeprefix("--").replace("-", "_"): value if equals else True for key, equals, value in pairs}
+
+
+def _complaint(stderr: str) -> str:
+    lines = [line.removeprefix("sbatch: ").removeprefix("error: ") for line in stderr.splitlines() if line.strip()]
+    return f"sbatch refused the job: {'; '.join(lines)}"
+
+
+def minutes(text: str) -> int:
+    """Slurm's notations of a time limit (90, 90:00, 1:30:00, 1-12, 1-12:30, 1-12:30:00) in minutes, rounded up."""
+    if re.fullmatch(r"\d+(:\d\d?){0,2}|\d+-\d\d?(:\d\d?){0,2}", text):
+        days, dash, clock = text.rpartition("-")
+        parts = [int(part) for part in clock.split(":")]
+        if dash:
+            hours, mins, secs = [*parts, 0, 0][:3]
+        else:
+            hours, mins, secs = {1: [0, *parts, 0], 2: [0, *parts], 3: parts}[len(parts)]
+        total_s = ((int(days or 0) * 24 + hours) * 60 + mins) * 60 + secs
+        if total_s:
+            return -(-total_s // 60)
+    raise UserError(f"--time {text}: not a time limit; give minutes (90), H:MM:SS (1:30:00) or D-HH (1-12)")
+
+
+# ---------------------------------------------------------------------------------- watching and ending
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What slurmctld says of a job; state UNKNOWN when it has forgotten the job."""
+
+    state: str
+    nodes: str = ""
+    reason: str = ""
+    restarts: str = "0"
+
+
+def standing(job: str) -> Standing:
+    while True:
+        shown = subprocess.run(["scontrol", "show", "job", "-o", job], capture_output=True, text=True)
+        if shown.returncode == 0:
+            break
+        if "Invalid job id" in shown.stderr:
+            return Standing("UNKNOWN")
+        time.sleep(ASK_EVERY_S)  # slurmctld restarts or is busy; the job does not mind
+    fields = {key: value for key, _, value in (word.partition("=") for word in shown.stdout.split())}
+    nodes = fields.get("NodeList", "").replace("(null)", "")
+    return Standing(fields["JobState"], nodes, fields.get("Reason", ""), fields.get("Restarts", "0"))
+
+
+def follow(run: Path, note: JobNote, from_start: bool) -> int:
+    """Shows rank 0's log until the job is over, through requeues; returns the job's exit code.
+
+    Ctrl-C leaves: the job goes on.
+    """
+    tail = Tail(log_path(run), last_lines=not from_start)
+    told = ""
+    over = 0
+    try:
+        while True:
+            now = standing(note.id)
+            if (words := _words(note, now)) != told:
+                print(words, file=sys.stderr, flush=True)
+                told = words
+            # a failed node ends a job for a moment before it is queued again
+            over = over + 1 if now.state in (*OVER, "UNKNOWN") else 0
+            for _ in range(int(ASK_EVERY_S / POLL_S)):
+                tail.copy()
+                time.sleep(POLL_S)
+            if over == 2:
+                break
+    except KeyboardInterrupt:
+        print(
+            f"\njob {note.id} goes on; watch it again: python launch/submit.py --follow {run}; "
+            f"end it: python launch/submit.py cancel {run}",
+            file=sys.stderr,
+        )
+        return STOPPED
+    end = last_end(run, note.token)
+    if end and end.status == "finished" and now.state in ("COMPLETED", "UNKNOWN"):
+        return 0
+    if now.state == "CANCELLED":
+        print(
+            f"job {note.id} was cancelled; continue with: python launch/submit.py --nodes {note.nodes} --resume {run}"
+        )
+        return STOPPED
+    if end is None and not any(job_folder(run).glob("*_log.err")):
+        print(f"error: the first node could not write to {run}; put run.dir on a file system that all nodes share",
+              file=sys.stderr)  # fmt: skip
+        return 1
+    if end and end.status == "stopped" and now.state != "COMPLETED":
+        end = None
+    return report(run, end, note.nodes)
+
+
+def _words(note: JobNote, now: Standing) -> str:
+    again = f", restart {now.restarts}" if now.restarts != "0" else ""
+    detail = f" on {now.nodes}" if now.state == "RUNNING" else f" ({now.reason})" if now.state == "PENDING" else ""
+    return f"job {note.id}: {now.state.lower()}{detail}{again}"
+
+
+def queued(note: JobNote) -> bool:
+    """Whether a job waits, runs or will run again."""
+    return (
+        note.cluster == "slurm"
+        and shutil.which("scontrol") is not None
+        and (standing(note.id).state not in (*OVER, "UNKNOWN"))
+    )
+
+
+def cancel(run: Path, note: JobNote) -> str:
+    """Asks a job to save and end. Returns what was done, in words."""
+    if note.cluster == "local":
+        stop_path(run, note.token).touch()
+        return f"asked local job {note.id} to save and stop"
+    subprocess.run(["scancel", note.id], check=True)
+    return f"cancelled job {note.id}; its ranks save if they can within the cluster's KillWait"
+
+
+def status_of(run: Path) -> tuple[str, ...]:
+    """One row of the table `status` prints: run, job, state, step."""
+    note = read_note(run)
+    if note is None:
+        return str(run), "-", "no job", "-"
+    end = last_end(run, note.token)
+    step = "-" if end is None or end.step is None else str(end.step)
+    if queued(note):
+        return str(run), f"slurm {note.id}", _words(note, standing(note.id)).partition(": ")[2], step
+    if note.cluster == "local" and Lock(run, "-").holder():
+        return str(run), f"local {note.id}", "running", "-"
+    return str(run), f"{note.cluster} {note.id}", end.status if end else "killed", step
