@@ -26,6 +26,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from torch import Generator, Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.attention.varlen import varlen_attn
 
@@ -241,35 +242,93 @@ class Layer(nn.Module):
 
 def attention(qkv_T3D: Tensor, packed: Packed, heads: int) -> Tensor:
     """Softmax(q kᵀ / √d) v within each sequence, (T, D)."""
-    tokens, width = qkv_T3D.shape[0], qkv_T3D.shape[1] // 3
-    size = width // heads
-    if qkv_T3D.is_cuda and qkv_T3D.dtype != torch.float32:
-        q, k, v = qkv_T3D.view(tokens, 3, heads, size).unbind(1)
-        context = varlen_attn(q, k, v, packed.starts, packed.starts, packed.longest, packed.longest)
-        assert isinstance(context, Tensor)
-        return context.reshape(tokens, width)
-    contexts_TD = [qkv_T3D[:0, :width]]
-    for block in packed.blocks:
-        rows = qkv_T3D[block.tokens] if block.padded_NL is None else qkv_T3D.index_select(0, block.padded_NL)
-        split = rows.view(block.count, block.longest, 3, heads, size).permute(2, 0, 3, 1, 4)
-        q, k, v = split.reshape(3, block.count * heads, block.longest, size).unbind()
-        # baddbmm scales before it rounds; scaled_dot_product_attention is many times slower on CPU in bf16
-        if block.mask_N1L is None:
-            scores = torch.baddbmm(q.new_zeros(()), q, k.mT, beta=0, alpha=size**-0.5)
-        else:
-            mask = block.mask_N1L.to(q.dtype).repeat_interleave(heads, dim=0)
-            scores = torch.baddbmm(mask, q, k.mT, alpha=size**-0.5)
-        context = (_softmax(scores) @ v).view(block.count, heads, block.longest, size)
-        context = context.transpose(1, 2).reshape(-1, width)
-        contexts_TD.append(context if block.places is None else context.index_select(0, block.places))
-    return torch.cat(contexts_TD)
+    if not qkv_T3D.is_cuda or qkv_T3D.dtype == torch.float32:
+        context_TD: Tensor = BlockAttention.apply(qkv_T3D, packed, heads)  # type: ignore[no-untyped-call]
+        return context_TD
+    q_THd, k_THd, v_THd = qkv_T3D.view(packed.tokens, 3, heads, -1).unbind(1)
+    ends = packed.starts, packed.starts, packed.longest, packed.longest
+    context_THd = varlen_attn(q_THd, k_THd, v_THd, *ends)
+    assert isinstance(context_THd, Tensor)
+    return context_THd.reshape(packed.tokens, -1)
+
+
+class BlockAttention(torch.autograd.Function):
+    """Attention block by block. With d = D / H and M = N·H, a block's q, k, v are (M, L, d) and its scores (M, L, L).
+
+    Written out, because autograd would zero and add a whole (T, 3D) gradient for every block, and because
+    `scaled_dot_product_attention` in bf16 is many times slower on CPU than two matrix products and a softmax.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, qkv_T3D: Tensor, packed: Packed, heads: int) -> Tensor:
+        tokens, width = qkv_T3D.shape[0], qkv_T3D.shape[1] // 3
+        size = width // heads
+        context_TD = qkv_T3D.new_empty(tokens, width)
+        saved = []
+        for block in packed.blocks:
+            rows = qkv_T3D[block.tokens] if block.padded_NL is None else qkv_T3D.index_select(0, block.padded_NL)
+            qkv_3MLd = rows.view(block.count, block.longest, 3, heads, size).permute(2, 0, 3, 1, 4)
+            qkv_3MLd = qkv_3MLd.reshape(3, -1, block.longest, size)
+            q, k, v = qkv_3MLd
+            if block.mask_N1L is None:
+                scores = _scaled_bmm(q, k.mT, size**-0.5)
+            else:
+                mask_M1L = block.mask_N1L.to(q.dtype).repeat_interleave(heads, dim=0)
+                scores = torch.baddbmm(mask_M1L, q, k.mT, alpha=size**-0.5)
+            shares = _softmax(scores)
+            context = (shares @ v).view(block.count, heads, block.longest, size).transpose(1, 2).reshape(-1, width)
+            context_TD[block.tokens] = context if block.places is None else context.index_select(0, block.places)
+            saved += [qkv_3MLd, shares]
+        ctx.save_for_backward(*saved)
+        ctx.packed, ctx.heads = packed, heads
+        return context_TD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None, None]:
+        tokens, width = grad_TD.shape
+        size = width // ctx.heads
+        grad_T3D = grad_TD.new_empty(tokens, 3 * width)
+        for block, qkv_3MLd, shares in zip(
+            ctx.packed.blocks, ctx.saved_tensors[::2], ctx.saved_tensors[1::2], strict=True
+        ):
+            q, k, v = qkv_3MLd
+            grad = grad_TD[block.tokens]
+            if block.places is not None:  # queries at padding must not send anything back
+                grad = grad.new_zeros(block.count * block.longest, width).index_add_(0, block.places, grad)
+            grad = grad.view(block.count, -1, ctx.heads, size).transpose(1, 2).reshape(-1, block.longest, size)
+            grad_scores = _softmax_backward(grad @ v.mT, shares)
+            grad_3MLd = torch.empty_like(qkv_3MLd)
+            _scaled_bmm(grad_scores, k, size**-0.5, out=grad_3MLd[0])
+            _scaled_bmm(grad_scores.mT, q, size**-0.5, out=grad_3MLd[1])
+            torch.bmm(shares.mT, grad, out=grad_3MLd[2])
+            rows = grad_3MLd.view(3, block.count, ctx.heads, block.longest, size).permute(1, 3, 0, 2, 4)
+            rows = rows.reshape(-1, 3 * width)
+            grad_T3D[block.tokens] = rows if block.places is None else rows.index_select(0, block.places)
+        return grad_T3D, None, None
+
+
+def _scaled_bmm(a: Tensor, b: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
+    """a @ b · scale, rounded once."""
+    return torch.baddbmm(a.new_zeros(()), a, b, beta=0, alpha=scale, out=out)
+
+
+def _short(scores: Tensor) -> bool:
+    """Rows shorter than a vector register: torch then takes softmax scalar by scalar, but not along dimension 0."""
+    return scores.shape[-1] * scores.element_size() < 64
 
 
 def _softmax(scores: Tensor) -> Tensor:
-    """Over the last dimension; where a row is shorter than a vector register, torch is faster over dim 0."""
-    if scores.shape[-1] * scores.element_size() < 64:
-        return scores.movedim(-1, 0).softmax(0).movedim(0, -1)
-    return scores.softmax(-1)
+    return scores.movedim(-1, 0).softmax(0).movedim(0, -1) if _short(scores) else scores.softmax(-1)
+
+
+def _softmax_backward(grad: Tensor, shares: Tensor) -> Tensor:
+    backward = torch.ops.aten._softmax_backward_data
+    if _short(shares):
+        result: Tensor = backward(grad.movedim(-1, 0), shares.movedim(-1, 0), 0, grad.dtype).movedim(0, -1)
+    else:
+        result = backward(grad, shares, -1, grad.dtype)
+    return result
 
 
 def initialise(module: nn.Module, seed: int) -> None:

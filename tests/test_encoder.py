@@ -27,6 +27,7 @@ from mtbert.encoder import (
     Encoder,
     EncoderShape,
     Packed,
+    attention,
     dropout,
     initialise,
     load_pretrained,
@@ -197,6 +198,30 @@ def test_cls_only_last_layer_equals_full(lengths: list[int]) -> None:
     encoder = seeded()
     packed = pack(sentences(lengths))
     close(encoder.sentence_vectors(packed, "cls"), encoder(packed)[packed.first_B], 1e-6)
+
+
+@pytest.mark.parametrize("lengths", [[3, 1, 3, 12], [2, 2], [9, 10, 11, 12], [8]], ids=str)
+def test_attention_gradient(lengths: list[int]) -> None:
+    """Finite differences in fp64, for blocks with and without padding, rows shorter and longer than a register."""
+    packed = pack(sentences(lengths))
+    qkv_T3D = torch.randn(sum(lengths), 3 * 6, dtype=torch.float64, generator=Generator().manual_seed(0))
+    assert torch.autograd.gradcheck(lambda x: attention(x, packed, heads=2), qkv_T3D.requires_grad_())
+
+
+def test_gradients_are_the_same_with_and_without_a_buffer() -> None:
+    """Added in place where the engine has laid out a buffer (in fp32 for bf16 weights too), made afresh elsewhere."""
+    packed = pack(sentences(RAGGED))
+    fresh, buffered = seeded().to(torch.bfloat16), seeded().to(torch.bfloat16)
+    buffers = {}
+    for name, parameter in buffered.named_parameters():
+        parameter.grad_dtype = torch.float32
+        buffers[name] = parameter.grad = torch.zeros_like(parameter, dtype=torch.float32)
+    for encoder in (fresh, buffered):
+        encoder.sentence_vectors(packed, "pooler").float().square().sum().backward()
+    for name, parameter in buffered.named_parameters():
+        assert parameter.grad is buffers[name]
+        expected = gradients(fresh)[name].float()
+        close(buffers[name], expected, 2**-6 * float(expected.abs().max()))  # bf16 has 8 bits
 
 
 def test_blocks_cover_all_tokens_with_little_padding() -> None:
