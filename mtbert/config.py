@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 
 class UserError(ValueError):
@@ -20,7 +21,18 @@ class UserError(ValueError):
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_booleans(cls, values: Any) -> Any:
+        """No key is a boolean, but pydantic would take `true` as 1; in YAML an unquoted yes, no, on or off is one."""
+        for key in cls.model_fields.keys() & (values if isinstance(values, dict) else {}):
+            if isinstance(values[key], bool):
+                raise PydanticCustomError(
+                    "boolean", "{key}: is neither true nor false; a name such as yes or on needs quotes", {"key": key}
+                )
+        return values
 
 
 class Generate(Section):
@@ -37,17 +49,17 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def _one_source(self) -> DataConfig:
         if self.dir is not None and self.generate is not None:
-            raise ValueError("data.dir and data.generate exclude each other; set one of them to null")
+            raise ValueError("dir and generate exclude each other; set one of them to null")
         return self
 
 
 class ShapeConfig(Section):
     """Shape of an encoder trained from scratch; a pretrained one brings its own."""
 
-    hidden_size: int = Field(128, ge=1)
-    layers: int = Field(4, ge=1)
-    heads: int = Field(4, ge=1)
-    intermediate_size: int = Field(512, ge=1)
+    hidden_size: int = Field(128, ge=1, description="width of the hidden states, a multiple of `heads`")
+    layers: int = Field(4, ge=1, description="transformer layers")
+    heads: int = Field(4, ge=1, description="attention heads of a layer")
+    intermediate_size: int = Field(512, ge=1, description="inner width of the feed-forward layers")
     max_positions: int = Field(512, ge=2, description="longest sequence in tokens, special tokens included")
 
     @model_validator(mode="after")
@@ -79,19 +91,19 @@ class EncoderConfig(Section):
 
 class Columns(Section):
     text: list[str] = Field(["sentence"], min_length=1, max_length=2, description="one text column, or two for a pair")
-    label: str = "label"
+    label: str = Field("label", description="column with the label")
     id: str | None = Field(None, description="column that names the row in predictions and reports")
 
 
-HeadKind = Literal["linear", "joint", "concat", "weighted_dot", "cosine", "relu_cosine"]
+HeadKind = Literal["linear", "joint", "concat", "difference", "weighted_dot", "cosine", "relu_cosine"]
 
 
 class HeadConfig(Section):
     kind: HeadKind = Field(
         "linear",
         description="one text: linear. Pairs: joint (both texts in one sequence with [SEP], then linear), "
-        "or two encodings joined by concat, weighted_dot (elementwise product, then linear), cosine, "
-        "relu_cosine",
+        "or two encodings joined by concat, difference (concat and |u − v|), weighted_dot (elementwise product), "
+        "cosine, relu_cosine",
     )
     hidden: list[Annotated[int, Field(ge=1)]] = Field([], description="widths of hidden layers, each ReLU and dropout")
     dropout: float = Field(0.1, ge=0, lt=1, description="on the head's input and after its hidden layers")
@@ -119,10 +131,10 @@ class TaskConfig(Section):
     kind: TaskKind = Field(description="decides how many texts a row has and what its label is")
     train: str = Field(description="training file (.csv and .tsv by their first line, .jsonl, .parquet)")
     dev: str = Field(description="development file")
-    columns: Columns = Field(default_factory=Columns)
+    columns: Columns = Field(default_factory=Columns, description="what the file's columns are called")
     classes: int = Field(2, ge=2, description="labels are 0 … classes − 1 (classification kinds)")
     range: tuple[float, float] = Field((0.0, 5.0), description="lowest and highest label (pair_regression)")
-    head: HeadConfig = Field(default_factory=HeadConfig)
+    head: HeadConfig = Field(default_factory=HeadConfig, description="the layers that only this task has")
     loss: LossKind | None = Field(None, description="default: cross_entropy, bce or mse, by kind")
     metric: MetricKind | None = Field(None, description="default: accuracy, or pearson for pair_regression")
     weight: float = Field(1.0, ge=0, description="λ: the task's loss is multiplied by it before surgery")
@@ -149,7 +161,7 @@ class TaskConfig(Section):
                 f"kind {self.kind} takes {1 + self.pair} text column(s), columns.text names {len(self.columns.text)}"
             )
         if (self.head.kind == "linear") == self.pair:
-            valid = "joint, concat, weighted_dot, cosine, relu_cosine" if self.pair else "linear"
+            valid = "joint, concat, difference, weighted_dot, cosine, relu_cosine" if self.pair else "linear"
             raise ValueError(f"head.kind {self.head.kind!r} does not fit kind {self.kind}; valid: {valid}")
         if self.loss_kind not in _LOSSES_OF[self.kind]:
             raise ValueError(
@@ -160,13 +172,15 @@ class TaskConfig(Section):
                 f"metric {self.metric!r} does not fit kind {self.kind}; valid: {', '.join(_METRICS_OF[self.kind])}"
             )
         if self.loss_kind in ("bce", "cosine_embedding") and self.classes != 2:
-            raise ValueError(f"loss {self.loss_kind} needs classes 2, not {self.classes}")
-        if self.kind == "pair_classification" and (self.head.kind in _COSINE_HEADS) != (
-            self.loss_kind == "cosine_embedding"
-        ):
-            raise ValueError("for pair_classification cosine heads go with loss cosine_embedding, other heads do not")
+            raise ValueError(f"loss {self.loss_kind} needs classes 2, not {self.classes}; use loss cross_entropy")
+        cosine_head = self.head.kind in _COSINE_HEADS
+        if self.kind == "pair_classification" and cosine_head != (self.loss_kind == "cosine_embedding"):
+            valid = "loss cosine_embedding" if cosine_head else "head.kind cosine or relu_cosine"
+            raise ValueError(f"head.kind {self.head.kind!r} does not fit loss {self.loss_kind}; use {valid}")
         if self.range[0] >= self.range[1]:
             raise ValueError(f"range {list(self.range)} is upside down; give [lowest, highest]")
+        if self.kind == "pair_regression" and cosine_head and self.range[1] <= 0:
+            raise ValueError(f"head.kind {self.head.kind!r} answers up to the highest label, which must be above 0")
         return self
 
 
@@ -176,7 +190,7 @@ class ScheduleConfig(Section):
         description="round_robin: every task in every step. sequential: each dataset to its end, one after "
         "another. sampled: tasks drawn with probability ∝ N^alpha",
     )
-    length: Literal["shortest", "longest", "unbalanced"] | int = Field(
+    length: Literal["shortest", "longest", "unbalanced"] | Annotated[int, Field(ge=1)] = Field(
         "longest",
         description="steps per epoch of round_robin and sampled: when the shortest or the longest "
         "dataset ends, unbalanced (a task stops when its data end), or σ, a number of steps; shorter "
@@ -196,8 +210,6 @@ class ScheduleConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> ScheduleConfig:
-        if isinstance(self.length, int) and self.length < 1:
-            raise ValueError(f"length {self.length} must be at least 1 step")
         if self.length == "unbalanced" and self.kind != "round_robin":
             raise ValueError("length unbalanced belongs to kind round_robin")
         if self.anneal > self.alpha:
@@ -208,7 +220,7 @@ class ScheduleConfig(Section):
 class PhaseConfig(Section):
     """A stretch of training with its own trainable parts, length and learning-rate scale."""
 
-    name: str = "train"
+    name: str = Field("train", description="shown while it runs")
     epochs: int | None = Field(None, ge=1, description="epochs of the schedule; give this or steps")
     steps: int | None = Field(None, ge=1, description="steps; give this or epochs")
     trainable: Literal["all", "heads"] = Field("all", description="heads: the encoder is frozen (linear probing)")
@@ -221,12 +233,15 @@ class PhaseConfig(Section):
         return self
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimizerConfig(Section):
     lr: float = Field(2e-5, ge=0, description="learning rate of the encoder")
     head_lr: float = Field(1e-3, ge=0, description="learning rate of the heads")
     layer_decay: float = Field(1.0, gt=0, le=1, description="each layer's rate is this times that of the layer above")
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = Field(1e-8, gt=0)
+    betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="AdamW: decay of the gradient's two moving averages")
+    eps: float = Field(1e-8, gt=0, description="AdamW: added to the root of the second average")
     weight_decay: float = Field(0.01, ge=0, description="AdamW; biases and LayerNorm are spared")
     warmup: float = Field(0.06, ge=0, lt=1, description="share of each phase in which the rates rise from 0")
     decay: Literal["constant", "linear", "cosine"] = Field("linear", description="course after the warm-up, to 0")
@@ -246,15 +261,15 @@ class EngineConfig(Section):
     clip_norm: float | None = Field(1.0, gt=0, description="largest norm of the combined gradient; null: no clipping")
     threads: int | None = Field(None, ge=1, description="torch threads per rank; default: cores / ranks on the host")
 
-    @model_validator(mode="before")
+    @field_validator("zero", mode="before")
     @classmethod
-    def _stages(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("zero") in (0, 2):
+    def _stages(cls, stage: Any) -> Any:
+        if stage in (0, 2):
             raise ValueError(
-                "zero: stages 0 and 2 are not offered: 0 shards nothing, and 2 adds nothing to 1 once the "
+                "stages 0 and 2 are not offered: 0 shards nothing, and 2 adds nothing to 1 once the "
                 "task gradients are ours to shard; use 1, or 3 for an encoder that outgrows one GPU"
             )
-        return values
+        return stage
 
 
 class CheckpointConfig(Section):
@@ -271,17 +286,19 @@ class RunConfig(Section):
 
 
 class Config(Section):
-    seed: int = Field(0, ge=0)
-    data: DataConfig = Field(default_factory=DataConfig)
-    encoder: EncoderConfig = Field(default_factory=EncoderConfig)
+    seed: int = Field(0, ge=0, description="of initial weights, dropout, order of the examples and surgery")
+    data: DataConfig = Field(default_factory=DataConfig, description="where the examples come from")
+    encoder: EncoderConfig = Field(default_factory=EncoderConfig, description="the BERT that all tasks share")
     tasks: dict[str, TaskConfig] = Field(description="name → task; a new task needs no code")
-    schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
-    phases: list[PhaseConfig] = Field([PhaseConfig(epochs=3)], min_length=1)
-    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
-    surgery: SurgeryConfig = Field(default_factory=SurgeryConfig)
-    engine: EngineConfig = Field(default_factory=EngineConfig)
-    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
-    run: RunConfig = Field(default_factory=RunConfig)
+    schedule: ScheduleConfig = Field(default_factory=ScheduleConfig, description="which tasks train at which step")
+    phases: list[PhaseConfig] = Field(
+        [PhaseConfig(epochs=3)], min_length=1, description="stretches of training, one after another"
+    )
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="AdamW and its learning rates")
+    surgery: SurgeryConfig = Field(default_factory=SurgeryConfig, description="how task gradients become one")
+    engine: EngineConfig = Field(default_factory=EngineConfig, description="how a step is computed")
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="when the run is saved")
+    run: RunConfig = Field(default_factory=RunConfig, description="the run folder and what is written to it")
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
@@ -297,20 +314,28 @@ class Config(Section):
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 3e-4 as a number (YAML 1.1 wants 3.0e-4) and refuses a key given twice."""
+    """SafeLoader that reads 3e-4 as a number and a date as text, and refuses a key given twice."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that puts quotes around a text that `_Loader` would read as a number."""
+
+
+for _kind in (_Loader, _Dumper):  # YAML 1.1 wants 3.0e-4
+    _kind.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+    )
+_Loader.add_constructor("tag:yaml.org,2002:timestamp", lambda _, node: node.value)
 
 
 def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    loader.flatten_mapping(node)
-    keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
-    for key in keys:
-        if keys.count(key) > 1:
-            raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
+    seen: set[str] = set()
+    for key, _ in node.value:  # before `<<` brings in keys that may well be given again
+        if not isinstance(key, yaml.ScalarNode):
+            raise yaml.constructor.ConstructorError(None, None, "a key must be text", key.start_mark)
+        if key.value in seen:
+            raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} is given twice", key.start_mark)
+        seen.add(key.value)
     return loader.construct_mapping(node, deep=True)
 
 
@@ -344,8 +369,10 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if base is None:
         return values
     parent = (path.parent / str(base)).resolve()
+    if not parent.is_file():
+        raise UserError(f"{path}: base: {parent} is no file; name one YAML file, relative to this one")
     if parent in (*seen, path.resolve()):
-        raise UserError(f"{path}: base {base}: the files are based on each other in a circle")
+        raise UserError(f"{path}: base {base}: the files are based on each other in a circle; take one base out")
     return _merge(_read(parent, (*seen, path.resolve())), values)
 
 
@@ -384,27 +411,42 @@ def load_config(path: str | Path | None, overrides: list[str] | tuple[str, ...] 
         raise UserError(f"{path or 'configuration'}: {_explain(error)}") from None
 
 
+_INSTEAD = {
+    "model_type": "expected keys and values below it",
+    "dict_type": "expected keys and values below it",
+    "list_type": "expected a list, such as [a, b]",
+    "tuple_type": "expected a list, such as [0, 1]",
+    "string_type": "expected text; put it in quotes",
+    "invalid_key": "a key must be text; put it in quotes",
+}
+"""What users are told where pydantic would speak of its own classes."""
+
+
 def _explain(error: ValidationError) -> str:
-    """The first complaint in one line: dotted key, what is wrong, what would be right."""
-    first = error.errors()[0]
-    parts = [part for part in first["loc"] if not (isinstance(part, str) and part in _UNION_TAGS)]
-    key = ".".join(str(part) for part in parts)
+    """The first complaint in one line: dotted key, what is wrong, what would be right.
+
+    An unknown key comes before everything else: it is why another one is missing.
+    """
+    errors = error.errors()
+    first = next((each for each in errors if each["type"] in ("extra_forbidden", "invalid_key")), errors[0])
+    parts = [str(part) for part in first["loc"] if part != "[key]"]
+    message = _INSTEAD.get(first["type"]) or first["msg"].removeprefix("Value error, ")
+    if parts[:2] == ["schedule", "length"]:  # a union: pydantic adds the branch's name, and complains of each branch
+        parts, message = parts[:2], "expected shortest, longest, unbalanced or a number of steps from 1 on"
+    key = ".".join(parts)
     if first["type"] == "extra_forbidden":
-        valid = _valid_keys([str(part) for part in first["loc"][:-1]])
-        near = difflib.get_close_matches(str(first["loc"][-1]), valid, n=1, cutoff=0.5)
+        valid = _valid_keys(parts[:-1])
+        near = difflib.get_close_matches(parts[-1], valid, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"valid keys: {', '.join(valid)}"
         return f"{key}: unknown key; {hint}"
     if first["type"] == "missing":
         return f"{key}: missing; it has no default"
-    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "boolean":
+        return f"{key}.{message}" if key else message
     message = message[0].lower() + message[1:]
     given = first.get("input")
     shown = f" (got {given!r})" if isinstance(given, str | int | float | bool | type(None)) else ""
     return f"{key}: {message}{shown}" if key else message
-
-
-# pydantic names the branch of a union in an error's location; users know nothing of it
-_UNION_TAGS = frozenset(["int", "float", "str", "literal['shortest','longest','unbalanced']"])
 
 
 def _valid_keys(parents: list[str]) -> list[str]:
@@ -431,7 +473,8 @@ def schema() -> dict[str, Any]:
 
 def to_yaml(config: Config) -> str:
     """The whole configuration, defaults written out, readable by `load_config`."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    text: str = yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return text
 
 
 __all__ = ["Config", "UserError", "load_config", "schema", "to_yaml"]
