@@ -206,7 +206,10 @@ class Encoder(nn.Module):
 
 
 class WordEmbedding(nn.Embedding):
-    """Where a gradient buffer is there already, only the rows of the words that occurred are added to it."""
+    """Where a gradient buffer is there already, only the rows of the words that occurred are added to it.
+
+    Elsewhere the gradient is dense, as usual: most of it zeros, which would be written, added and thrown away.
+    """
 
     def forward(self, ids_T: Tensor) -> Tensor:
         return F.embedding(ids_T, self.weight, sparse=self.weight.grad is not None)
@@ -242,14 +245,16 @@ class Layer(nn.Module):
 
 def attention(qkv_T3D: Tensor, packed: Packed, heads: int) -> Tensor:
     """Softmax(q kᵀ / √d) v within each sequence, (T, D)."""
-    if not qkv_T3D.is_cuda or qkv_T3D.dtype == torch.float32:
-        context_TD: Tensor = BlockAttention.apply(qkv_T3D, packed, heads)  # type: ignore[no-untyped-call]
-        return context_TD
-    q_THd, k_THd, v_THd = qkv_T3D.view(packed.tokens, 3, heads, -1).unbind(1)
-    ends = packed.starts, packed.starts, packed.longest, packed.longest
-    context_THd = varlen_attn(q_THd, k_THd, v_THd, *ends)
-    assert isinstance(context_THd, Tensor)
-    return context_THd.reshape(packed.tokens, -1)
+    size = qkv_T3D.shape[1] // (3 * heads)
+    half = qkv_T3D.dtype in (torch.bfloat16, torch.float16)
+    if qkv_T3D.is_cuda and half and size % 8 == 0 and packed.tokens > 0:  # what the kernel takes
+        q_THd, k_THd, v_THd = qkv_T3D.view(packed.tokens, 3, heads, size).unbind(1)
+        spans = packed.starts, packed.starts, packed.longest, packed.longest
+        context_THd = varlen_attn(q_THd, k_THd, v_THd, *spans)
+        assert isinstance(context_THd, Tensor)
+        return context_THd.reshape(packed.tokens, -1)
+    context_TD: Tensor = BlockAttention.apply(qkv_T3D, packed, heads)  # type: ignore[no-untyped-call]
+    return context_TD
 
 
 class BlockAttention(torch.autograd.Function):
@@ -375,6 +380,25 @@ _TO_HUGGING_FACE = {
     "down": "output.dense",
     "down_norm": "output.LayerNorm",
 }
+_CONFIG_KEYS = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "intermediate_size": "intermediate_size",
+    "max_positions": "max_position_embeddings",
+    "type_vocab_size": "type_vocab_size",
+    "layer_norm_eps": "layer_norm_eps",
+}
+_CONFIG_DEFAULTS = {"type_vocab_size": 2, "layer_norm_eps": 1e-12}
+# what config.json may say of the things this encoder does in one way only; the last is right when it says nothing
+_CONFIG_MUST_BE = {
+    "model_type": ("bert",),
+    "hidden_act": ("gelu", None),
+    "position_embedding_type": ("absolute", None),
+    "is_decoder": (False, None),
+}
+_FILES = ["config.json", "model.safetensors", "tokenizer.json", "vocab.txt"]
 
 
 def _hugging_face_names(name: str) -> list[str]:
@@ -445,26 +469,6 @@ def save_pretrained(state: Mapping[str, Tensor], shape: EncoderShape, folder: Pa
     write_atomically(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
 
-_CONFIG_KEYS = {
-    "vocab_size": "vocab_size",
-    "hidden_size": "hidden_size",
-    "layers": "num_hidden_layers",
-    "heads": "num_attention_heads",
-    "intermediate_size": "intermediate_size",
-    "max_positions": "max_position_embeddings",
-    "type_vocab_size": "type_vocab_size",
-    "layer_norm_eps": "layer_norm_eps",
-}
-_CONFIG_DEFAULTS = {"type_vocab_size": 2, "layer_norm_eps": 1e-12}
-# what config.json may say of the things this encoder does in one way only; the last is right when it says nothing
-_CONFIG_MUST_BE = {
-    "model_type": ("bert",),
-    "hidden_act": ("gelu", None),
-    "position_embedding_type": ("absolute", None),
-    "is_decoder": (False, None),
-}
-
-
 def _folder(name_or_folder: str) -> Path:
     folder = Path(name_or_folder).expanduser()
     if folder.is_dir():
@@ -482,14 +486,11 @@ def _folder(name_or_folder: str) -> Path:
         ) from None
 
 
-_FILES = ["config.json", "model.safetensors", "tokenizer.json", "vocab.txt"]
-
-
 def _read_shape(path: Path) -> EncoderShape:
     try:
         config = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise UserError(f"{path}: missing; a Hugging Face BERT folder has one") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; a Hugging Face BERT folder has this file") from None
     except ValueError as error:
         raise UserError(f"{path}: not JSON ({error})") from None
     if not isinstance(config, dict):

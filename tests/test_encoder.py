@@ -280,6 +280,23 @@ def test_bf16_stays_close_to_fp32() -> None:
     assert (rough_TD.float() - exact_TD).square().mean().sqrt() < 0.02
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_variable_length_kernel_equals_blocks() -> None:
+    encoder = Encoder(MINILM, 0.1)
+    initialise(encoder, 0)
+    packed = pack(sentences(RAGGED, MINILM.vocab_size))
+    exact_BD = encoder.sentence_vectors(packed, "pooler")
+    exact_BD.square().sum().backward()
+    exact = gradients(encoder)
+    encoder.zero_grad(set_to_none=True)
+    close(encoder.cuda().sentence_vectors(packed.to("cuda"), "pooler").cpu(), exact_BD)  # fp32: blocks on the GPU
+    rough_BD = encoder.to(torch.bfloat16).sentence_vectors(packed.to("cuda"), "pooler")
+    rough_BD.float().square().sum().backward()
+    assert torch.cosine_similarity(rough_BD.float().cpu(), exact_BD).min() > 0.999
+    for name, gradient in gradients(encoder).items():
+        assert torch.cosine_similarity(gradient.float().cpu().flatten(), exact[name].flatten(), dim=0) > 0.98, name
+
+
 # ------------------------------------------------------------------------------- initialisation and dropout
 
 
@@ -436,7 +453,7 @@ def test_missing_files_are_named(folder: Path) -> None:
     weights.rename(folder / "aside")
     refused(folder, "no model.safetensors", "save_pretrained")
     (folder / "config.json").unlink()
-    refused(folder, "config.json", "missing")
+    refused(folder, "config.json", "No such file")
     refused(folder / "config.json", "no such folder")
     refused("/no/such/folder", "/no/such/folder", "no such folder")
     refused("~/no-such-folder", "no such folder")
