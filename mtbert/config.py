@@ -36,7 +36,7 @@ class Section(BaseModel):
 
 
 class Generate(Section):
-    seed: int = Field(0, description="seed of the generated corpus")
+    seed: int = Field(0, ge=0, description="seed of the generated corpus")
     train: int = Field(4000, ge=1, description="training examples per task")
     dev: int = Field(600, ge=1, description="development examples per task")
 
@@ -101,9 +101,9 @@ HeadKind = Literal["linear", "joint", "concat", "difference", "weighted_dot", "c
 class HeadConfig(Section):
     kind: HeadKind = Field(
         "linear",
-        description="one text: linear. Pairs: joint (both texts in one sequence with [SEP], then linear), "
-        "or two encodings joined by concat, difference (concat and |u − v|), weighted_dot (elementwise product), "
-        "cosine, relu_cosine",
+        description="one text: linear. Pairs: joint (both texts in one sequence with [SEP], then linear), or two "
+        "encodings joined by concat, difference (concat and |u − v|), weighted_dot (elementwise product), cosine, "
+        "relu_cosine",
     )
     hidden: list[Annotated[int, Field(ge=1)]] = Field([], description="widths of hidden layers, each ReLU and dropout")
     dropout: float = Field(0.1, ge=0, lt=1, description="on the head's input and after its hidden layers")

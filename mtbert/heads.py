@@ -26,7 +26,16 @@ def weighted_dot(first_BD: Tensor, second_BD: Tensor) -> Tensor:
     return first_BD * second_BD
 
 
-HEADS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"concat": concat, "weighted_dot": weighted_dot}
+def difference(first_BD: Tensor, second_BD: Tensor) -> Tensor:
+    """u, v and |u − v| side by side (Sentence-BERT, Reimers and Gurevych 2019, §3)."""
+    return torch.cat([first_BD, second_BD, (first_BD - second_BD).abs()], dim=-1)
+
+
+HEADS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "concat": concat,
+    "weighted_dot": weighted_dot,
+    "difference": difference,
+}
 """How two sentence vectors become one; `linear` and `joint` have one to begin with, the cosine heads compare two."""
 
 
@@ -44,7 +53,7 @@ class Head(nn.Module):
         self.kind = config.kind
         self.dropout = config.dropout
         self.high = task.range[1] if task.kind == "pair_regression" else 1.0
-        inputs = 2 * width if config.kind == "concat" else width
+        inputs = {"concat": 2, "difference": 3}.get(config.kind, 1) * width
         widths = [inputs, *config.hidden]
         self.hidden = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
         self.output = nn.Linear(widths[-1], outputs(task)) if not self.compares else None

@@ -1,0 +1,370 @@
+"""The engine against a plain single-process reference: no DeepSpeed, no sharding, one obvious loop."""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from conftest import Ranks
+from torch import Tensor
+from torch.nn import functional as F
+
+from mtbert.config import EncoderConfig, EngineConfig, HeadConfig, OptimizerConfig, TaskConfig
+from mtbert.encoder import EncoderShape, Packed, pack
+from mtbert.engine import Engine, Span, StepResult, combine, gram, parameter_groups
+from mtbert.heads import MultiTaskModel
+from mtbert.randomness import addressed_generator, addressed_rng
+from mtbert.runs import Rank
+from mtbert.surgery import Surgery, pcgrad_vectors, task_orders
+
+STEPS = 20
+SHAPE = EncoderShape(vocab_size=60, hidden_size=12, layers=2, heads=3, intermediate_size=20, max_positions=16)
+TASKS = {
+    "a": TaskConfig(kind="classification", train="-", dev="-", classes=3, head=HeadConfig(lr=3e-3, dropout=0.2)),
+    "b": TaskConfig(kind="classification", train="-", dev="-", classes=2, head=HeadConfig(hidden=[7]), weight=0.5),
+    "c": TaskConfig(kind="classification", train="-", dev="-", classes=5),
+}
+# softmax does not see the key bias, so its gradient is rounding noise of 1e-9, which AdamW would blow up to whole
+# steps with the usual eps of 1e-8
+OPTIMIZER = OptimizerConfig(lr=1e-3, head_lr=2e-3, layer_decay=0.8, weight_decay=0.1, eps=1e-4)
+CPU = torch.device("cpu")
+
+# which examples of a global batch of 8 lie on which rank: unequal counts, and a rank with none
+PLACEMENT = {1: [range(8)], 2: [range(3), range(3, 8)], 4: [range(1), range(1, 4), range(0), range(4, 8)]}
+
+
+def model(dropout: float) -> MultiTaskModel:
+    built = MultiTaskModel(SHAPE, EncoderConfig(dropout=dropout), tasks(dropout), seed=3)
+    rng = torch.Generator().manual_seed(4)
+    for parameter in built.parameters():  # larger than BERT's initial weights, so that the tasks conflict
+        parameter.data.add_(torch.empty_like(parameter).normal_(0, 0.2, generator=rng))
+    return built
+
+
+def tasks(dropout: float) -> dict[str, TaskConfig]:
+    if dropout:
+        return TASKS
+    return {
+        name: task.model_copy(update={"head": task.head.model_copy(update={"dropout": 0.0})})
+        for name, task in TASKS.items()
+    }
+
+
+def batch(step: int, task: int, rows: Sequence[int]) -> tuple[Packed, Tensor]:
+    """Examples `rows` of the global batch; sentences of 3 to 9 tokens."""
+    rng = addressed_rng(0, "test batch", step, task)
+    lengths = rng.integers(3, 10, 8)
+    sentences = [rng.integers(0, SHAPE.vocab_size, length) for length in lengths]
+    labels = rng.integers(0, list(TASKS.values())[task].classes, 8)
+    return pack([sentences[row] for row in rows]), torch.from_numpy(labels[list(rows)])
+
+
+def loss(built: MultiTaskModel, step: int, task: int, rows: Sequence[int], rank: int, dropout: float) -> Tensor:
+    """Sum over the rows, divided by the size of the global batch."""
+    packed, labels = batch(step, task, rows)
+    generator = addressed_generator(CPU, 0, "dropout", step, rank, task) if dropout else None
+    answers = built(list(TASKS)[task], packed, generator)
+    return F.cross_entropy(answers, labels, reduction="sum") / 8
+
+
+def tasks_of(step: int) -> list[int]:
+    """Not every task trains in every step."""
+    return [0, 1, 2] if step % 4 else [0, 2]
+
+
+def reference(method: str, dropout: float, world: int, clip: float) -> dict[str, Tensor]:
+    """With dropout it plays the ranks in turn, without it sees the global batch at once."""
+    built = model(dropout)
+    parameters = dict(built.named_parameters())
+    shared = [name for name in parameters if name.startswith("encoder.")]
+    groups = parameter_groups(built, OPTIMIZER, tasks(dropout), SHAPE.layers)
+    optimizers = {  # one AdamW per group: a head that sits a step out must not move
+        group: torch.optim.AdamW(
+            [parameters[n] for n in group.names], lr=group.lr, weight_decay=group.weight_decay, eps=OPTIMIZER.eps
+        )
+        for group in groups
+    }
+    surgery = Surgery(method, {}, 0)
+    placement = PLACEMENT[world] if dropout else [range(8)]
+    for step in range(STEPS):
+        built.zero_grad()
+        rows = []
+        for task in tasks_of(step):
+            name = list(TASKS)[task]
+            value = sum(loss(built, step, task, part, rank, dropout) for rank, part in enumerate(placement))
+            (TASKS[name].weight * value).backward()
+            rows.append(torch.cat([parameters[n].grad.flatten() for n in shared]))
+            for n in shared:
+                parameters[n].grad = None
+        rows_KP = torch.stack(rows)
+        if method == "pcgrad":
+            combined = pcgrad_vectors(rows_KP, task_orders(0, step, len(rows)), "sum")
+        else:
+            combined = surgery.weights(rows_KP @ rows_KP.T, step, tasks_of(step)) @ rows_KP
+        heads = [p.grad for n, p in parameters.items() if n not in shared and p.grad is not None]
+        norm = torch.cat([combined, *[g.flatten() for g in heads]]).norm()
+        scale = min(1.0, clip / float(norm))
+        pieces = combined.split([parameters[n].numel() for n in shared])
+        for n, piece in zip(shared, pieces, strict=True):
+            parameters[n].grad = piece.view_as(parameters[n]).clone()
+        for parameter in parameters.values():
+            if parameter.grad is not None:
+                parameter.grad.mul_(scale)
+        for group, optimizer in optimizers.items():
+            if group.task is None or list(TASKS).index(group.task) in tasks_of(step):
+                optimizer.step()
+    return {name: parameter.detach() for name, parameter in parameters.items()}
+
+
+def trained(
+    rank: Rank, zero: int, method: str, dropout: float, clip: float, accumulation: int = 1
+) -> list[tuple[Span, Tensor]]:
+    """What one rank's shards hold after the same steps through the engine."""
+    built = model(dropout)
+    config = EngineConfig(zero=zero, precision="fp32", clip_norm=clip, accumulation=accumulation)
+    groups = parameter_groups(built, OPTIMIZER, tasks(dropout), SHAPE.layers)
+    engine = Engine(built, groups, TASKS, config, OPTIMIZER, Surgery(method, {}, 0), rank)
+    mine = PLACEMENT[rank.world][rank.rank]
+    parts = [part.tolist() for part in np.array_split(np.array(mine, dtype=int), accumulation)]
+    for step in range(STEPS):
+        losses = {
+            task: [
+                lambda task=task, part=part, step=step: loss(engine.model, step, task, part, rank.rank, dropout)
+                for part in parts
+            ]
+            for task in tasks_of(step)
+        }
+        result = engine.step(step, losses, lr_factor=1.0)
+        assert not result.skipped
+    return [(span, tensors["master"].clone()) for span, tensors in engine.state()]
+
+
+def worst_difference(expected: dict[str, Tensor], shards: list[list[tuple[Span, Tensor]]]) -> float:
+    seen = {name: torch.zeros(parameter.numel()) for name, parameter in expected.items()}
+    worst = 0.0
+    for span, values in [entry for shard in shards for entry in shard]:
+        seen[span.name][span.start : span.stop] += 1
+        worst = max(worst, float((expected[span.name].flatten()[span.start : span.stop] - values).abs().max()))
+    assert all(bool((count == 1).all()) for count in seen.values()), "the shards do not tile the parameters"
+    return worst
+
+
+CASES = [
+    # zero, method, dropout, clip, accumulation
+    *[(zero, method, 0.0, 1.0, 1) for zero in (1, 3) for method in ("sum", "pcgrad", "mgda")],
+    *[(zero, "pcgrad", 0.1, 1.0, 1) for zero in (1, 3)],
+    *[(zero, "pcgrad", 0.0, 1e9, 3) for zero in (1, 3)],
+]
+
+
+def all_cases(rank: Rank) -> list[list[tuple[Span, Tensor]]]:
+    return [trained(rank, *case) for case in CASES]
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_parameters_equal_the_plain_reference(ranks: Ranks, world: int) -> None:
+    """20 AdamW steps; with dropout off the reference sees the global batch at once, so all numbers of ranks agree."""
+    shards = ranks(world, all_cases, timeout=400)  # one start of DeepSpeed for all cases
+    worst = {}
+    for number, case in enumerate(CASES):
+        _, method, dropout, clip, _ = case
+        expected = reference(method, dropout, world, clip)
+        worst[case] = worst_difference(expected, [shard[number] for shard in shards])
+    assert max(worst.values()) < 1e-6, worst
+
+
+def engine_of(rank: Rank, method: str = "sum", kinds: dict[str, TaskConfig] = TASKS, **settings: object) -> Engine:
+    """An engine in its first state, dropout off."""
+    built = MultiTaskModel(SHAPE, EncoderConfig(dropout=0.0), kinds, seed=3)
+    config = EngineConfig(**{"precision": "fp32", "clip_norm": None, **settings})
+    groups = parameter_groups(built, OPTIMIZER, kinds, SHAPE.layers)
+    return Engine(built, groups, kinds, config, OPTIMIZER, Surgery(method, {}, 0), rank)
+
+
+def one_step(engine: Engine, rank: Rank, step: int = 0, spoilt: int | None = None) -> StepResult:
+    """A step on all three tasks; `spoilt` turns that task's loss into NaN on the last rank only."""
+    mine = PLACEMENT[rank.world][rank.rank]
+    bad = float("nan") if rank.rank == rank.world - 1 else 1.0
+
+    def build(task: int) -> Tensor:
+        value = loss(engine.model, step, task, mine, rank.rank, 0.0)
+        return value * bad if task == spoilt else value
+
+    return engine.step(step, {task: [lambda task=task: build(task)] for task in range(3)}, lr_factor=1.0)
+
+
+def masters(engine: Engine) -> Tensor:
+    return torch.cat([tensors["master"].clone() for _, tensors in engine.state()])
+
+
+# ------------------------------------------------------------------------------------------ no task may go missing
+
+
+def first_moments(rank: Rank, zero: int) -> list[tuple[Span, Tensor]]:
+    engine = engine_of(rank, zero=zero)
+    one_step(engine, rank)
+    return [(span, tensors["exp_avg"].clone()) for span, tensors in engine.state()]
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("zero", [1, 3])
+def test_every_task_gradient_counts_once(ranks: Ranks, zero: int) -> None:
+    """DeepSpeed keeps only the last of several backwards unless it is kept from it: after one step AdamW's first moment
+    is (1 − β₁) times the sum of the task gradients, so each one's coefficient can be solved for."""
+    built = MultiTaskModel(SHAPE, EncoderConfig(dropout=0.0), TASKS, seed=3)
+    shared = {name: p for name, p in built.named_parameters() if name.startswith("encoder.")}
+    rows = []
+    for task, config in enumerate(TASKS.values()):
+        value = config.weight * loss(built, 0, task, range(8), 0, 0.0)
+        rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(value, list(shared.values()))]))
+    places = dict(zip(shared, np.cumsum([0, *[p.numel() for p in shared.values()]]), strict=False))
+    moment = torch.zeros(sum(p.numel() for p in shared.values()))
+    for shard in ranks(2, first_moments, zero):
+        for span, values in shard:
+            if span.name in places:
+                moment[places[span.name] + span.start : places[span.name] + span.stop] = values
+    gradient = moment / (1 - OPTIMIZER.betas[0])
+    coefficients = torch.linalg.lstsq(torch.stack(rows).T.double(), gradient[:, None].double()).solution.squeeze()
+    told = dict(zip(TASKS, coefficients.tolist(), strict=True))
+    assert torch.allclose(coefficients, torch.ones(3, dtype=torch.float64), atol=1e-4), (
+        f"how often each task's gradient arrived in the optimizer: {told}; this DeepSpeed treats gradients differently"
+    )
+
+
+# ----------------------------------------------------------------------------------------------- bad numbers, bf16
+
+
+def spoilt_steps(rank: Rank, zero: int) -> tuple[StepResult, bool, StepResult]:
+    engine = engine_of(rank, "pcgrad", zero=zero)
+    before = masters(engine)
+    bad = one_step(engine, rank, spoilt=1)
+    unchanged = bool((masters(engine) == before).all()) and engine.steps_taken() == [0] * len(engine.groups)
+    return bad, unchanged, one_step(engine, rank, step=1)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("zero", [1, 3])
+def test_a_loss_that_is_not_finite_on_one_rank_skips_the_step_on_all(ranks: Ranks, zero: int) -> None:
+    for bad, unchanged, after in ranks(2, spoilt_steps, zero):
+        assert bad.skipped and unchanged
+        assert torch.isnan(bad.losses_K).tolist() == [False, True, False]
+        assert not after.skipped and math.isfinite(after.norm)
+
+
+def in_bf16(rank: Rank) -> tuple[bool, float]:
+    built = MultiTaskModel(SHAPE, EncoderConfig(dropout=0.0), TASKS, seed=3)
+    start = {name: parameter.detach().clone() for name, parameter in built.named_parameters()}
+    groups = parameter_groups(built, OPTIMIZER, TASKS, SHAPE.layers)
+    config = EngineConfig(precision="bf16")
+    engine = Engine(built, groups, TASKS, config, OPTIMIZER, Surgery("pcgrad", {}, 0), rank)
+    exact = all(
+        bool((tensors["master"] == start[span.name].flatten()[span.start : span.stop]).all())
+        for span, tensors in engine.state()
+    )
+    assert engine.dtype == next(engine.model.parameters()).dtype == torch.bfloat16
+    losses = []
+    mine = PLACEMENT[rank.world][rank.rank]
+    for step in range(STEPS):
+        builders = {k: [lambda k=k: loss(engine.model, 0, k, mine, rank.rank, 0.0)] for k in range(3)}
+        losses.append(float(engine.step(step, builders, lr_factor=1.0).losses_K.sum()))
+    return exact, losses[-1] / losses[0]
+
+
+@pytest.mark.ranks
+def test_bf16_starts_from_exact_masters_and_learns(ranks: Ranks) -> None:
+    for exact, ratio in ranks(2, in_bf16):
+        assert exact, "the fp32 masters were cloned from weights already rounded to bf16"
+        assert ratio < 0.95
+
+
+# ----------------------------------------------------------------------------------------- what travels, what is held
+
+
+def counted(rank: Rank) -> tuple[int, int, dict[str, int]]:
+    """Shared and all parameters, and the numbers given to each kind of collective in one step."""
+    engine = engine_of(rank, "pcgrad")
+    one_step(engine, rank)
+    with torch.profiler.profile(record_shapes=True) as profile:
+        one_step(engine, rank, step=1)
+    given: dict[str, int] = {}
+    for event in profile.events():
+        if event.name.startswith("c10d::"):
+            numbers = max((int(np.prod(shape)) for shape in event.input_shapes if shape), default=0)
+            given[event.name] = given.get(event.name, 0) + numbers
+    parameters = dict(engine.model.named_parameters())
+    shared = sum(p.numel() for name, p in parameters.items() if name.startswith("encoder."))
+    return shared, sum(p.numel() for p in parameters.values()), given
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("world", [2, 4])
+def test_numbers_on_the_wire(ranks: Ranks, world: int) -> None:
+    """Each of K task gradients by all-to-all, the parameters once by all-gather: (K + 1)·P·(W − 1)/W numbers sent per
+    rank, as both send n·(W − 1)/W of the n numbers they are given. Heads travel once, groups are padded to 2·W."""
+    for shared, total, given in ranks(world, counted):
+        padding = 2 * world * 20
+        heads = total - shared
+        assert 3 * shared + heads <= given.pop("c10d::alltoall_base_") <= 3 * shared + heads + 3 * padding
+        assert total <= given.pop("c10d::_allgather_base_") <= total + padding
+        assert set(given) == {"c10d::allreduce_"}, "besides, one all-reduce of what ranks agree on"
+
+
+def held(rank: Rank, tasks: int) -> tuple[int, int]:
+    """Numbers in all live tensors after a step on so many tasks, and shared parameters."""
+    kinds = {f"t{k}": TASKS["a"] for k in range(tasks)}
+    engine = engine_of(rank, "pcgrad", kinds)
+    mine = PLACEMENT[rank.world][rank.rank]
+
+    def build(task: int) -> Tensor:
+        packed, labels = batch(0, 0, mine)
+        return F.cross_entropy(engine.model(f"t{task}", packed), labels, reduction="sum") / 8
+
+    engine.step(0, {k: [lambda k=k: build(k)] for k in range(tasks)}, lr_factor=1.0)
+    gc.collect()
+    alive = [item for item in gc.get_objects() if isinstance(item, Tensor)]
+    sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() // 4 for t in alive}
+    return sum(sizes.values()), sum(p.numel() for n, p in engine.model.named_parameters() if n.startswith("encoder."))
+
+
+@pytest.mark.ranks
+def test_a_further_task_costs_a_shard_and_no_more(ranks: Ranks) -> None:
+    """No rank keeps a whole task gradient: from 3 to 7 tasks, memory grows by 4 shards of P/W and 4 small heads."""
+    few, many = ranks(2, held, 3), ranks(2, held, 7)
+    for (with_few, shared), (with_many, _) in zip(few, many, strict=True):
+        growth = (with_many - with_few) / 4
+        assert shared / 2 <= growth < 0.75 * shared
+
+
+# ----------------------------------------------------------------------------------------------------- Gram space
+
+
+@pytest.mark.parametrize("columns", [1, 1000, (1 << 18) + 5])
+def test_gram_and_combination_equal_the_obvious(columns: int) -> None:
+    shards_KS = torch.empty(4, columns).normal_(generator=torch.Generator().manual_seed(0))
+    weights_K = torch.tensor([0.5, -1.0, 2.0, 0.0])
+    out = torch.empty(columns)
+    combine(shards_KS, weights_K, out)
+    wide = shards_KS.double()
+    norm_K = wide.norm(dim=1)
+    assert ((gram(shards_KS) - wide @ wide.T).abs() <= 1e-6 * torch.outer(norm_K, norm_K)).all()
+    assert torch.allclose(out.double(), weights_K.double() @ wide, atol=1e-5)
+
+
+def test_groups_layer_decay_and_weight_decay() -> None:
+    groups = parameter_groups(model(0.0), OPTIMIZER, TASKS, SHAPE.layers)
+    found = {name: group for group in groups for name in group.names}
+    assert [group.task for group in groups] == sorted([g.task for g in groups], key=lambda task: task is not None)
+    assert found["encoder.pooler.weight"].lr == found["encoder.layers.1.up.weight"].lr == 1e-3
+    assert found["encoder.layers.0.up.weight"].lr == pytest.approx(0.8e-3)
+    assert found["encoder.words.weight"].lr == pytest.approx(0.64e-3)
+    assert found["encoder.norm.weight"].lr == pytest.approx(0.64e-3)
+    assert found["heads.a.output.weight"].lr == 3e-3 and found["heads.c.output.weight"].lr == 2e-3
+    for name, group in found.items():
+        spared = name.endswith("bias") or "norm" in name
+        assert group.weight_decay == (0.0 if spared else 0.1), name
+    assert set(found) == {name for name, _ in model(0.0).named_parameters()}
