@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mtbert.config import Config, UserError, load_config, schema, to_yaml
+from mtbert.reference import reference
+from mtbert.runs import Rank, create_run, discard_unstarted
 
 if TYPE_CHECKING:
     from mtbert.evaluate import Evaluation
@@ -44,7 +46,9 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("show-config", help="the whole configuration, defaults written out")
     _add_config(command)
-    command.add_argument("--schema", action="store_true", help="JSON schema of all keys instead, for editors")
+    instead = command.add_mutually_exclusive_group()
+    instead.add_argument("--schema", action="store_true", help="JSON schema of all keys instead, for editors")
+    instead.add_argument("--reference", action="store_true", help="the page docs/configuration.md instead")
     command.set_defaults(run=_show_config)
     return parser
 
@@ -52,7 +56,12 @@ def _parser() -> argparse.ArgumentParser:
 def _add_config(command: argparse.ArgumentParser) -> None:
     command.add_argument("--config", metavar="FILE", help="YAML; default: the generated three-task quick start")
     command.add_argument(
-        "--set", nargs="+", default=[], metavar="KEY=VALUE", help="dotted keys, e.g. optimizer.lr=3e-5"
+        "--set",
+        nargs="+",
+        action="extend",  # given twice, both count
+        default=[],
+        metavar="KEY=VALUE",
+        help="dotted keys, e.g. optimizer.lr=3e-5",
     )
 
 
@@ -71,14 +80,16 @@ def _train(options: argparse.Namespace) -> int:
     if options.resume:
         folder = existing_run(options.resume)
     else:
-        from mtbert.runs import create_run
-
         config = _config(options)
         folder = create_run(config, str(options.config or default_config()), sys.argv)
-    from mtbert.runs import Rank
     from mtbert.trainer import train
 
-    train(folder, Rank(), quiet=options.quiet)
+    try:
+        train(folder, Rank(), quiet=options.quiet)
+    except UserError:
+        if not options.resume:
+            discard_unstarted(folder)
+        raise
     return 0
 
 
@@ -108,5 +119,8 @@ def _as_records(results: Sequence[Evaluation]) -> dict[str, dict[str, str | floa
 
 
 def _show_config(options: argparse.Namespace) -> int:
-    print(json.dumps(schema(), indent=2) if options.schema else to_yaml(_config(options)), end="")
+    if options.schema:
+        print(json.dumps(schema(), indent=2))
+    else:
+        print(reference() if options.reference else to_yaml(_config(options)), end="")
     return 0

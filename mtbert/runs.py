@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -45,11 +46,14 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     """Write aside, fsync, rename: a reader sees the old file or the new one, never half of it."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     data = content.encode() if isinstance(content, str) else content
-    with aside.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    try:
+        with aside.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)  # there only if something went wrong
 
 
 def create_run(config: Config, source: str | None, command: list[str]) -> Path:
@@ -59,7 +63,8 @@ def create_run(config: Config, source: str | None, command: list[str]) -> Path:
         source: the YAML file the config came from; its stem goes into the folder's name.
         command: what the user typed.
 
-    Raises `UserError` when `run.name` is already taken: nothing a user made is overwritten.
+    Raises `UserError` when `run.name` is already taken (nothing a user made is overwritten) or the folder cannot be
+    written; no half of it is left then.
     """
     text = to_yaml(config)
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
@@ -74,9 +79,19 @@ def create_run(config: Config, source: str | None, command: list[str]) -> Path:
         ) from None
     except OSError as error:
         raise UserError(f"run.dir {config.run.dir}: cannot make {folder}: {error.strerror}") from None
-    write_atomically(folder / "config.yaml", text)
-    write_atomically(folder / "environment.json", json.dumps(_environment(command), indent=2) + "\n")
+    try:
+        write_atomically(folder / "config.yaml", text)
+        write_atomically(folder / "environment.json", json.dumps(_environment(command), indent=2) + "\n")
+    except OSError as error:
+        shutil.rmtree(folder)
+        raise UserError(f"run.dir {config.run.dir}: cannot write to {folder}: {error.strerror}") from None
     return folder
+
+
+def discard_unstarted(folder: Path) -> None:
+    """Remove a run folder that holds nothing but what `create_run` put there, so that its name is free again."""
+    if {path.name for path in folder.iterdir()} <= {"config.yaml", "environment.json"}:
+        shutil.rmtree(folder)
 
 
 def _environment(command: list[str]) -> dict[str, Any]:

@@ -104,9 +104,9 @@ def _made_aside(folder: Path, make: Callable[[Path], None]) -> Path:
     """Make a folder under another name and rename it, so that it is there whole or not at all."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=".making-", dir=folder.parent))
     except OSError as error:
-        raise UserError(f"data.cache: cannot make {folder.parent}: {error.strerror}") from None
-    aside = Path(tempfile.mkdtemp(prefix=".making-", dir=folder.parent))
+        raise UserError(f"data.cache: cannot make a folder in {folder.parent}: {error.strerror}") from None
     try:
         make(aside)
         aside.chmod(0o755)

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 
 FLOORS = [
     ["config"],
-    ["runs", "randomness", "baselines"],
+    ["runs", "randomness", "baselines", "reference"],
     ["encoder", "schedule", "surgery", "metrics", "tracking", "synthetic", "readers", "token_cache"],
     ["heads", "losses"],
     ["tasks", "data", "token_cache", "readers"],
