@@ -4,7 +4,7 @@ PIP := DS_BUILD_OPS=0 .venv/bin/python -m pip install --quiet --constraint const
 TRAIN_READY := .venv/.ready-to-train
 TEST_READY := .venv/.ready-to-test
 
-.PHONY: help train test check clean
+.PHONY: help train test check clean slurm-up slurm-down test-slurm
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,6 +24,15 @@ check: $(TEST_READY) ## lint, formatting, types and the import rules
 clean: ## remove .venv, caches and build products; runs/ stays
 	@rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage
 	@find mtbert launch tune tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+slurm-up: ## a real two-node Slurm on this box, for tests (Debian, root)
+	@slurm/cluster.sh up
+
+slurm-down: ## stop it and undo what slurm-up did
+	@slurm/cluster.sh down
+
+test-slurm: $(TEST_READY) ## the tests on a two-node Slurm, brought up and taken down (Debian, root)
+	@MTBERT_SLURM=1 OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests/slurm $(ARGS)
 
 # A stamp is older than what it was made from only when something has to be installed.
 $(TRAIN_READY): setup.py constraints.txt

@@ -1,7 +1,7 @@
 """What runs on every rank: a picklable job that submitit loads, on Slurm and on one machine alike.
 
 It finds its rank, joins its output to the run folder, turns signals into a flag, calls the trainer and records how
-that ended. Of submitit it uses the start only: results, requeueing and the end of other ranks are settled through
+that ended. submitit only starts it: results, requeueing and the end of other ranks are settled through
 `launch.records`, because submitit's own need accounting, reach rank 0 alone and ignore SIGTERM.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import fcntl
-import logging
 import os
 import pty
 import signal
@@ -26,8 +25,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import submitit
-
 from launch.records import (
     HEARTBEAT_S,
     End,
@@ -37,6 +34,7 @@ from launch.records import (
     job_folder,
     log_path,
     read_end,
+    slurm_state,
     stop_path,
     write_end,
 )
@@ -50,8 +48,11 @@ BLAME_S = 1.0
 """How long a failing rank waits before it takes the blame: a rank whose peer was killed learns of it by an exception
 of its own, within milliseconds, and the watch needs a moment to see the peer gone."""
 
-EXIT_CODES = {"finished": 0, "stopped": 0, "failed": 1, "mistake": 2}
+EXIT_CODES = {"finished": 0, "stopped": 0, "failed": 1, "mistake": 2, "lost": 137}
+"""Of a rank. 137 is what a killed process has; the batch script starts again what ends above 128."""
+
 IDLE_RESTARTS = 3
+"""Attempts in a row that may end at the step they began with, before a job is no longer put back into the queue."""
 
 
 @dataclass(frozen=True)
@@ -71,14 +72,7 @@ class Job:
     train: Train | None = None
 
     def __call__(self) -> None:
-        environment = submitit.JobEnvironment()
-        logging.getLogger("submitit").setLevel(logging.WARNING)  # rank 0's output is for people
-        # a stale result makes submitit judge this attempt by an earlier one, a stale half of one stops it from ending
-        result = environment.paths.result_pickle
-        for stale in (result, result.with_suffix(".pkl.save_tmp")):
-            stale.unlink(missing_ok=True)
-
-        place = Place.of(environment, self)
+        place = Place.here(job_folder(self.run) / f"{self.token}.rendezvous")
         with _output(self.run, place.rank, self.terminal):
             status = Attempt(self.run, self.token, place).run_to_end(self.train)
         if code := EXIT_CODES[status]:
@@ -91,26 +85,30 @@ class Place:
 
     rank: Rank
     host: str
-    first_hosts: tuple[str, ...]
+    hosts: tuple[str, ...]
     restarts: int
     slurm_job: str | None
 
     @classmethod
-    def of(cls, environment: submitit.JobEnvironment, job: Job) -> Place:
-        slurm_job = environment.raw_job_id if environment.cluster == "slurm" else None
-        world, number = environment.num_tasks, environment.global_rank
-        if slurm_job is None:
-            local_rank, local_world = number, world
-            rendezvous = f"file://{job_folder(job.run) / f'{job.token}.rendezvous'}"
-            restarts = 0
-        else:
-            local_rank, local_world = environment.local_rank, world // environment.num_nodes
-            restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-            # derived from the job, so that every rank knows it; another one after a requeue, lest the old one lingers
-            port = 20_000 + (int(slurm_job) * 7 + restarts) % 20_000
-            rendezvous = f"tcp://{environment.hostnames[0]}:{port}"
-        rank = Rank(number, world, local_rank, local_world, rendezvous)
-        return cls(rank, socket.gethostname(), tuple(environment.hostnames[:2]), restarts, slurm_job)
+    def here(cls, rendezvous: Path) -> Place:
+        """Read from the variables of submitit's local executor, or of srun; `rendezvous` serves the former."""
+        host = socket.gethostname()
+        if os.environ.get("SUBMITIT_EXECUTOR") == "local":
+            number, world = _numbers("SUBMITIT_LOCAL_GLOBALID", "SUBMITIT_LOCAL_NTASKS")
+            return cls(Rank(number, world, number, world, f"file://{rendezvous}"), host, (host,), 0, None)
+        job = os.environ["SLURM_JOB_ID"]
+        number, world, local, nodes = _numbers("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_JOB_NUM_NODES")
+        restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+        listed = ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]]
+        hosts = subprocess.run(listed, check=True, capture_output=True, text=True, timeout=60).stdout.split()
+        # derived from the job, so that every rank knows it; another one after a requeue, lest the old one lingers
+        port = 20_000 + (int(job) * 7 + restarts) % 10_000
+        rank = Rank(number, world, local, world // nodes, f"tcp://{hosts[0]}:{port}")
+        return cls(rank, host, tuple(hosts), restarts, job)
+
+
+def _numbers(*names: str) -> tuple[int, ...]:
+    return tuple(int(os.environ[name]) for name in names)
 
 
 class Attempt:
@@ -122,7 +120,7 @@ class Attempt:
         self.place = place
         self.rank = place.rank
         self.name = f"{token}-{place.restarts}"
-        self.lock = Lock(run, self.name)
+        self.lock = Lock(run, self.name, place.slurm_job)
         self._stop = threading.Event()
         self._over = threading.Event()
 
@@ -141,11 +139,11 @@ class Attempt:
             outcome = (train or _trainer())(self.run, self.rank, self._stop.is_set, not self.rank.first)
         except UserError as error:
             self._end("mistake", message=str(error))
-        except Exception:
+        except Exception as error:
             trace = traceback.format_exc()
             print(trace, file=sys.stderr, flush=True)
             self._await_cause()
-            self._end("failed", message=trace)
+            self._end("lost" if _peer_lost(error) else "failed", message=trace)
         else:
             if self.rank.first:
                 self._end(outcome.status, outcome.step, outcome.metrics)
@@ -174,7 +172,7 @@ class Attempt:
                 self._stop.set()
             end = read_end(self.run, self.name)
             if end is None and (dead := self._dead_peer()) is not None:
-                self._end("failed", rank=dead, message=f"rank {dead} was killed")
+                self._end("lost", rank=dead, message=f"rank {dead} was killed")
                 end = read_end(self.run, self.name)
             if end is not None and EXIT_CODES[end.status]:
                 self._leave(EXIT_CODES[end.status])
@@ -248,17 +246,17 @@ class Attempt:
         subprocess.run(["scontrol", "requeue", job], check=True, timeout=60)
 
 
+def _peer_lost(error: Exception) -> bool:
+    """Whether a collective failed because another rank is gone. By name, for torch may not even be imported."""
+    if any(kind.__name__ == "DistError" for kind in type(error).__mro__):
+        return True
+    return isinstance(error, RuntimeError) and "gloo/transport" in str(error)
+
+
 def _trainer() -> Train:
     from mtbert.trainer import train  # with torch, and after the variables it reads are set
 
     return train
-
-
-def slurm_state(job: str) -> str:
-    """JobState of a job Slurm still remembers."""
-    shown = subprocess.run(["scontrol", "show", "job", "-o", job], capture_output=True, text=True, timeout=60)
-    words = (word.partition("=") for word in shown.stdout.split())
-    return next((value for key, _, value in words if key == "JobState"), "UNKNOWN")
 
 
 # ---------------------------------------------------------------------------------- variables and output
@@ -280,10 +278,10 @@ def _interface(place: Place) -> str | None:
 
     Left alone, gloo takes the address the host name resolves to, which on many machines is one that peers cannot reach.
     """
-    if place.slurm_job is None or len(place.first_hosts) < 2:
+    if place.slurm_job is None or len(place.hosts) < 2:
         return next((name for _, name in socket.if_nameindex() if name.startswith("lo")), None)
     # the way to oneself is the loopback, so the first node asks for the way to the second
-    other = place.first_hosts[1] if place.host.split(".")[0] == place.first_hosts[0] else place.first_hosts[0]
+    other = place.hosts[1] if place.host.split(".")[0] == place.hosts[0] else place.hosts[0]
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((other, 9))  # sends nothing, but picks the route
         mine = probe.getsockname()[0]

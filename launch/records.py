@@ -17,6 +17,7 @@ import json
 import os
 import shutil
 import socket
+import subprocess
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -47,9 +48,9 @@ class JobNote:
 
 @dataclass(frozen=True)
 class End:
-    """How an attempt ended. `mistake` is the user's (exit code 2), `failed` is ours (1)."""
+    """How an attempt ended. `mistake` is the user's, `failed` ours; `lost`: a rank or its node went without a word."""
 
-    status: Literal["finished", "stopped", "mistake", "failed"]
+    status: Literal["finished", "stopped", "mistake", "failed", "lost"]
     rank: int
     host: str
     step: int | None = None
@@ -134,13 +135,18 @@ class Lock:
     """One attempt at a time in a run folder.
 
     The file names its owner. Another attempt may take it over when the owner is an earlier attempt of the same job,
-    a dead process of this host, or has not touched the file for `STALE_S`.
+    a Slurm job that is over, a dead process of this host, or has not touched the file for `STALE_S`.
     """
 
-    def __init__(self, run: Path, attempt: str) -> None:
+    def __init__(self, run: Path, attempt: str, slurm_job: str | None = None) -> None:
         self.run = run
         self.path = job_folder(run) / "lock"
-        self.owner: dict[str, Any] = {"attempt": attempt, "host": socket.gethostname(), "pid": os.getpid()}
+        self.owner: dict[str, Any] = {
+            "attempt": attempt,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "slurm_job": slurm_job,
+        }
 
     def acquire(self) -> None:
         """Raises `UserError` when a living attempt of another job holds the folder."""
@@ -168,7 +174,8 @@ class Lock:
         if owner:
             same_job = owner["attempt"].rsplit("-", 1)[0] == self.owner["attempt"].rsplit("-", 1)[0]
             dead = owner["host"] == self.owner["host"] and not alive(owner["pid"])
-            if same_job or dead:
+            job = owner["slurm_job"]
+            if same_job or dead or (job and slurm_state(job) not in ("RUNNING", "COMPLETING", "UNKNOWN")):
                 return None
         if age_s > STALE_S:
             return None
@@ -189,3 +196,12 @@ def alive(pid: int) -> bool:
     except PermissionError:
         return True
     return True
+
+
+def slurm_state(job: str) -> str:
+    """JobState of a job; UNKNOWN when Slurm has forgotten it, or there is no Slurm here."""
+    try:
+        shown = subprocess.run(["scontrol", "show", "job", "-o", job], capture_output=True, text=True, timeout=60)
+    except FileNotFoundError:
+        return "UNKNOWN"
+    return dict(word.partition("=")[::2] for word in shown.stdout.split()).get("JobState", "UNKNOWN")

@@ -47,9 +47,11 @@ def report(run: Path, end: End | None, nodes: int) -> int:
     if end.status == "mistake":
         print(f"error: {end.message}", file=sys.stderr)
         return 2
-    if end.status == "failed":
+    if end.status in ("failed", "lost"):
         print(f"rank {end.rank} on {end.host} failed; all output: {log_path(run).parent}/", file=sys.stderr)
         print(end.message.rstrip(), file=sys.stderr)
+        if end.status == "lost":
+            print(f"a rank was killed (memory?) or its node failed; continue with: {resume}", file=sys.stderr)
         return 1
     if end.status == "stopped":
         at = "before the first step" if end.step is None else f"at step {end.step}"

@@ -7,6 +7,8 @@ accounting and is right about requeued jobs, where `sacct` says NODE_FAIL for a 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import re
 import secrets
 import shlex
@@ -82,10 +84,11 @@ def parameters(args: argparse.Namespace, name: str, folder: Path) -> dict[str, A
         ],
         "teardown": [
             "code=$?",
-            "# ranks were killed, by a signal and not by their own exit: start again from the last checkpoint",
-            f"if [ $code -gt 128 ] && [ ${{SLURM_RESTART_COUNT:-0}} -lt {KILLED_RESTARTS} ] &&",
-            "    scontrol show job -o $SLURM_JOB_ID | grep -q JobState=RUNNING; then",
-            "    scontrol requeue $SLURM_JOB_ID && sleep 60",
+            "# a rank was killed, or its node: start again from the last checkpoint",
+            f"killed={shlex.quote(str(job_folder(folder).resolve()))}/$SLURM_JOB_ID.killed",
+            "if [ $code -gt 128 ] && scontrol show job -o $SLURM_JOB_ID | grep -q JobState=RUNNING; then",
+            "    date >>$killed",
+            f"    if [ $(wc -l <$killed) -le {KILLED_RESTARTS} ]; then scontrol requeue $SLURM_JOB_ID && sleep 60; fi",
             "fi",
             "exit $code",
         ],
@@ -109,7 +112,8 @@ def submit_jobs(args: argparse.Namespace, name: str, folder: Path, runs: Sequenc
     executor.update_parameters(**parameters(args, name, folder))
     jobs = [Job(run.resolve(), secrets.token_hex(4)) for run in runs]
     try:
-        submitted = executor.submit_array(jobs)
+        with contextlib.redirect_stderr(io.StringIO()):  # submitit prints the complaint and raises it as well
+            submitted = executor.submit_array(jobs)
     except FailedJobError as error:
         raise UserError(_complaint(str(error))) from None
     notes = []

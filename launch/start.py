@@ -4,6 +4,7 @@
 Called as `python start.py -u -m submitit.core._submit FOLDER`; the words in the middle are submitit's.
 """
 
+import os
 import signal
 import sys
 from pathlib import Path
@@ -11,8 +12,14 @@ from pathlib import Path
 # until the job has its own handlers, a signal that asks for a stop would end the interpreter
 signal.signal(signal.SIGUSR2, signal.SIG_IGN)
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
-sys.argv[1:] = sys.argv[-1:]
+folder = Path(sys.argv[-1])
+sys.argv[1:] = [str(folder)]
 
+# a requeued job finds the half-written result of the attempt before, and submitit would refuse to write over it
+for stale in folder.glob("*_result.pkl.save_tmp"):
+    stale.unlink(missing_ok=True)
+
+os.environ.setdefault("SUBMITIT_LOG_LEVEL", "WARNING")
 from submitit.core.submission import submitit_main  # noqa: E402
 
 submitit_main()
