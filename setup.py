@@ -20,7 +20,7 @@ DEV = [
     "ruff>=0.12",
     "mypy>=1.17",
     "types-PyYAML",
-    "transformers>=5",
+    "transformers>=5.20",
 ]
 
 setup(
@@ -35,9 +35,9 @@ setup(
         "torch>=2.13,<2.14",
         "deepspeed>=0.19.8,<0.20",
         "torchjd>=0.18",
-        "tokenizers>=0.21",
-        "safetensors>=0.5",
-        "huggingface_hub>=0.30",
+        "tokenizers>=0.23.3",
+        "safetensors>=0.8",
+        "huggingface_hub>=1.31",
         "pydantic>=2.10",
         "pyyaml>=6.0.1",
         "numpy>=2.1",
