@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from scipy import sparse
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression, Ridge
@@ -24,7 +24,7 @@ Text = tuple[str, ...]
 """One sentence, or the two of a pair."""
 
 
-def trivial_baseline(kind: str, train_labels: Sequence[float], dev_labels: Sequence[float]) -> NDArray[np.float64]:
+def trivial_baseline(kind: str, train_labels: ArrayLike, dev_labels: ArrayLike) -> NDArray[np.float64]:
     """The best constant answer in training, once per development row: majority class, or mean for pair_regression.
 
     Of equally frequent classes the smallest is taken. Returns (N,) float64; the development labels only give N.
@@ -38,7 +38,7 @@ def trivial_baseline(kind: str, train_labels: Sequence[float], dev_labels: Seque
 
 
 def bag_of_words_baseline(
-    kind: str, train_texts: Sequence[Text], train_labels: Sequence[float], dev_texts: Sequence[Text]
+    kind: str, train_texts: Sequence[Text], train_labels: ArrayLike, dev_texts: Sequence[Text]
 ) -> NDArray[np.float64]:
     """Predictions (N,) of a linear model on word and word-pair counts, float64.
 

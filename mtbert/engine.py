@@ -20,6 +20,7 @@ import datetime
 import logging
 import math
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -139,9 +140,9 @@ class _Host(Protocol):
 
     partitions: list[Partition]
 
-    def begin(self) -> None: ...
+    def begin(self, tasks: int) -> None: ...
     def backward(self, slot: int, losses: Sequence[Loss]) -> float: ...
-    def shards(self, tasks: int) -> tuple[Tensor, Tensor]: ...
+    def shards(self) -> tuple[Tensor, Tensor]: ...
     def apply(self, gradients: Sequence[Tensor]) -> None: ...
     def publish_masters(self) -> None: ...
 
@@ -200,9 +201,9 @@ class Engine:
             stop, save: this rank wants to stop, or a checkpoint; the answer says whether any does.
         """
         tasks = tuple(losses)
-        self._host.begin()
+        self._host.begin(len(tasks))
         values = [self._backward(slot, task, losses[task]) for slot, task in enumerate(tasks)]
-        shards_KS, heads_S = self._host.shards(len(tasks))
+        shards_KS, heads_S = self._host.shards()
         gram_KK, head_square, losses_K, stop, save = self._agree(shards_KS, heads_S, values, stop, save)
         finite = bool(torch.isfinite(gram_KK).all() and torch.isfinite(losses_K).all()) and math.isfinite(head_square)
         weights_K = torch.full((len(tasks),), math.nan)
@@ -315,11 +316,6 @@ class Engine:
             states[partition.master] = moments
         self.set_masters(lambda span: read(span, "master"))
 
-    def close(self) -> None:
-        """Ends the process group after everyone is done; without the barrier gloo aborts at teardown now and then."""
-        self._deepspeed.destroy()
-        close_ranks()
-
 
 def _weighted(loss: Loss, weight: float) -> Tensor:
     return weight * loss()
@@ -385,7 +381,7 @@ class _Stage1:
         self.views: list[list[tuple[nn.Parameter, Tensor]]] = []
         self.received: list[Tensor] = []
         self.pending: list[tuple[int, int, list[Any]]] = []  # slot, buffer, works
-        self.shards_KS = torch.empty(0, self.shared // self.world, device=self.device)
+        self.storage_KS = self.shards_KS = torch.empty(0, self.shared // self.world, device=self.device)
 
     def _partition(self, index: int, names: Mapping[int, str]) -> Partition:
         flat: Tensor = self.optimizer.bit16_groups_flat[index]
@@ -410,13 +406,27 @@ class _Stage1:
             first += flat.numel()
         return views
 
-    def begin(self) -> None:
+    def begin(self, tasks: int) -> None:
+        if tasks > len(self.storage_KS):
+            self._allocate(tasks)
+        self.shards_KS = self.storage_KS[:tasks]
         self.heads.zero_()
         for parameter, view in self.head_views:
             parameter.grad = view
 
+    def _allocate(self, tasks: int) -> None:
+        """Shards for as many tasks as a step turns out to have, and buffers for their backwards."""
+        dtype = self.grad_dtype if self.world == 1 else torch.float32
+        self.storage_KS = torch.zeros(tasks, self.shared // self.world, dtype=dtype, device=self.device)
+        if self.world == 1:
+            self.buffers = list(self.storage_KS)
+        else:
+            shape = {"dtype": self.grad_dtype, "device": self.device}
+            self.buffers = [torch.zeros(self.shared, **shape) for _ in range(min(tasks, 2))]
+            self.received = [torch.zeros(self.shared, **shape) for _ in self.buffers]
+        self.views = [self._views(buffer, range(self.shared_groups)) for buffer in self.buffers]
+
     def backward(self, slot: int, losses: Sequence[Loss]) -> float:
-        self._grow(slot + 1)
         place = slot if self.world == 1 else slot % 2
         self._receive(unless=place)
         buffer = self.buffers[place]
@@ -432,22 +442,6 @@ class _Stage1:
         if self.world > 1:
             self._send(slot, place)
         return value
-
-    def _grow(self, tasks: int) -> None:
-        """Buffers for as many tasks as a step turns out to have."""
-        if tasks <= len(self.shards_KS):
-            return
-        if self.world == 1:
-            self.shards_KS = torch.zeros(tasks, self.shared, dtype=self.grad_dtype, device=self.device)
-            self.buffers = list(self.shards_KS)
-        else:
-            kept = self.shards_KS
-            self.shards_KS = torch.zeros(tasks, self.shared // self.world, device=self.device)
-            self.shards_KS[: len(kept)] = kept
-            while len(self.buffers) < min(tasks, 2):
-                self.buffers.append(torch.zeros(self.shared, dtype=self.grad_dtype, device=self.device))
-                self.received.append(torch.empty_like(self.buffers[-1]))
-        self.views = [self._views(buffer, range(self.shared_groups)) for buffer in self.buffers]
 
     def _send(self, slot: int, place: int) -> None:
         works = [
@@ -475,17 +469,17 @@ class _Stage1:
             for shard, piece in zip(shards, pieces, strict=True):
                 _sum_rows(piece.view(self.world, -1), shard)
 
-    def shards(self, tasks: int) -> tuple[Tensor, Tensor]:
+    def shards(self) -> tuple[Tensor, Tensor]:
         self._receive(unless=None)
         if self.world == 1:
-            return self.shards_KS[:tasks], self.heads.float()
+            return self.shards_KS, self.heads.float()
         sizes = self.sizes[self.shared_groups :]
         pieces = []
         for piece in self.heads.split(sizes):
             received = torch.empty_like(piece)
             dist.all_to_all_single(received, piece)
             pieces.append(_sum_rows(received.view(self.world, -1), piece.new_empty(len(piece) // self.world).float()))
-        return self.shards_KS[:tasks], torch.cat(pieces) if pieces else self.heads.float()
+        return self.shards_KS, torch.cat(pieces) if pieces else self.heads.float()
 
     def apply(self, gradients: Sequence[Tensor]) -> None:
         for index, gradient in enumerate(gradients):
@@ -533,17 +527,16 @@ class _Stage3:
             self.partitions.append(Partition(group, self.optimizer.fp32_partitioned_groups_flat[index], tuple(spans)))
         self.flat: Tensor = self.optimizer.grad_partitions_flat_buffer
         self.shared = sum(p.master.numel() for p in self.partitions if groups[p.group].task is None)
-        self.shards_KS = torch.zeros(0, self.shared, device=self.flat.device)
+        self.storage_KS = self.shards_KS = torch.zeros(0, self.shared, device=self.flat.device)
         self.heads = torch.zeros(self.flat.numel() - self.shared, device=self.flat.device)
 
-    def begin(self) -> None:
+    def begin(self, tasks: int) -> None:
+        if tasks > len(self.storage_KS):
+            self.storage_KS = torch.zeros(tasks, self.shared, device=self.flat.device)
+        self.shards_KS = self.storage_KS[:tasks]
         self.heads.zero_()
 
     def backward(self, slot: int, losses: Sequence[Loss]) -> float:
-        if slot >= len(self.shards_KS):
-            kept = self.shards_KS
-            self.shards_KS = torch.zeros(slot + 1, self.shared, device=self.flat.device)
-            self.shards_KS[: len(kept)] = kept
         self.shards_KS[slot].zero_()
         value = 0.0
         for build in losses:
@@ -555,8 +548,8 @@ class _Stage3:
             value += float(loss.detach())
         return value
 
-    def shards(self, tasks: int) -> tuple[Tensor, Tensor]:
-        return self.shards_KS[:tasks], self.heads
+    def shards(self) -> tuple[Tensor, Tensor]:
+        return self.shards_KS, self.heads
 
     def apply(self, gradients: Sequence[Tensor]) -> None:
         torch.cat(list(gradients), out=self.flat)
@@ -596,8 +589,12 @@ def join_ranks(rank: Rank, config: EngineConfig, timeout_s: float = 1800) -> Non
 
 
 def close_ranks() -> None:
+    """Ends the process group after everyone is done; without the barrier gloo aborts at teardown now and then."""
     dist.barrier()
-    dist.destroy_process_group()
+    if deepspeed := sys.modules.get("deepspeed"):  # has caches of its own to clear, for the next run in this process
+        deepspeed.comm.destroy_process_group()
+    else:
+        dist.destroy_process_group()
 
 
 @contextmanager

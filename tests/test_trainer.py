@@ -15,7 +15,7 @@ import torch.multiprocessing
 import yaml
 
 from mtbert.checkpoint import find_checkpoint, load_weights, open_checkpoint
-from mtbert.config import Config, OptimizerConfig, PhaseConfig, UserError, load_config
+from mtbert.config import CheckpointConfig, Config, OptimizerConfig, PhaseConfig, UserError, load_config
 from mtbert.randomness import addressed_rng
 from mtbert.runs import Rank, create_run
 from mtbert.trainer import build, learning_rate_factor, train
@@ -120,7 +120,7 @@ def test_killed_and_resumed_ends_with_the_same_bits(config: Config, world: int) 
 
 @pytest.mark.ranks
 def test_stopped_and_continued_on_other_numbers_of_ranks(config: Config) -> None:
-    """Dropout draws differ from rank to rank, so it is off; a save in mid-run on 2 ranks goes on with 1, then with 4."""
+    """Dropout draws differ from rank to rank, so it is off. Saved on 2 ranks, goes on with 1, then with 4."""
     config = Config.model_validate(
         {
             **config.model_dump(),
@@ -142,14 +142,14 @@ def test_stopped_and_continued_on_other_numbers_of_ranks(config: Config) -> None
 
 
 def test_a_probing_phase_leaves_the_encoder_alone(config: Config) -> None:
+    config = config.model_copy(update={"checkpoint": CheckpointConfig(every_steps=2, keep=9)})
     run = new_run(config, "probe")
     train(run, Rank(), quiet=True)
     shapes = {name: parameter.shape for name, parameter in build(config)[0].named_parameters()}
-    before = load_weights(run / "checkpoints" / "step-00000008", shapes) if False else None
-    del before
-    state = find_checkpoint(run, "latest")
-    assert set(state.adam_steps) == {8, STEPS}
-    assert max(state.adam_steps) == STEPS
+    before = load_weights(run / "checkpoints" / "step-00000008", shapes)
+    after = load_weights(find_checkpoint(run, "latest").folder, shapes)
+    moved = {name for name in shapes if not torch.equal(before[name], after[name])}
+    assert moved == {name for name in shapes if name.startswith("heads.")}
 
 
 def test_run_leaves_a_complete_record(config: Config) -> None:
@@ -159,8 +159,10 @@ def test_run_leaves_a_complete_record(config: Config) -> None:
     result = json.loads((run / "result.json").read_text())
     assert set(result["tasks"]["sst"]) == {"metric", "score", "trivial", "bag_of_words"}
     tags = set().union(*logged(run))
-    for tag in ["loss/sst", "metric/sts/pearson", "metric/composite", "gradient/cosine/sst~para", "gradient/weight/sst",
-                "gradient/conflict_rate", "gradient/norm/para", "learning_rate/encoder", "learning_rate/sst"]:  # fmt: skip
+    for tag in (
+        *["loss/sst", "metric/sts/pearson", "metric/composite", "learning_rate/encoder", "learning_rate/sst"],
+        *["gradient/cosine/sst~para", "gradient/weight/sst", "gradient/norm/para", "gradient/conflict_rate"],
+    ):
         assert tag in tags, tag
     assert load_config(run / "config.yaml") == config.model_copy(
         update={"run": config.run.model_copy(update={"name": "record"})}
@@ -192,7 +194,7 @@ def test_losses_that_are_not_finite_end_the_run_with_a_clear_message(config: Con
     config = config.model_copy(update={"optimizer": OptimizerConfig(lr=1e30, head_lr=1e30, warmup=0)})
     config = config.model_copy(update={"phases": [PhaseConfig(steps=30)]})
     run = new_run(config, "nan")
-    with pytest.raises(UserError, match="not finite, 10 steps in a row; lower optimizer.lr"):
+    with pytest.raises(UserError, match=r"not finite, 10 steps in a row; lower optimizer\.lr"):
         train(run, Rank(), quiet=True)
 
 
@@ -215,4 +217,4 @@ def test_learning_rate_course(decay: str) -> None:
     assert factors[0] == pytest.approx(0.2) and factors[9] == pytest.approx(2.0) == factors[10]
     halfway = {"constant": 2.0, "linear": 1.0, "cosine": 1.0}[decay]
     assert factors[55] == pytest.approx(halfway)
-    assert all(a >= b for a, b in zip(factors[10:], factors[11:], strict=False))
+    assert factors[10:] == sorted(factors[10:], reverse=True)
