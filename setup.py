@@ -38,6 +38,7 @@ setup(
         "tokenizers>=0.23.3",
         "safetensors>=0.8",
         "huggingface_hub>=1.31",
+        "filelock>=3.16",
         "pydantic>=2.10",
         "pyyaml>=6.0.1",
         "numpy>=2.1",

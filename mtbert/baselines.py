@@ -8,7 +8,6 @@ a corpus than one expects. Both baselines see only the training rows and predict
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -29,12 +28,13 @@ def trivial_baseline(kind: str, train_labels: ArrayLike, dev_labels: ArrayLike) 
 
     Of equally frequent classes the smallest is taken. Returns (N,) float64; the development labels only give N.
     """
+    labels_N = np.asarray(train_labels, dtype=np.float64)
     if kind == "pair_regression":
-        answer = float(np.mean(train_labels))
+        answer = labels_N.mean()
     else:
-        counts = Counter(train_labels)
-        answer = min(counts, key=lambda label: (-counts[label], label))
-    return np.full(len(dev_labels), answer, dtype=np.float64)
+        classes, counts = np.unique(labels_N, return_counts=True)
+        answer = classes[counts.argmax()]
+    return np.full(np.shape(dev_labels), answer, dtype=np.float64)
 
 
 def bag_of_words_baseline(
