@@ -2,35 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import pickle
-import time
-import traceback
 from collections.abc import Callable
-from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import pytest
-import torch
-import torch.multiprocessing
+from harness import Ranks, run_ranks
 from hypothesis import settings
-from torch import distributed as dist
 
 from mtbert import synthetic
-from mtbert.runs import Rank
 
 ROOT = Path(__file__).parent.parent
 
 # no deadline: a busy machine is no failure; derandomised: what passed once on a commit passes again
 settings.register_profile("mtbert", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("mtbert")
-
-
-class Ranks(Protocol):
-    """`ranks(world, function, *args)`: what `function(rank, *args)` returned on each rank, in rank order."""
-
-    def __call__(self, world: int, function: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]: ...
 
 
 @pytest.fixture(scope="session")
@@ -59,52 +45,6 @@ def ranks(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
     def run(world: int, function: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
-        folder = tmp_path_factory.mktemp("ranks")
-        context = torch.multiprocessing.get_context("spawn")
-        processes = [context.Process(target=_rank, args=(rank, world, folder, function, args)) for rank in range(world)]
-        for process in processes:
-            process.start()
-        try:
-            trouble = _wait(processes, timeout)
-        finally:
-            for process in processes:
-                if process.is_alive():
-                    process.kill()
-                process.join()
-        if trouble:
-            told = "\n".join(path.read_text() for path in sorted(folder.glob("*.traceback")))
-            pytest.fail(f"{trouble}\n{told}", pytrace=False)
-        return [pickle.loads((folder / f"{rank}.result").read_bytes()) for rank in range(world)]
+        return run_ranks(tmp_path_factory.mktemp("ranks"), world, function, *args, timeout=timeout)
 
     return run
-
-
-def _wait(processes: list[BaseProcess], timeout: float) -> str:
-    """Waits until all have ended well (returns "") or one has failed or time is up (returns what happened)."""
-    deadline = time.monotonic() + timeout
-    while time.monotonic() < deadline:
-        codes = [process.exitcode for process in processes]
-        if failed := {rank: code for rank, code in enumerate(codes) if code}:
-            return f"exit codes by rank: {failed}"
-        if all(code == 0 for code in codes):
-            return ""
-        time.sleep(0.02)
-    late = [rank for rank, process in enumerate(processes) if process.is_alive()]
-    return f"after {timeout:g} s these ranks were still running and were killed: {late}"
-
-
-def _rank(rank: int, world: int, folder: Path, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    """One process: joins the group, calls the function, leaves its result or its traceback in a file."""
-    torch.set_num_threads(1)
-    rendezvous = f"file://{folder / 'rendezvous'}"
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world))
-    try:
-        dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world)
-        result = function(Rank(rank, world, rank, world, rendezvous), *args)
-        (folder / f"{rank}.result").write_bytes(pickle.dumps(result))
-        # without the barrier some gloo runs abort while they end
-        dist.barrier()
-        dist.destroy_process_group()
-    except BaseException:
-        (folder / f"{rank}.traceback").write_text(f"rank {rank}:\n{traceback.format_exc()}")
-        raise

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
-from conftest import Ranks
+from harness import Ranks
 from torch import Tensor
 from torch.nn import functional as F
 

@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from conftest import Ranks
+from harness import Ranks
 from torch import distributed as dist
 
 from mtbert.runs import Rank
