@@ -147,6 +147,9 @@ class Attempt:
         else:
             if self.rank.first:
                 self._end(outcome.status, outcome.step, outcome.metrics)
+            # a late signal must not end scontrol, nor the interpreter on its way out, which drops our handlers
+            for number in (signal.SIGUSR2, signal.SIGTERM):
+                signal.signal(number, signal.SIG_IGN)
             if outcome.status == "stopped":
                 self._requeue(outcome.step)
         self._over.set()
@@ -317,6 +320,9 @@ def _output(run: Path, rank: Rank, terminal: tuple[int, int] | None) -> Iterator
 
     outer, inner = pty.openpty()
     fcntl.ioctl(inner, termios.TIOCSWINSZ, struct.pack("HHHH", *terminal, 0, 0))
+    modes = termios.tcgetattr(inner)
+    modes[1] &= ~termios.OPOST  # the terminal that shows the file turns line ends into its own
+    termios.tcsetattr(inner, termios.TCSANOW, modes)
     os.dup2(inner, 1)
     os.close(inner)
 

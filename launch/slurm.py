@@ -44,7 +44,7 @@ GRACE_S = 90
 """Seconds before the time limit at which ranks are asked to save; half the limit where that is shorter."""
 
 KILLED_RESTARTS = 5
-"""Restarts after which a job whose ranks are killed (memory, hardware) is given up."""
+"""Restarts without a new checkpoint after which a job whose ranks are killed (memory, hardware) is given up."""
 
 POLL_S = 0.2
 ASK_EVERY_S = 2.0
@@ -79,14 +79,22 @@ def parameters(args: argparse.Namespace, name: str, folder: Path) -> dict[str, A
         # srun does not take it over from the batch script
         + ([f"--cpus-per-task={args.cpus_per_rank}"] if args.cpus_per_rank else []),
         "setup": [
-            f"srun --nodes={args.nodes} --ntasks={args.nodes} --ntasks-per-node=1 "
-            f"bash -c {shlex.quote(look)} {shlex.quote(str(folder.resolve()))} || exit 2"
+            "# a node that has just come back may refuse a step, which is no answer",
+            "for wait in 1 5 10 20 0; do",
+            f"    srun --nodes={args.nodes} --ntasks={args.nodes} --ntasks-per-node=1 "
+            f"bash -c {shlex.quote(look)} {shlex.quote(str(folder.resolve()))}",
+            "    case $? in 0) break ;; 2) exit 2 ;; *) sleep $wait ;; esac",
+            "done",
         ],
         "teardown": [
             "code=$?",
             "# a rank was killed, or its node: start again from the last checkpoint",
-            f"killed={shlex.quote(str(job_folder(folder).resolve()))}/$SLURM_JOB_ID.killed",
+            f"run={shlex.quote(str(folder.resolve()))}",
+            "killed=$run/job/$SLURM_JOB_ID.killed",
             "if [ $code -gt 128 ] && scontrol show job -o $SLURM_JOB_ID | grep -q JobState=RUNNING; then",
+            "    : >>$killed",
+            "    # times without a new checkpoint in between",
+            "    find $run -path '*/checkpoints/step-*' -newer $killed | grep -q . && : >$killed",
             "    date >>$killed",
             f"    if [ $(wc -l <$killed) -le {KILLED_RESTARTS} ]; then scontrol requeue $SLURM_JOB_ID && sleep 60; fi",
             "fi",

@@ -15,7 +15,7 @@ set -euo pipefail
 
 LAB=${LAB:-/tmp/mtbert-slurm}
 NODES=${NODES:-2} CPUS=${CPUS:-4} GPUS=${GPUS:-2} NETWORK=${NETWORK:-shared}
-PACKAGES=(slurmctld slurmd slurm-client munge)
+PACKAGES=(slurmctld slurmd slurm-client munge iproute2 procps)
 MARK='# mtbert slurm cluster'
 NET=10.87.0 BRIDGE=mtbert0
 export SLURM_CONF=$LAB/slurm.conf
@@ -80,9 +80,10 @@ install_packages() {
     echo "installing ${missing[*]}"
     apt-get update -qq
     # the packages' own services would start a cluster without configuration
-    printf '#!/bin/sh\nexit 101\n' >/usr/sbin/policy-rc.d && chmod +x /usr/sbin/policy-rc.d
+    local policy=/usr/sbin/policy-rc.d ours=
+    [ -e $policy ] || { ours=1; printf '#!/bin/sh\nexit 101\n' >$policy; chmod +x $policy; }
     DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
-    rm /usr/sbin/policy-rc.d
+    [ -z "$ours" ] || rm $policy
     mkdir -p "$LAB"
     printf '%s\n' "${missing[@]}" >>"$LAB/installed"
 }

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import yaml
@@ -80,6 +81,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Submission:
     """`launch/submit.py` with these arguments, running."""
 
+    running: ClassVar[list[subprocess.Popen[str]]] = []
+
     def __init__(self, place: Path, *arguments: str | Path) -> None:
         self.place = place
         self.process = subprocess.Popen(
@@ -89,6 +92,7 @@ class Submission:
             stderr=subprocess.PIPE,
             text=True,
         )
+        self.running.append(self.process)
 
     def end(self, timeout: float = 240) -> tuple[int, str, str]:
         """Waits; exit code, stdout and stderr."""
@@ -154,11 +158,22 @@ def rank_processes(job: str) -> dict[int, int]:
         try:
             words = (folder / "cmdline").read_bytes().split(b"\0")
             variables = dict(line.partition(b"=")[::2] for line in (folder / "environ").read_bytes().split(b"\0"))
-        except (FileNotFoundError, ProcessLookupError):
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
             continue
         if variables.get(b"SLURM_JOB_ID") == job.encode() and any(word.endswith(b"start.py") for word in words[:2]):
             found[int(variables[b"SLURM_PROCID"])] = int(folder.name)
     return found
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_over(cluster: Cluster) -> Iterator[None]:
+    """A test that failed leaves no job to the next one."""
+    yield
+    subprocess.run(["scancel", "--user=root", "--full", "--signal=KILL"], check=True)
+    for process in Submission.running:
+        process.kill()
+        process.communicate()
+    Submission.running.clear()
 
 
 Run = Callable[..., tuple[Submission, Trained]]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -119,3 +121,14 @@ def test_a_run_folder_that_a_node_does_not_see(node: str, start: Run, cluster: C
     assert code != 0
     assert "put run.dir on a file system that all nodes share" in err
     wait_until(lambda: "idle" in scontrol("show", "node", node).lower(), 30, "an idle node")
+
+
+def test_a_plain_batch_script_without_submitit(place: Path, cluster: Cluster, undisturbed: Trained) -> None:
+    root = Path(__file__).parent.parent.parent
+    (place / ".venv").symlink_to(Path(sys.prefix))
+    variables = {**os.environ, "CONFIG": "tiny.yaml", "PYTHONPATH": str(root)}
+    submitted = subprocess.run(
+        ["sbatch", "--wait", root / "slurm" / "train.sbatch", "runs/plain"], cwd=place, env=variables
+    )
+    assert submitted.returncode == 0
+    assert_same_course(Trained(place / "runs" / "plain"), undisturbed)
