@@ -1,0 +1,185 @@
+"""The command line as a user meets it: in processes of its own, from the outside."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from mtbert import __version__
+from mtbert.cli import main
+from mtbert.config import load_config
+
+ROOT = Path(__file__).parent.parent
+QUICKSTART = ROOT / "configs" / "quickstart.yaml"
+TINY = [
+    "data.generate.train=40",
+    "data.generate.dev=12",
+    "encoder.shape.hidden_size=8",
+    "encoder.shape.layers=1",
+    "encoder.shape.heads=2",
+    "encoder.shape.intermediate_size=8",
+    "phases=[{steps: 2}]",
+    "schedule.batch_size=4",
+    "engine.threads=1",
+]
+HEAVY = ("torch", "deepspeed", "numpy", "tokenizers", "sklearn", "ray", "submitit", "tensorboard")
+
+
+def mtbert(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "mtbert", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        command, cwd=cwd, env=environment, capture_output=True, text=True, encoding="utf-8", timeout=300
+    )
+
+
+def imported(*arguments: str) -> set[str]:
+    """The heavy packages that a command imports."""
+    command = [sys.executable, "-X", "importtime", "-m", "mtbert", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
+    modules = set(re.findall(r"\|\s+([\w.]+)$", done.stderr, re.MULTILINE))
+    assert "mtbert.config" in modules
+    return {module for module in HEAVY if module in modules}
+
+
+# ------------------------------------------------------------------------------------------- at once
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["train", "--help"],
+        ["train", "--set", "optimiser.lr=3"],
+        ["train", "--config", "nowhere.yaml"],
+        ["train", "--resume", "nowhere"],
+        ["evaluate", "nowhere"],
+        ["show-config"],
+        ["show-config", "--schema"],
+        ["show-config", "--reference"],
+    ],
+    ids=" ".join,
+)
+def test_help_configuration_and_typos_come_without_torch(arguments: list[str]) -> None:
+    assert imported(*arguments) == set()
+
+
+def test_help_names_the_commands() -> None:
+    done = mtbert("--help")
+    assert done.returncode == 0
+    for command in ("train", "evaluate", "show-config"):
+        assert command in done.stdout
+        assert mtbert(command, "--help").returncode == 0
+
+
+# ------------------------------------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["train", "--set", "optimiser.lr=3"], r"optimiser: unknown key; did you mean 'optimizer'\?"),
+        (["show-config", "--set", "seed=x"], r"seed: input should be a valid integer"),
+        (["train", "--config", "nowhere.yaml"], r"nowhere\.yaml: cannot read the configuration: No such file"),
+        (["train", "--resume", "nowhere"], r"nowhere: no run folder \(it holds no config\.yaml\); give one that"),
+        (["train", "--resume", "r", "--set", "seed=1"], r"--resume: a run continues with the configuration in its"),
+        (["evaluate", "nowhere"], r"nowhere: no run folder"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_mistake_is_one_line_and_exit_code_2(
+    arguments: list[str], told: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert re.fullmatch(f"mtbert: .*{told}.*\n", printed.err)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("arguments", [[], ["trian"], ["train", "--stet", "a=1"], ["evaluate"]], ids=str)
+def test_a_command_line_that_is_none(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    assert "usage: python -m mtbert" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------- show-config
+
+
+def test_show_config_round_trips(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show-config", "--set", "seed=3", "tasks.sts=null", "--set", "run.name='1e5'"]) == 0
+    path = tmp_path / "shown.yaml"
+    path.write_text(capsys.readouterr().out)
+    shown = load_config(path)
+    assert shown == load_config(QUICKSTART, ["seed=3", "tasks.sts=null", "run.name='1e5'"])
+    assert shown.seed == 3 and list(shown.tasks) == ["sst", "para"]  # both --set count
+    assert main(["show-config", "--config", str(path)]) == 0
+    assert capsys.readouterr().out == path.read_text()
+
+
+def test_show_config_prints_the_schema(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show-config", "--schema"]) == 0
+    out = capsys.readouterr().out
+    assert out.endswith("}\n")
+    assert json.loads(out)["title"] == "Config"
+
+
+# ------------------------------------------------------------------------------------------- a whole run
+
+
+def test_train_then_evaluate(tmp_path: Path) -> None:
+    config = tmp_path / "mine.yaml"
+    config.write_text(yaml.safe_dump({"base": str(QUICKSTART), "data": {"cache": str(tmp_path / "cache")}}))
+    trained = mtbert("train", "--config", "mine.yaml", "--set", *TINY, "run.name=first", cwd=tmp_path)
+    assert trained.returncode == 0, trained.stderr
+    run = tmp_path / "runs" / "first"
+    assert "run folder: runs/first" in trained.stdout
+    result = json.loads((run / "result.json").read_text())
+    assert json.loads((run / "environment.json").read_text())["command"][1:4] == ["train", "--config", "mine.yaml"]
+
+    evaluated = mtbert("evaluate", "runs/first", "--checkpoint", "latest", "--json", cwd=tmp_path)
+    assert evaluated.returncode == 0, evaluated.stderr
+    [line] = evaluated.stdout.splitlines()
+    scores = json.loads(line)
+    assert scores["step"] == result["step"] == 2
+    assert list(scores["tasks"]) == ["sst", "para", "sts"]
+    assert 0 <= scores["composite"] <= 1
+    for name, task in scores["tasks"].items():
+        assert task["metric"] == result["tasks"][name]["metric"]
+        assert task["score"] == pytest.approx(result["tasks"][name]["score"], abs=1e-6)
+        assert task["loss"] > 0
+
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+    again = mtbert("train", "--config", "mine.yaml", "--set", *TINY, "run.name=first", cwd=tmp_path)
+    assert (again.returncode, again.stdout) == (2, "")
+    assert re.fullmatch(r"mtbert: run\.name first: runs/first exists already; .*\n", again.stderr)
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_that_cannot_start_leaves_its_name_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    overrides = ["run.name=first", "encoder.shape={layers: 1}", "encoder.tokenizer=t.json"]
+    overrides.append(f"engine.threads={torch.get_num_threads()}")  # of this process, which runs on after the test
+    assert main(["train", "--config", str(ROOT / "configs" / "cs224n.yaml"), "--set", *overrides]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert re.fullmatch(r"mtbert: t\.json: no such file; .*\n", printed.err)
+    assert list((tmp_path / "runs").iterdir()) == []
+    assert not torch.distributed.is_initialized()
+
+
+def test_version_is_a_version() -> None:
+    assert re.fullmatch(r"\d+\.\d+\.\d+.*", __version__)

@@ -1,0 +1,190 @@
+"""A run folder is there whole or not at all, holds what a reader needs, and no secret."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pickle
+import resource
+import subprocess
+import sys
+import textwrap
+import threading
+from pathlib import Path
+
+import pytest
+
+from mtbert.config import Config, UserError, load_config
+from mtbert.runs import Outcome, Rank, create_run, discard_unstarted, write_atomically
+
+ROOT = Path(__file__).parent.parent
+COMMAND = ["mtbert", "train", "--set", "seed=3"]
+
+
+def make_config(folder: Path, name: str | None = "first", **run: object) -> Config:
+    task = {"kind": "classification", "train": "t", "dev": "d"}
+    return Config.model_validate({"tasks": {"sst": task}, "run": {"dir": str(folder), "name": name, **run}})
+
+
+def contents(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+# ------------------------------------------------------------------------------------------- run folders
+
+
+def test_the_folder_holds_config_and_environment(tmp_path: Path) -> None:
+    config = make_config(tmp_path / "deep" / "runs")
+    folder = create_run(config, "mine.yaml", COMMAND)
+    assert folder == tmp_path / "deep" / "runs" / "first"
+    assert contents(folder) == ["config.yaml", "environment.json"]
+    assert load_config(folder / "config.yaml") == config
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment["command"] == COMMAND
+    assert environment["directory"] == str(Path.cwd())
+    assert environment["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert environment["cpus"] == os.cpu_count()
+    assert {"torch", "deepspeed", "numpy"} <= set(environment["packages"])
+
+
+def test_no_environment_variable_gets_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret-of-the-test")
+    folder = create_run(make_config(tmp_path), None, COMMAND)
+    told = "".join(path.read_text() for path in folder.iterdir())
+    assert "secret-of-the-test" not in told
+    assert "HF_TOKEN" not in told
+
+
+def test_an_existing_name_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
+    folder = create_run(make_config(tmp_path), None, COMMAND)
+    before = (folder / "config.yaml").read_bytes()
+    with pytest.raises(UserError, match=r"^run\.name first: .*exists already; choose another name, or .*--resume"):
+        create_run(make_config(tmp_path, log_every=3), None, COMMAND)
+    assert (folder / "config.yaml").read_bytes() == before
+
+
+def test_of_many_that_want_a_name_one_gets_it(tmp_path: Path) -> None:
+    won: list[Path] = []
+    lost: list[UserError] = []
+
+    def want() -> None:
+        try:
+            won.append(create_run(make_config(tmp_path), None, COMMAND))
+        except UserError as error:
+            lost.append(error)
+
+    threads = [threading.Thread(target=want) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (len(won), len(lost)) == (1, 7)
+
+
+def test_default_names_tell_config_and_content(tmp_path: Path) -> None:
+    one = create_run(make_config(tmp_path, None), "configs/cs224n.yaml", COMMAND).name
+    other = create_run(make_config(tmp_path, None, log_every=3), "configs/cs224n.yaml", COMMAND).name
+    _, _, config, digest = one.split("-")
+    assert config == "cs224n" and len(digest) == 6
+    assert digest != other.split("-")[-1]
+    assert create_run(make_config(tmp_path, None), None, COMMAND).name.split("-")[2] == "run"
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"^run\.dir .*file/runs: cannot make .*: Not a directory$"):
+        create_run(make_config(tmp_path / "file" / "runs"), None, COMMAND)
+
+
+FULL_DISK = """
+    import resource, signal, sys
+    from pathlib import Path
+    from mtbert.config import UserError, load_config
+    from mtbert.runs import create_run, write_atomically
+    task = "tasks.a={kind: classification, train: t, dev: d}"
+    config = load_config(None, [f"run.dir={sys.argv[1]}", "run.name=first", task])
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))  # no file grows beyond 100 bytes: as on a full disk
+    try:
+        create_run(config, None, [])
+    except UserError as error:
+        print(error)
+    target = Path(sys.argv[1], "precious.txt")
+    try:
+        write_atomically(target, "x" * 200)
+    except OSError:
+        print(target.read_text())
+"""
+
+
+def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path) -> None:
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[1] == resource.RLIM_INFINITY
+    (tmp_path / "precious.txt").write_text("as it was")
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(FULL_DISK), tmp_path], cwd=ROOT, capture_output=True, text=True
+    )
+    told, kept = done.stdout.splitlines()
+    assert told == f"run.dir {tmp_path}: cannot write to {tmp_path / 'first'}: File too large"
+    assert kept == "as it was"
+    assert contents(tmp_path) == ["precious.txt"]
+
+
+def test_a_run_that_never_started_is_discarded_and_one_that_did_is_kept(tmp_path: Path) -> None:
+    folder = create_run(make_config(tmp_path), None, COMMAND)
+    discard_unstarted(folder)
+    assert not folder.exists()
+    folder = create_run(make_config(tmp_path), None, COMMAND)  # the name is free again
+    (folder / "metrics.jsonl").write_text("")
+    discard_unstarted(folder)
+    assert contents(folder) == ["config.yaml", "environment.json", "metrics.jsonl"]
+
+
+# ------------------------------------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize("content", ["", "é\n\r\n", b"\x00\xff"])
+def test_what_is_written_is_read(tmp_path: Path, content: str | bytes) -> None:
+    path = tmp_path / "file"
+    for _ in range(2):
+        write_atomically(path, content)
+        assert path.read_bytes() == (content.encode() if isinstance(content, str) else content)
+    assert contents(tmp_path) == ["file"]
+
+
+def test_a_reader_sees_the_old_file_or_the_new_one(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    versions = [bytes([65 + n]) * 300_000 for n in range(4)]
+    write_atomically(path, versions[0])
+    over = threading.Event()
+    seen: list[bytes] = []
+
+    def read() -> None:
+        while not over.is_set():
+            seen.append(path.read_bytes())
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for n in range(60):
+        write_atomically(path, versions[n % 4])
+    over.set()
+    reader.join()
+    assert len(set(seen)) > 1
+    assert set(seen) <= set(versions)
+
+
+# ------------------------------------------------------------------------------------------- records
+
+
+def test_ranks_and_outcomes_travel_between_processes() -> None:
+    for record in (Rank(1, 4, 1, 2, "tcp://node:1"), Outcome("stopped", 3, {"sst": 0.5})):
+        assert pickle.loads(pickle.dumps(record)) == record
+    assert [Rank(rank, 2).first for rank in range(2)] == [True, False]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Rank().rank = 1  # type: ignore[misc]
+
+
+def test_no_torch_in_here() -> None:
+    """`launch` and `tune` import this at their start."""
+    code = "import mtbert.runs, sys; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
