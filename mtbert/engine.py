@@ -141,7 +141,7 @@ class _Host(Protocol):
     partitions: list[Partition]
 
     def begin(self, tasks: int) -> None: ...
-    def backward(self, slot: int, losses: Sequence[Loss]) -> float: ...
+    def backward(self, slot: int, losses: Sequence[Loss]) -> Tensor: ...
     def shards(self) -> tuple[Tensor, Tensor]: ...
     def apply(self, gradients: Sequence[Tensor]) -> None: ...
     def publish_masters(self) -> None: ...
@@ -219,13 +219,14 @@ class Engine:
             tasks, losses_K, gram_KK, weights_K, math.sqrt(max(head_square, 0.0)), norm, not finite, stop, save
         )
 
-    def _backward(self, slot: int, task: int, losses: Sequence[Loss]) -> float:
+    def _backward(self, slot: int, task: int, losses: Sequence[Loss]) -> Tensor:
+        """The task's loss on this rank, without λ; still on the device, so that nothing waits for it here."""
         weight = self.loss_weights[task]
         value = self._host.backward(slot, [partial(_weighted, loss, weight) for loss in losses])
-        return value / weight if weight else 0.0
+        return value / weight if weight else value
 
     def _agree(
-        self, shards_KS: Tensor, heads_S: Tensor, values: Sequence[float], stop: bool, save: bool
+        self, shards_KS: Tensor, heads_S: Tensor, values: Sequence[Tensor], stop: bool, save: bool
     ) -> tuple[Tensor, float, Tensor, bool, bool]:
         """Everything ranks must know of each other in a step, in one all-reduce of K² + K + 3 numbers (fp64)."""
         tasks = len(values)
@@ -233,7 +234,8 @@ class Engine:
             [
                 gram(shards_KS).flatten(),
                 heads_S.double().square().sum().reshape(1),
-                torch.tensor([*values, float(stop), float(save)], dtype=torch.float64, device=self.device),
+                torch.stack(list(values)).double(),
+                torch.tensor([stop, save], dtype=torch.float64, device=self.device),
             ]
         )
         dist.all_reduce(message)
@@ -426,19 +428,18 @@ class _Stage1:
             self.received = [torch.zeros(self.shared, **shape) for _ in self.buffers]
         self.views = [self._views(buffer, range(self.shared_groups)) for buffer in self.buffers]
 
-    def backward(self, slot: int, losses: Sequence[Loss]) -> float:
+    def backward(self, slot: int, losses: Sequence[Loss]) -> Tensor:
         place = slot if self.world == 1 else slot % 2
         self._receive(unless=place)
         buffer = self.buffers[place]
         buffer.zero_()
         for parameter, view in self.views[place]:
             parameter.grad = view
-        value = 0.0
+        value = torch.zeros((), device=self.device)
         for build in losses:
             loss = build()
-            if loss.requires_grad:
-                loss.backward()
-            value += float(loss.detach())
+            loss.backward()
+            value += loss.detach()
         if self.world > 1:
             self._send(slot, place)
         return value
@@ -536,16 +537,16 @@ class _Stage3:
         self.shards_KS = self.storage_KS[:tasks]
         self.heads.zero_()
 
-    def backward(self, slot: int, losses: Sequence[Loss]) -> float:
+    def backward(self, slot: int, losses: Sequence[Loss]) -> Tensor:
         self.shards_KS[slot].zero_()
-        value = 0.0
+        value = torch.zeros((), device=self.flat.device)
         for build in losses:
             self.flat.zero_()
             loss = build()
             self.engine.backward(loss * self.world)  # DeepSpeed divides by the number of ranks
             self.shards_KS[slot] += self.flat[: self.shared]
             self.heads += self.flat[self.shared :]
-            value += float(loss.detach())
+            value += loss.detach()
         return value
 
     def shards(self) -> tuple[Tensor, Tensor]:

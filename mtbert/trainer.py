@@ -69,7 +69,14 @@ def train(run_dir: Path, rank: Rank, stop: Callable[[], bool] = lambda: False, q
     return outcome
 
 
-Built = tuple[MultiTaskModel, EncoderShape, list[Task]]
+@dataclass(frozen=True)
+class Built:
+    """What a configuration describes, before anything is trained."""
+
+    model: MultiTaskModel
+    shape: EncoderShape
+    tasks: list[Task]
+    notes: list[str]  # for the user to know
 
 
 def _in_turn(rank: Rank, make: Callable[[], Built]) -> Built:
@@ -113,9 +120,11 @@ def build(config: Config) -> Built:
             f"use the tokenizer that the encoder was trained with"
         )
     model = MultiTaskModel(shape, encoder, config.tasks, config.seed)
-    if weights:
-        model.encoder.load_weights(weights)
-    return model, shape, load_tasks(config, data, tokenizer, min(encoder.max_length, shape.max_positions))
+    notes = []
+    if weights and model.encoder.load_weights(weights) and encoder.pooling == "pooler":
+        notes.append(f"{encoder.pretrained} has no pooler: it starts from scratch (encoder.pooling: mean needs none)")
+    tasks = load_tasks(config, data, tokenizer, min(encoder.max_length, shape.max_positions))
+    return Built(model, shape, tasks, notes)
 
 
 def evaluate_run(run_dir: Path, which: Literal["best", "latest"]) -> tuple[int, list[Evaluation], float]:
@@ -125,12 +134,13 @@ def evaluate_run(run_dir: Path, which: Literal["best", "latest"]) -> tuple[int, 
     rank = Rank()
     join_ranks(rank, config.engine)
     try:
-        model, _, tasks = build(config)
+        built = build(config)
+        model = built.model
         shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         model.load_state_dict(load_weights(checkpoint.folder, shapes))
         device = local_device(rank)
         model.to(device=device, dtype=choose_precision(config.engine.precision, device))
-        results, score = evaluate_all(model, tasks, rank, device)
+        results, score = evaluate_all(model, built.tasks, rank, device)
     finally:
         close_ranks()
     return checkpoint.step, results, score
@@ -161,13 +171,13 @@ class _Run:
         stop: Callable[[], bool],
         quiet: bool,
     ) -> None:
-        model, shape, tasks = built
-        self.config, self.run_dir, self.rank, self.tasks, self.stop = config, run_dir, rank, tasks, stop
-        self.schedule, self.places = plan(config, tasks)
+        model = built.model
+        self.config, self.run_dir, self.rank, self.tasks, self.stop = config, run_dir, rank, built.tasks, stop
+        self.schedule, self.places = plan(config, built.tasks)
         self.total_steps = self.places[-1].last + 1
         self.engine = Engine(
             model,
-            parameter_groups(model, config.optimizer, config.tasks, shape.layers),
+            parameter_groups(model, config.optimizer, config.tasks, built.shape.layers),
             config.tasks,
             config.engine,
             config.optimizer,
@@ -176,7 +186,7 @@ class _Run:
         )
         self.device = self.engine.device
         self.checkpointer = Checkpointer(run_dir, rank, config.checkpoint.keep)
-        notes: list[str] = []
+        notes = list(built.notes)
         checkpoint = self.checkpointer.latest(notes.append)
         self.first_step = 0
         self.best: dict[str, float] | None = None
@@ -187,7 +197,7 @@ class _Run:
         for note in notes:
             self.tracker.message(note)
         self.skips_in_a_row = 0
-        self.window = _Window([task.name for task in tasks])
+        self.window = _Window([task.name for task in built.tasks])
 
     # --------------------------------------------------------------------------------------------- the loop
 
@@ -297,7 +307,6 @@ class _Run:
     def _save(self, step: int) -> None:
         self.tracker.flush()
         self.checkpointer.save(self.engine, step, self.best)
-        self.saved_at = time.monotonic()
 
     # ----------------------------------------------------------------------------------- what people see
 

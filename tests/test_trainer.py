@@ -88,7 +88,7 @@ def digests(run_dir: Path) -> dict[str, str]:
 
 
 def weights(config: Config, run_dir: Path) -> dict[str, torch.Tensor]:
-    shapes = {name: parameter.shape for name, parameter in build(config)[0].named_parameters()}
+    shapes = {name: parameter.shape for name, parameter in build(config).model.named_parameters()}
     return load_weights(find_checkpoint(run_dir, "latest").folder, shapes)
 
 
@@ -145,7 +145,7 @@ def test_a_probing_phase_leaves_the_encoder_alone(config: Config) -> None:
     config = config.model_copy(update={"checkpoint": CheckpointConfig(every_steps=2, keep=9)})
     run = new_run(config, "probe")
     train(run, Rank(), quiet=True)
-    shapes = {name: parameter.shape for name, parameter in build(config)[0].named_parameters()}
+    shapes = {name: parameter.shape for name, parameter in build(config).model.named_parameters()}
     before = load_weights(run / "checkpoints" / "step-00000008", shapes)
     after = load_weights(find_checkpoint(run, "latest").folder, shapes)
     moved = {name for name in shapes if not torch.equal(before[name], after[name])}
