@@ -25,7 +25,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch import Tensor
 
 from mtbert.config import DataConfig, TaskConfig, UserError
-from mtbert.encoder import Packed, pack
+from mtbert.packing import Packed, pack
 from mtbert.readers import Quarantined
 from mtbert.token_cache import Progress, ensure
 

@@ -14,7 +14,8 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from mtbert.config import EncoderConfig, HeadConfig, TaskConfig
-from mtbert.encoder import Encoder, EncoderShape, Packed, dropout, initialise
+from mtbert.encoder import Encoder, EncoderShape, dropout, initialise
+from mtbert.packing import Packed
 
 
 def concat(first_BD: Tensor, second_BD: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from mtbert.baselines import bag_of_words_baseline, trivial_baseline
 from mtbert.checkpoint import Checkpointer, find_checkpoint, load_weights
 from mtbert.config import Config, OptimizerConfig, PhaseConfig, UserError, load_config, to_yaml
 from mtbert.data import Batch, prefetch
-from mtbert.encoder import EncoderShape, load_pretrained
+from mtbert.encoder import EncoderShape
 from mtbert.engine import (
     Engine,
     Loss,
@@ -38,6 +38,7 @@ from mtbert.engine import (
 from mtbert.evaluate import Evaluation, evaluate_all
 from mtbert.heads import MultiTaskModel
 from mtbert.metrics import METRICS
+from mtbert.pretrained import load_pretrained
 from mtbert.randomness import addressed_generator
 from mtbert.runs import Outcome, Rank, write_atomically
 from mtbert.schedule import Schedule, Share

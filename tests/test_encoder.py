@@ -23,17 +23,9 @@ from torch import Generator, Tensor
 from transformers import BertConfig, BertModel
 
 from mtbert.config import UserError
-from mtbert.encoder import (
-    Encoder,
-    EncoderShape,
-    Packed,
-    attention,
-    dropout,
-    initialise,
-    load_pretrained,
-    pack,
-    save_pretrained,
-)
+from mtbert.encoder import Encoder, EncoderShape, attention, dropout, initialise
+from mtbert.packing import Packed, pack
+from mtbert.pretrained import load_pretrained, save_pretrained
 
 ROOT = Path(__file__).parent.parent
 SMALL = EncoderShape(
@@ -543,7 +535,7 @@ def hub(folder: Path) -> Iterator[str]:
 def load_elsewhere(names: Sequence[str], endpoint: str, home: Path) -> list[list[str]]:
     """`load_pretrained` in a process of its own, since the hub's client reads its environment when imported."""
     program = (
-        "import sys; from mtbert.config import UserError; from mtbert.encoder import load_pretrained\n"
+        "import sys; from mtbert.config import UserError; from mtbert.pretrained import load_pretrained\n"
         "for name in sys.argv[1:]:\n"
         "    try: shape, state, folder = load_pretrained(name); print(shape, len(state), folder, sep='\\t')\n"
         "    except UserError as error: print('UserError', error, sep='\\t')"

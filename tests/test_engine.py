@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mtbert.config import EncoderConfig, EngineConfig, HeadConfig, OptimizerConfig, TaskConfig
-from mtbert.encoder import EncoderShape, Packed, pack
+from mtbert.encoder import EncoderShape
 from mtbert.engine import Engine, Span, StepResult, combine, gram, parameter_groups
 from mtbert.heads import MultiTaskModel
+from mtbert.packing import Packed, pack
 from mtbert.randomness import addressed_generator, addressed_rng
 from mtbert.runs import Rank
 from mtbert.surgery import Surgery, pcgrad_vectors, task_orders

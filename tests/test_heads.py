@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mtbert.config import EncoderConfig, HeadKind, TaskConfig, TaskKind
-from mtbert.encoder import EncoderShape, pack
+from mtbert.encoder import EncoderShape
 from mtbert.heads import HEADS, Head, MultiTaskModel
 from mtbert.losses import LOSSES
+from mtbert.packing import pack
 
 D = 6
 Array = NDArray[np.float64]

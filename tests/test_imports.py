@@ -18,9 +18,9 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     ["config"],
     ["runs", "randomness", "baselines", "reference"],
-    ["encoder", "schedule", "surgery", "metrics", "tracking", "synthetic", "readers", "token_cache"],
-    ["heads", "losses"],
-    ["tasks", "data", "token_cache", "readers"],
+    ["packing", "encoder", "schedule", "surgery", "metrics", "tracking", "synthetic", "readers"],
+    ["heads", "losses", "pretrained"],
+    ["tasks", "data", "token_cache"],
     ["engine", "evaluate", "checkpoint"],
     ["trainer", "export", "predict"],
     ["cli"],
@@ -39,7 +39,7 @@ ROOMS = {
 }
 """Third parties that only one file or package knows."""
 
-KNOW_NO_RANKS = ["encoder", "schedule", "surgery", "metrics", "heads"]
+KNOW_NO_RANKS = ["packing", "encoder", "schedule", "surgery", "metrics", "heads"]
 """Pure functions of their arguments, on one rank or many: no torch.distributed."""
 
 GLOBAL_DRAWS_ALLOWED: dict[tuple[str, str], str] = {}

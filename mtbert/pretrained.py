@@ -1,0 +1,160 @@
+"""BERT weights in and out of Hugging Face folders: config.json, model.safetensors, a tokenizer. No pickles."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError
+from torch import Tensor
+
+from mtbert.config import UserError
+from mtbert.encoder import Encoder, EncoderShape
+from mtbert.runs import write_atomically
+
+_TO_HUGGING_FACE = {
+    "words": "embeddings.word_embeddings",
+    "positions": "embeddings.position_embeddings",
+    "types": "embeddings.token_type_embeddings",
+    "norm": "embeddings.LayerNorm",
+    "pooler": "pooler.dense",
+    "attended": "attention.output.dense",
+    "attended_norm": "attention.output.LayerNorm",
+    "up": "intermediate.dense",
+    "down": "output.dense",
+    "down_norm": "output.LayerNorm",
+}
+_CONFIG_KEYS = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "intermediate_size": "intermediate_size",
+    "max_positions": "max_position_embeddings",
+    "type_vocab_size": "type_vocab_size",
+    "layer_norm_eps": "layer_norm_eps",
+}
+_CONFIG_DEFAULTS = {"type_vocab_size": 2, "layer_norm_eps": 1e-12}
+# what config.json may say of the things this encoder does in one way only; the last is right when it says nothing
+_CONFIG_MUST_BE = {
+    "model_type": ("bert",),
+    "hidden_act": ("gelu", None),
+    "position_embedding_type": ("absolute", None),
+    "is_decoder": (False, None),
+}
+_FILES = ["config.json", "model.safetensors", "tokenizer.json", "vocab.txt"]
+
+
+def _hugging_face_names(name: str) -> list[str]:
+    """Hugging Face's names for our parameter: three for the fused qkv, else one."""
+    *module, kind = name.split(".")
+    prefix = f"encoder.layer.{module[1]}." if module[0] == "layers" else ""
+    if module[-1] == "qkv":
+        return [f"{prefix}attention.self.{part}.{kind}" for part in ("query", "key", "value")]
+    return [f"{prefix}{_TO_HUGGING_FACE[module[-1]]}.{kind}"]
+
+
+def load_pretrained(name_or_folder: str) -> tuple[EncoderShape, dict[str, Tensor], Path]:
+    """Shape, fp32 weights under our names, and the folder (for the tokenizer) of a Hugging Face BERT.
+
+    Only `model.safetensors` is ever opened, never a pickle. Weights of heads in the file are ignored. A file without
+    a pooler gives a state without `pooler.*`; `Encoder.load_weights` then leaves it as initialised and says so.
+
+    Raises `UserError` naming the file or hub and what would be right.
+    """
+    folder = _folder(name_or_folder)
+    shape = _read_shape(folder / "config.json")
+    path = folder / "model.safetensors"
+    if not path.is_file():
+        raise UserError(
+            f"{folder}: no model.safetensors (pickled weights are not opened); convert once where you trust the file: "
+            f"transformers.BertModel.from_pretrained({name_or_folder!r}).save_pretrained(FOLDER)"
+        )
+    try:
+        tensors = safetensors.torch.load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a readable safetensors file ({error}); fetch it again") from None
+    found = {
+        name.removeprefix("bert.")
+        .replace("LayerNorm.gamma", "LayerNorm.weight")
+        .replace("LayerNorm.beta", "LayerNorm.bias"): t
+        for name, t in tensors.items()
+    }
+    with torch.device("meta"):
+        expected = Encoder(shape, 0.0).state_dict()
+    state = {}
+    for name, parameter in expected.items():
+        parts = _hugging_face_names(name)
+        if name.startswith("pooler.") and parts[0] not in found:
+            continue
+        wanted = (parameter.shape[0] // len(parts), *parameter.shape[1:])
+        for part in parts:
+            if part not in found:
+                raise UserError(f"{path}: no tensor {part}; a BERT of the shape in config.json has one")
+            if found[part].shape != wanted:
+                raise UserError(
+                    f"{path}: {part} has shape {tuple(found[part].shape)}, the config.json beside it means {wanted}"
+                )
+        state[name] = torch.cat([found[part].float() for part in parts])
+    return shape, state, folder
+
+
+def save_pretrained(state: Mapping[str, Tensor], shape: EncoderShape, folder: Path) -> None:
+    """Write config.json and model.safetensors as `transformers.BertModel.from_pretrained` opens them."""
+    tensors = {}
+    for name, tensor in state.items():
+        parts = _hugging_face_names(name)
+        for part, chunk in zip(parts, tensor.detach().cpu().chunk(len(parts)), strict=True):
+            tensors[part] = chunk.contiguous()
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "model.safetensors", safetensors.torch.save(tensors, {"format": "pt"}))
+    config = {key: getattr(shape, field) for field, key in _CONFIG_KEYS.items()}
+    config |= {"model_type": "bert", "architectures": ["BertModel"], "hidden_act": "gelu"}
+    write_atomically(folder / "config.json", json.dumps(config, indent=2) + "\n")
+
+
+def _folder(name_or_folder: str) -> Path:
+    folder = Path(name_or_folder).expanduser()
+    if folder.is_dir():
+        return folder
+    files = "config.json, model.safetensors and a tokenizer"
+    if name_or_folder.startswith((".", "/", "~")) or name_or_folder.count("/") > 1 or folder.exists():
+        raise UserError(f"encoder.pretrained {name_or_folder}: no such folder; give one with {files}")
+    try:
+        return Path(snapshot_download(name_or_folder, allow_patterns=_FILES))
+    except (OSError, HFValidationError) as error:  # every other error of the hub's client is an OSError
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"encoder.pretrained {name_or_folder}: neither a folder here nor to be had from the hub ({reason}); "
+            f"give a folder with {files}, or a hub name such as google-bert/bert-base-uncased"
+        ) from None
+
+
+def _read_shape(path: Path) -> EncoderShape:
+    try:
+        config = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; a Hugging Face BERT folder has this file") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: not a JSON object; fetch it again")
+    for key, right in _CONFIG_MUST_BE.items():
+        if config.get(key) not in right:
+            raise UserError(f"{path}: {key} is {config.get(key)!r}; only BERT with {right[0]!r} can be loaded")
+    shape: dict[str, Any] = {field: config.get(key, _CONFIG_DEFAULTS.get(key)) for field, key in _CONFIG_KEYS.items()}
+    for field, key in _CONFIG_KEYS.items():
+        kind = float if field == "layer_norm_eps" else int
+        if type(shape[field]) is not kind or shape[field] <= 0:
+            raise UserError(f"{path}: {key} is {shape[field]!r}; it must be a positive {kind.__name__}")
+    if shape["hidden_size"] % shape["heads"]:
+        raise UserError(
+            f"{path}: hidden_size {shape['hidden_size']} is no multiple of num_attention_heads {shape['heads']}"
+        )
+    return EncoderShape(**shape)
