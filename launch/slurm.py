@@ -46,6 +46,28 @@ GRACE_S = 90
 KILLED_RESTARTS = 5
 """Restarts without a new checkpoint after which a job whose ranks are killed (memory, hardware) is given up."""
 
+LOOK = r"""
+# every node must see the run folder; one that has just come back may refuse a step, which is no answer
+for wait in 1 5 10 20 0; do
+    srun --nodes=$nodes --ntasks=$nodes --ntasks-per-node=1 bash -c 'test -e "$0/code/launch/start.py" || {
+        echo "error: $(hostname) does not see $0; put run.dir on a file system that all nodes share" >&2
+        exit 2
+    }' "$run"
+    case $? in 0) break ;; 2) exit 2 ;; *) sleep $wait ;; esac
+done"""
+
+RESTART = r"""
+# a rank was killed, or its node: start again from the last checkpoint
+killed="$run/job/$SLURM_JOB_ID.killed"
+if [ $code -gt 128 ] && scontrol show job -o $SLURM_JOB_ID | grep -q JobState=RUNNING; then
+    : >>"$killed"
+    # one line per time, counted from the last new checkpoint
+    find "$run" -path '*/checkpoints/step-*' -newer "$killed" | grep -q . && : >"$killed"
+    date >>"$killed"
+    [ $(wc -l <"$killed") -gt $limit ] || { scontrol requeue $SLURM_JOB_ID && sleep 60; }
+fi
+exit $code"""
+
 POLL_S = 0.2
 ASK_EVERY_S = 2.0
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
@@ -54,10 +76,6 @@ OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMO
 def parameters(args: argparse.Namespace, name: str, folder: Path) -> dict[str, Any]:
     """Arguments of submitit's batch script. `folder` is the run folder, or that of an array."""
     limit_min = None if args.time is None else minutes(args.time)
-    look = (
-        'test -e "$0/code/launch/start.py" || { '
-        'echo "error: $(hostname) does not see $0; put run.dir on a file system that all nodes share" >&2; exit 2; }'
-    )
     return {
         "job_name": name,
         "nodes": args.nodes,
@@ -78,28 +96,8 @@ def parameters(args: argparse.Namespace, name: str, folder: Path) -> dict[str, A
         "srun_args": ["--kill-on-bad-exit=1"]
         # srun does not take it over from the batch script
         + ([f"--cpus-per-task={args.cpus_per_rank}"] if args.cpus_per_rank else []),
-        "setup": [
-            "# a node that has just come back may refuse a step, which is no answer",
-            "for wait in 1 5 10 20 0; do",
-            f"    srun --nodes={args.nodes} --ntasks={args.nodes} --ntasks-per-node=1 "
-            f"bash -c {shlex.quote(look)} {shlex.quote(str(folder.resolve()))}",
-            "    case $? in 0) break ;; 2) exit 2 ;; *) sleep $wait ;; esac",
-            "done",
-        ],
-        "teardown": [
-            "code=$?",
-            "# a rank was killed, or its node: start again from the last checkpoint",
-            f"run={shlex.quote(str(folder.resolve()))}",
-            'killed="$run/job/$SLURM_JOB_ID.killed"',
-            "if [ $code -gt 128 ] && scontrol show job -o $SLURM_JOB_ID | grep -q JobState=RUNNING; then",
-            '    : >>"$killed"',
-            "    # times without a new checkpoint in between",
-            '    find "$run" -path \'*/checkpoints/step-*\' -newer "$killed" | grep -q . && : >"$killed"',
-            '    date >>"$killed"',
-            f'    if [ $(wc -l <"$killed") -le {KILLED_RESTARTS} ]; then scontrol requeue $SLURM_JOB_ID && sleep 60; fi',
-            "fi",
-            "exit $code",
-        ],
+        "setup": [f"run={shlex.quote(str(folder.resolve()))}", f"nodes={args.nodes}", *LOOK.splitlines()],
+        "teardown": ["code=$?", f"limit={KILLED_RESTARTS}", *RESTART.splitlines()],
     }
 
 
