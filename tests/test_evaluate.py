@@ -1,0 +1,123 @@
+"""Sharded evaluation is the plain loop: same predictions on 1, 2 and 3 ranks as one example at a time."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from harness import Ranks
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from mtbert.config import Config, load_config
+from mtbert.encoder import EncoderShape
+from mtbert.evaluate import TOKENS_PER_BATCH, Evaluation, _batches, evaluate_all
+from mtbert.heads import MultiTaskModel
+from mtbert.losses import predict
+from mtbert.metrics import METRICS
+from mtbert.runs import Rank
+from mtbert.synthetic import train_tokenizer
+from mtbert.tasks import Task, load_tasks, locate_tokenizer
+
+QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
+LENGTH = 24
+FEW = 2
+
+
+@pytest.fixture(scope="module")
+def config(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """Three kinds of head: joint, two encodings compared, one text."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    tokenizer = train_tokenizer([path.read_text() for path in sorted(corpus.glob("*-train.csv"))], folder / "t.json")
+    data = ["data.generate=null", f"data.dir={corpus}", f"data.cache={folder}", f"encoder.tokenizer={tokenizer}"]
+    return load_config(QUICKSTART, [*data, "encoder.dropout=0.5", "tasks.sts.head.kind=relu_cosine"])
+
+
+def build(config: Config) -> tuple[MultiTaskModel, list[Task]]:
+    """The same model on every rank, with random weights under which examples differ."""
+    tokenizer: Tokenizer = locate_tokenizer(config, config.data, None)
+    shape = EncoderShape(tokenizer.get_vocab_size(), 16, 2, 2, 32, LENGTH)
+    model = MultiTaskModel(shape, config.encoder, config.tasks, seed=1)
+    tasks = load_tasks(config, config.data, tokenizer, LENGTH)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(20)  # BERT's initialisation, under which all sentences are nearly alike
+    return model, tasks
+
+
+def first(task: Task, count: int) -> Task:
+    """The task with only the first examples of its development set."""
+    data = task.dev
+    few = replace(data, labels_N=data.labels_N[:count], lengths_NS=data.lengths_NS[:count])
+    assert len(few) == count
+    return replace(task, dev=few)
+
+
+def sharded(rank: Rank, config: Config) -> list[tuple[list[Evaluation], float]]:
+    """Of the whole development sets, and of their first two examples."""
+    model, tasks = build(config)
+    cpu = torch.device("cpu")
+    return [evaluate_all(model, some, rank, cpu) for some in (tasks, [first(task, FEW) for task in tasks])]
+
+
+def one_by_one(config: Config) -> dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]:
+    """Predictions and losses of each task's development set, an example at a time."""
+    model, tasks = build(config)
+    found = {}
+    for task in tasks:
+        predictions, losses = [], []
+        for index in range(len(task.dev)):
+            batch = task.batch("dev", np.array([index]))
+            with torch.no_grad():
+                answers = model(task.name, batch.packed)
+            predictions.append(float(predict(task.config, answers)[0]))
+            losses.append(float(task.loss(answers, batch.labels_B)[0]))
+        found[task.name] = np.array(predictions), np.array(losses)
+    return found
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_any_number_of_ranks_gives_the_plain_loop_s_predictions(ranks: Ranks, config: Config, world: int) -> None:
+    """With 2 examples for 3 ranks one has none, and still takes part."""
+    answers = ranks(world, sharded, config)
+    _, tasks = build(config)
+    plain = one_by_one(config)
+    for which, count in enumerate([None, FEW]):
+        results, score = answers[0][which]
+        for task, result in zip(tasks, results, strict=True):
+            predictions_N, losses_N = (values[:count] for values in plain[task.name])
+            np.testing.assert_allclose(result.predictions_N, predictions_N, rtol=1e-5, atol=1e-5)
+            assert result.loss == pytest.approx(losses_N.mean(), rel=1e-5)
+            assert (result.task, result.metric) == (task.name, task.config.metric_kind)
+            wanted = METRICS[result.metric](predictions_N, task.dev.labels_N[:count])
+            assert result.score == pytest.approx(wanted, abs=1e-6)
+        assert score == pytest.approx(np.mean([results[0].score, results[1].score, (results[2].score + 1) / 2]))
+        for others in answers[1:]:
+            same, again = others[which]
+            assert again == score
+            for one, other in zip(results, same, strict=True):
+                np.testing.assert_array_equal(one.predictions_N, other.predictions_N)
+                assert (one.score, one.loss) == (other.score, other.loss)
+
+
+def test_the_plain_loop_tells_examples_apart(config: Config) -> None:
+    """Else the test above could not fail."""
+    for predictions, losses in one_by_one(config).values():
+        assert len(np.unique(predictions)) > 1
+        assert len(np.unique(losses.round(4))) > 50
+
+
+def test_batches_hold_every_example_once_by_length_and_no_more_tokens_than_allowed() -> None:
+    rng = np.random.default_rng(0)
+    for tokens_N in (rng.integers(3, 500, 3000), np.array([7]), np.array([20_000, 5, 30_000]), np.full(5000, 4)):
+        batches = list(_batches(tokens_N))
+        order = np.concatenate(batches)
+        assert sorted(order.tolist()) == list(range(len(tokens_N)))
+        assert (np.diff(tokens_N[order]) >= 0).all()
+        assert all(tokens_N[batch].sum() <= TOKENS_PER_BATCH or len(batch) == 1 for batch in batches)
+        assert len(batches) <= 2 * tokens_N.sum() / TOKENS_PER_BATCH + 2  # and not one by one
