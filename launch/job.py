@@ -129,6 +129,7 @@ class Attempt:
         for number in (signal.SIGUSR2, signal.SIGTERM):
             signal.signal(number, lambda *_: self._stop.set())
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a whole terminal; the submitter asks for the stop
+        signal.signal(signal.SIGCONT, signal.SIG_DFL)  # Slurm sends it along; submitit would report it in our output
         _set_variables(self.place)
         presence = self._presence(self.rank.rank)
         presence.write_text(f"{self.place.host} {os.getpid()}")

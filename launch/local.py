@@ -37,12 +37,14 @@ YEAR_MIN = 60 * 24 * 365
 SHOW_CURSOR = b"\x1b[?25h"
 
 
-def run_here(run: Path, nodes: int, ranks_per_node: int, gpus: int = 0, train: Train | None = None) -> End | None:
+def run_here(
+    run: Path, nodes: int, ranks_per_node: int, gpus: int = 0, train: Train | None = None
+) -> tuple[JobNote, End | None]:
     """Starts nodes × ranks_per_node processes on this machine and shows rank 0's output until they have ended.
 
     Ctrl-C asks them to save and stop, a second one kills them.
 
-    Returns: how the job ended; None when no rank could say (they were killed).
+    Returns: the job and how it ended; None when no rank could say (they were killed).
     """
     token = secrets.token_hex(4)
     terminal = shutil.get_terminal_size()
@@ -56,7 +58,8 @@ def run_here(run: Path, nodes: int, ranks_per_node: int, gpus: int = 0, train: T
     with _counted_interrupts() as interrupts:
         with _interrupts_ignored():  # inherited: the Ctrl-C of a terminal reaches children too, and would end them
             job = executor.submit(Job(run.resolve(), token, shown, train))
-        write_note(run, JobNote("local", job.job_id, token, socket.gethostname(), nodes, ranks_per_node))
+        note = JobNote("local", job.job_id, token, socket.gethostname(), nodes, ranks_per_node, gpus > 0)
+        write_note(run, note)
         while not job.done():
             tail.copy()
             if interrupts and not stop_path(run, token).exists():
@@ -73,7 +76,7 @@ def run_here(run: Path, nodes: int, ranks_per_node: int, gpus: int = 0, train: T
     end = last_end(run, token)
     if end is None and interrupts:
         end = End("stopped", 0, socket.gethostname())
-    return end
+    return note, end
 
 
 def gpus_here() -> int:

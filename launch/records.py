@@ -44,6 +44,16 @@ class JobNote:
     host: str
     nodes: int
     ranks_per_node: int
+    gpus: bool = False
+
+    def again(self, run: Path) -> str:
+        """The command that continues the run in the same shape."""
+        words = ["python launch/submit.py", f"--nodes {self.nodes}"]
+        if self.gpus or self.ranks_per_node > 1:
+            words.append(f"--{'gpus' if self.gpus else 'ranks'}-per-node {self.ranks_per_node}")
+        if self.cluster == "local" and shutil.which("sbatch"):
+            words.append("--local")
+        return " ".join([*words, f"--resume {run}"])
 
 
 @dataclass(frozen=True)

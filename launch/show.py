@@ -37,9 +37,8 @@ class Tail:
         sys.stdout.flush()
 
 
-def report(run: Path, end: End | None, nodes: int) -> int:
+def report(run: Path, end: End | None, resume: str) -> int:
     """Last words of a job to its user; returns the exit code. The trainer itself has told a finished run's."""
-    resume = f"python launch/submit.py --nodes {nodes} --resume {run}"
     if end is None:
         words = _launcher_errors(run) or f"the job was killed; see {log_path(run).parent}/"
         print(f"error: {words}\ncontinue with: {resume}", file=sys.stderr)

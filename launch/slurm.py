@@ -93,7 +93,8 @@ def parameters(args: argparse.Namespace, name: str, folder: Path) -> dict[str, A
         "signal_delay_s": GRACE_S if limit_min is None else min(GRACE_S, limit_min * 30),
         "additional_parameters": {"requeue": True, **_extra(args.slurm)},
         # without it the other ranks of a dead one would wait in a collective for torch's time-out
-        "srun_args": ["--kill-on-bad-exit=1"]
+        # and without the second srun would wait for ever for a node that went and came back before Slurm noticed
+        "srun_args": ["--kill-on-bad-exit=1", "--wait=60"]
         # srun does not take it over from the batch script
         + ([f"--cpus-per-task={args.cpus_per_rank}"] if args.cpus_per_rank else []),
         "setup": [f"run={shlex.quote(str(folder.resolve()))}", f"nodes={args.nodes}", *LOOK.splitlines()],
@@ -125,7 +126,7 @@ def submit_jobs(args: argparse.Namespace, name: str, folder: Path, runs: Sequenc
     notes = []
     for run, job, handle in zip(runs, jobs, submitted, strict=True):
         ranks = args.gpus_per_node or args.ranks_per_node or 1
-        notes.append(JobNote("slurm", handle.job_id, job.token, "", args.nodes, ranks))
+        notes.append(JobNote("slurm", handle.job_id, job.token, "", args.nodes, ranks, bool(args.gpus_per_node)))
         write_note(run, notes[-1])
     return notes
 
@@ -217,9 +218,7 @@ def follow(run: Path, note: JobNote, from_start: bool) -> int:
     if end and end.status == "finished" and now.state in ("COMPLETED", "UNKNOWN"):
         return 0
     if now.state == "CANCELLED":
-        print(
-            f"job {note.id} was cancelled; continue with: python launch/submit.py --nodes {note.nodes} --resume {run}"
-        )
+        print(f"job {note.id} was cancelled; continue with: {note.again(run)}")
         return STOPPED
     if end is None and not any(job_folder(run).glob("*_log.err")):
         print(f"error: the first node could not write to {run}; put run.dir on a file system that all nodes share",
@@ -227,7 +226,7 @@ def follow(run: Path, note: JobNote, from_start: bool) -> int:
         return 1
     if end and end.status == "stopped" and now.state != "COMPLETED":
         end = None
-    return report(run, end, note.nodes)
+    return report(run, end, note.again(run))
 
 
 def _words(note: JobNote, now: Standing) -> str:

@@ -198,7 +198,8 @@ def _here(
     code = 0
     for run in runs:
         print(f"run folder {run}", flush=True)
-        now = report(run, run_here(run, args.nodes, ranks, gpus * args.nodes), args.nodes)
+        note, end = run_here(run, args.nodes, ranks, gpus * args.nodes)
+        now = report(run, end, note.again(run))
         code = code or now
         if now == STOPPED:
             break

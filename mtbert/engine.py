@@ -121,7 +121,7 @@ def parameter_groups(
 def _depth_below_top(parts: Sequence[str], layers: int) -> int:
     if "layers" in parts:
         return layers - 1 - int(parts[parts.index("layers") + 1])
-    return layers if any("embedding" in part for part in parts) else 0
+    return 0 if "pooler" in parts else layers  # the embeddings and their LayerNorm
 
 
 class _AdamW(torch.optim.AdamW):
@@ -343,8 +343,8 @@ def combine(shards_KS: Tensor, weights_K: Tensor, out: Tensor) -> None:
 
 
 def _chunk(shards: Tensor) -> int:
-    """Columns that fit the cache together with their fp32 copy."""
-    return 1 << 18 if shards.device.type == "cpu" else 1 << 24
+    """Columns that fit the cache as fp32; short sums in fp32 are exact sums, too."""
+    return max(1, (1 << 18 if shards.device.type == "cpu" else 1 << 24) // len(shards))
 
 
 # ------------------------------------------------------------------------------------------------- ZeRO stage 1
@@ -573,7 +573,7 @@ def join_ranks(rank: Rank, config: EngineConfig, timeout_s: float = 1800) -> Non
     device = local_device(rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    torch.set_num_threads(config.threads or max(1, (os.cpu_count() or 1) // rank.local_world))
+    torch.set_num_threads(config.threads or max(1, _cores() // rank.local_world))
     rendezvous = rank.rendezvous
     if not rendezvous:
         assert rank.world == 1, "several ranks need a rendezvous"
@@ -587,6 +587,11 @@ def join_ranks(rank: Rank, config: EngineConfig, timeout_s: float = 1800) -> Non
         timeout=datetime.timedelta(seconds=timeout_s),
         **store,
     )
+
+
+def _cores() -> int:
+    """Those this process may use; a scheduler often grants a part of the machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def close_ranks() -> None:

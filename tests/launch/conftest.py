@@ -21,7 +21,8 @@ from launch.local import run_here
 from launch.show import report
 cloudpickle.register_pickle_by_value(duties)
 run = Path(sys.argv[1])
-sys.exit(report(run, run_here(run, 2, 1, train=getattr(duties, sys.argv[2])), 2))
+note, end = run_here(run, 2, 1, train=getattr(duties, sys.argv[2]))
+sys.exit(report(run, end, note.again(run)))
 """
 
 

@@ -94,6 +94,14 @@ def test_a_power_cut(start: Run, cluster: Cluster, undisturbed: Trained) -> None
     finish(job, undisturbed)
 
 
+def test_a_power_cut_so_short_that_slurm_does_not_notice(start: Run, cluster: Cluster, undisturbed: Trained) -> None:
+    job = start("blink", "--nodes", "2", "--follow")
+    job[1].wait_for_step(45)
+    cluster("crash", "node2")
+    cluster("revive", "node2")
+    finish(job, undisturbed)
+
+
 def test_a_link_cut_for_40_seconds(start: Run, cluster: Cluster, undisturbed: Trained) -> None:
     job = start("link", "--nodes", "2", "--follow")
     job[1].wait_for_step(45)
