@@ -192,6 +192,13 @@ def test_ranks_get_the_same_number_of_tokens_to_within_five_per_cent(options: di
     assert indivisible <= 0.02 * len(steps)
 
 
+def test_what_one_task_leaves_uneven_the_next_evens_out() -> None:
+    """31 examples of one length give three ranks 11, 10 and 10; three such tasks give each of them 31."""
+    schedule = Case({}, ((7,) * 31,) * 3, (31,) * 3, seed=0).schedule()
+    for rank in range(3):
+        assert sum(len(share.micro_batches[0]) for share in schedule.shares(0, rank, 3)) == 31
+
+
 def test_micro_batches_are_balanced_too() -> None:
     tokens = realistic()
     schedule = Schedule(ScheduleConfig(), tokens, [64] * 3, seed=0)
