@@ -73,7 +73,7 @@ class Head(nn.Module):
             vectors_BD = HEADS[self.kind](*vectors_BD.chunk(2))
         assert self.output is not None
         scores_BC: Tensor = self.output(self._transform(vectors_BD, generator)).float()
-        return scores_BC.squeeze(-1) if scores_BC.shape[-1] == 1 else scores_BC
+        return scores_BC.squeeze(-1)  # (B,) where there is one output
 
     def _transform(self, vectors_BD: Tensor, generator: Generator | None) -> Tensor:
         vectors_BD = dropout(vectors_BD, self.dropout, generator)

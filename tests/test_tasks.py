@@ -142,6 +142,10 @@ def test_labels_have_the_type_that_the_loss_wants(tasks: list[Task]) -> None:
 # ------------------------------------------------------------------------------------------- generated corpus
 
 
+def interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 def test_the_generated_corpus_is_made_once_and_then_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = quick(tmp_path, "data.generate.seed=4")
     data = locate_data(config)
@@ -149,6 +153,7 @@ def test_the_generated_corpus_is_made_once_and_then_found(tmp_path: Path, monkey
     folder = Path(data.dir)
     first = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert {task.train for task in config.tasks.values()} | {"tokenizer.json"} <= {path.name for path in first}
+    monkeypatch.setattr(synthetic, "generate", interrupted)
     assert locate_data(config) == data
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == first
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]  # nothing aside is left
@@ -189,12 +194,8 @@ def test_two_processes_that_race_end_with_one_folder(tmp_path: Path) -> None:
 def test_a_corpus_cut_short_is_not_taken_for_a_whole_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Half of a corpus is never under the corpus's name."""
     config = quick(tmp_path)
-
-    def killed(*_: object) -> None:
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
-        patch.setattr(synthetic, "train_tokenizer", killed)  # the files are written by then
+        patch.setattr(synthetic, "train_tokenizer", interrupted)  # the files are written by then
         with pytest.raises(KeyboardInterrupt):
             locate_data(config)
     assert list((tmp_path / "generated").iterdir()) == []
