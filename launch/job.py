@@ -51,6 +51,9 @@ of its own, within milliseconds, and the watch needs a moment to see the peer go
 EXIT_CODES = {"finished": 0, "stopped": 0, "failed": 1, "mistake": 2, "lost": 137}
 """Of a rank. 137 is what a killed process has; the batch script starts again what ends above 128."""
 
+KILLED_RESTARTS = 5
+"""Restarts without a new checkpoint after which a job whose ranks are killed (memory, hardware) is given up."""
+
 IDLE_RESTARTS = 3
 """Attempts in a row that may end at the step they began with, before a job is no longer put back into the queue."""
 
@@ -222,7 +225,8 @@ class Attempt:
         rank: int | None = None,
     ) -> None:
         end = End(status, self.rank.rank if rank is None else rank, self.place.host, step, metrics or {}, message)  # type: ignore[arg-type]
-        write_end(self.run, self.name, end)
+        if write_end(self.run, self.name, end) and status == "lost":
+            self._restart()
 
     def _holds_lock(self) -> bool:
         with contextlib.suppress(FileNotFoundError):
@@ -248,6 +252,19 @@ class Attempt:
             return
         print(f"stopped at step {step}; back into the queue", flush=True)
         subprocess.run(["scontrol", "requeue", job], check=True, timeout=60)
+
+    def _restart(self) -> None:
+        """Puts a job that lost a rank back into the queue. The batch script does so only when no rank is left to.
+
+        Not its business alone, because srun waits for ever for a node that fails and comes back before Slurm notices.
+        """
+        job = self.place.slurm_job
+        if job is None or slurm_state(job) != "RUNNING":
+            return
+        saved = max((path.stat().st_mtime for path in (self.run / "checkpoints").glob("step-*")), default=0.0)
+        ends = job_folder(self.run).glob(f"{self.token}-*.end.json")
+        if sum(path.stat().st_mtime > saved for path in ends) <= KILLED_RESTARTS:
+            subprocess.run(["scontrol", "requeue", job], check=False, timeout=60)
 
 
 def _peer_lost(error: Exception) -> bool:

@@ -25,7 +25,7 @@ import submitit
 from submitit.core.utils import FailedJobError
 from submitit.slurm.slurm import _make_sbatch_string
 
-from launch.job import Job
+from launch.job import KILLED_RESTARTS, Job
 from launch.records import (
     JobNote,
     Lock,
@@ -42,9 +42,6 @@ from mtbert.config import UserError
 
 GRACE_S = 90
 """Seconds before the time limit at which ranks are asked to save; half the limit where that is shorter."""
-
-KILLED_RESTARTS = 5
-"""Restarts without a new checkpoint after which a job whose ranks are killed (memory, hardware) is given up."""
 
 LOOK = r"""
 # every node must see the run folder; one that has just come back may refuse a step, which is no answer
@@ -93,8 +90,7 @@ def parameters(args: argparse.Namespace, name: str, folder: Path) -> dict[str, A
         "signal_delay_s": GRACE_S if limit_min is None else min(GRACE_S, limit_min * 30),
         "additional_parameters": {"requeue": True, **_extra(args.slurm)},
         # without it the other ranks of a dead one would wait in a collective for torch's time-out
-        # and without the second srun would wait for ever for a node that went and came back before Slurm noticed
-        "srun_args": ["--kill-on-bad-exit=1", "--wait=60"]
+        "srun_args": ["--kill-on-bad-exit=1"]
         # srun does not take it over from the batch script
         + ([f"--cpus-per-task={args.cpus_per_rank}"] if args.cpus_per_rank else []),
         "setup": [f"run={shlex.quote(str(folder.resolve()))}", f"nodes={args.nodes}", *LOOK.splitlines()],
