@@ -46,7 +46,8 @@ GRACE_S = 90
 LOOK = r"""
 # every node must see the run folder; one that has just come back may refuse a step, which is no answer
 for wait in 1 5 10 20 0; do
-    srun --nodes=$nodes --ntasks=$nodes --ntasks-per-node=1 bash -c 'test -e "$0/code/launch/start.py" || {
+    # --overlap: or the next step may find these CPUs still taken, and asks again only a minute later
+    srun --overlap --nodes=$nodes --ntasks=$nodes --ntasks-per-node=1 bash -c 'test -e "$0/code/launch/start.py" || {
         echo "error: $(hostname) does not see $0; put run.dir on a file system that all nodes share" >&2
         exit 2
     }' "$run"
