@@ -604,7 +604,7 @@ def close_ranks() -> None:
 
 
 @contextmanager
-def _quiet_deepspeed() -> Iterator[Any]:
+def quiet_deepspeed() -> Iterator[Any]:
     """DeepSpeed, imported when asked for and without its greetings; our own lines say what a user needs."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
@@ -657,7 +657,7 @@ def _initialise_deepspeed(
     }
     if config.zero == 3:
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
-    with _quiet_deepspeed() as deepspeed:
+    with quiet_deepspeed() as deepspeed:
         deepspeed.init_distributed(dist_init_required=False, verbose=False)
         engine, *_ = deepspeed.initialize(
             model=model.to(device=device, dtype=dtype), optimizer=adamw, config=settings, dist_init_required=False

@@ -66,7 +66,7 @@ def create_run(config: Config, source: str | None, command: list[str]) -> Path:
     Raises `UserError` when `run.name` is already taken (nothing a user made is overwritten) or the folder cannot be
     written; no half of it is left then.
     """
-    text = to_yaml(config)
+    text = to_yaml(_independent(config))
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     digest = hashlib.sha256(text.encode()).hexdigest()[:6]
     name = config.run.name or f"{stamp}-{Path(source).stem if source else 'run'}-{digest}"
@@ -86,6 +86,22 @@ def create_run(config: Config, source: str | None, command: list[str]) -> Path:
         shutil.rmtree(folder)
         raise UserError(f"run.dir {config.run.dir}: cannot write to {folder}: {error.strerror}") from None
     return folder
+
+
+def _independent(config: Config) -> Config:
+    """With absolute paths, so that the run can be continued and evaluated from anywhere."""
+    data, encoder = config.data, config.encoder
+    if data.dir is not None and "://" not in data.dir:
+        data = data.model_copy(update={"dir": _absolute(data.dir)})
+    if encoder.tokenizer is not None:
+        encoder = encoder.model_copy(update={"tokenizer": _absolute(encoder.tokenizer)})
+    if encoder.pretrained is not None and Path(encoder.pretrained).expanduser().is_dir():  # else a hub name
+        encoder = encoder.model_copy(update={"pretrained": _absolute(encoder.pretrained)})
+    return config.model_copy(update={"data": data, "encoder": encoder})
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().absolute())
 
 
 def discard_unstarted(folder: Path) -> None:

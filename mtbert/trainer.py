@@ -60,9 +60,10 @@ def train(run_dir: Path, rank: Rank, stop: Callable[[], bool] = lambda: False, q
     Raises `UserError` for a mistake in the configuration or the data, the same one on every rank.
     """
     config = load_config(run_dir / "config.yaml")
+    surgery = Surgery(config.surgery.method, config.surgery.options, config.seed)
     join_ranks(rank, config.engine)
     try:
-        outcome = _Run(config, run_dir, rank, _in_turn(rank, lambda: build(config)), stop, quiet).train()
+        outcome = _Run(config, run_dir, rank, _in_turn(rank, lambda: build(config)), surgery, stop, quiet).train()
     except UserError:  # the same on every rank; after anything else a barrier would wait for ranks that run on
         close_ranks()
         raise
@@ -169,6 +170,7 @@ class _Run:
         run_dir: Path,
         rank: Rank,
         built: Built,
+        surgery: Surgery,
         stop: Callable[[], bool],
         quiet: bool,
     ) -> None:
@@ -182,7 +184,7 @@ class _Run:
             config.tasks,
             config.engine,
             config.optimizer,
-            Surgery(config.surgery.method, config.surgery.options, config.seed),
+            surgery,
             rank,
         )
         self.device = self.engine.device
@@ -400,14 +402,14 @@ def plan(config: Config, tasks: Sequence[Task]) -> tuple[Schedule, list[_Place]]
     """The schedule, and where each phase lies in it."""
     sizes = [task.batch_size or config.schedule.batch_size for task in config.tasks.values()]
     tokens = [task.tokens_N("train") for task in tasks]
-    epochs = sum(phase.epochs or 0 for phase in config.phases)
-    schedule = Schedule(config.schedule, tokens, sizes, config.seed, max(epochs, 1))
+    schedule = Schedule(config.schedule, tokens, sizes, config.seed)
     places, first = [], 0
     for phase in config.phases:
         steps = phase.steps or (phase.epochs or 0) * schedule.steps_per_epoch
         places.append(_Place(phase, first, first + steps - 1))
         first += steps
-    return schedule, places
+    epochs = -(-first // schedule.steps_per_epoch)
+    return Schedule(config.schedule, tokens, sizes, config.seed, epochs), places
 
 
 def _steps(place: _Place) -> int:

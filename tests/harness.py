@@ -33,7 +33,8 @@ def run_ranks(folder: Path, world: int, function: Callable[..., Any], *args: Any
 
     They talk through files in `folder`, which is empty. If one of them fails, the test does.
     """
-    context = torch.multiprocessing.get_context("spawn")
+    context = torch.multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["preload"])  # once for all tests; a spawned rank imports for five seconds
     processes = [context.Process(target=_rank, args=(rank, world, folder, function, args)) for rank in range(world)]
     for process in processes:
         process.start()

@@ -31,7 +31,7 @@ TASKS = {
 }
 # softmax does not see the key bias, so its gradient is rounding noise of 1e-9, which AdamW would blow up to whole
 # steps with the usual eps of 1e-8
-OPTIMIZER = OptimizerConfig(lr=1e-3, head_lr=2e-3, layer_decay=0.8, weight_decay=0.1, eps=1e-4)
+OPTIMIZER = OptimizerConfig(lr=1e-3, head_lr=2e-3, weight_decay=0.1, eps=1e-4)
 CPU = torch.device("cpu")
 
 # which examples of a global batch of 8 lie on which rank: unequal counts, and a rank with none
@@ -357,7 +357,8 @@ def test_gram_and_combination_equal_the_obvious(columns: int) -> None:
 
 
 def test_groups_layer_decay_and_weight_decay() -> None:
-    groups = parameter_groups(model(0.0), OPTIMIZER, TASKS, SHAPE.layers)
+    decaying = OPTIMIZER.model_copy(update={"layer_decay": 0.8})
+    groups = parameter_groups(model(0.0), decaying, TASKS, SHAPE.layers)
     found = {name: group for group in groups for name in group.names}
     assert [group.task for group in groups] == sorted([g.task for g in groups], key=lambda task: task is not None)
     assert found["encoder.pooler.weight"].lr == found["encoder.layers.1.up.weight"].lr == 1e-3

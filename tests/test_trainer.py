@@ -51,7 +51,8 @@ def config(corpus: Path, tmp_path: Path) -> Config:
 
 def started(run_dir: Path, world: int, stop_after: int | None = None) -> list[BaseProcess]:
     """The run on `world` real ranks; `stop_after`: the last rank, and only that one, asks to stop once so far."""
-    context = torch.multiprocessing.get_context("spawn")
+    context = torch.multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["preload"])
     rendezvous = f"file://{run_dir}/rendezvous-{time.monotonic_ns()}"
     ranks = [Rank(rank, world, rank, world, rendezvous if world > 1 else "") for rank in range(world)]
     processes = [context.Process(target=_rank, args=(run_dir, rank, stop_after)) for rank in ranks]
