@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from mtbert.config import Config, UserError, load_config
+from mtbert.config import Config, DataConfig, EncoderConfig, UserError, load_config
 from mtbert.runs import Outcome, Rank, create_run, discard_unstarted, write_atomically
 
 ROOT = Path(__file__).parent.parent
@@ -188,3 +188,19 @@ def test_no_torch_in_here() -> None:
     """`launch` and `tune` import this at their start."""
     code = "import mtbert.runs, sys; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_paths_in_the_folder_are_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run is continued and evaluated from anywhere; hub names and generated data stay as they are."""
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    written = {}
+    for number, pretrained in enumerate(["model", "google-bert/bert-base-uncased"]):
+        encoder = EncoderConfig(pretrained=pretrained, tokenizer="t.json")
+        config = make_config(tmp_path / "runs", f"{number}")
+        config = config.model_copy(update={"data": DataConfig(dir="data"), "encoder": encoder})
+        written[number] = load_config(create_run(config, f"{number}.yaml", []) / "config.yaml")
+    assert written[0].data.dir == str(tmp_path / "data")
+    assert written[0].encoder.tokenizer == str(tmp_path / "t.json")
+    assert written[0].encoder.pretrained == str(tmp_path / "model")
+    assert written[1].encoder.pretrained == "google-bert/bert-base-uncased"
