@@ -139,7 +139,7 @@ def _extra(words: Sequence[str]) -> dict[str, Any]:
 
 def _complaint(stderr: str) -> str:
     lines = [line.removeprefix("sbatch: ").removeprefix("error: ") for line in stderr.splitlines() if line.strip()]
-    return f"sbatch refused the job: {'; '.join(lines)}"
+    return f"sbatch refused the job: {'; '.join(lines)} (--local trains on this machine instead)"
 
 
 def minutes(text: str) -> int:
