@@ -132,13 +132,13 @@ def _array(text: str) -> list[str]:
 
 def _check_files(config: Config) -> None:
     folder = config.data.dir
-    if folder is None or "://" in folder:
+    if folder is None:
         return
     if not Path(folder).expanduser().is_dir():
         raise UserError(f"data.dir {folder}: no such folder")
     for name, task in config.tasks.items():
         for key, file in (("train", task.train), ("dev", task.dev)):
-            if not (path := Path(folder).expanduser() / file).is_file():
+            if not file.startswith("hub:") and not (path := Path(folder).expanduser() / file).is_file():
                 raise UserError(f"tasks.{name}.{key}: no file {path}")
 
 

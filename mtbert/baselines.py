@@ -8,7 +8,7 @@ a corpus than one expects. Both baselines see only the training rows and predict
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -23,7 +23,7 @@ Text = tuple[str, ...]
 """One sentence, or the two of a pair."""
 
 
-def trivial_baseline(kind: str, train_labels: ArrayLike, dev_labels: ArrayLike) -> NDArray[np.float64]:
+def trivial_baseline(kind: str, train_labels: ArrayLike, dev_labels: Sized) -> NDArray[np.float64]:
     """The best constant answer in training, once per development row: majority class, or mean for pair_regression.
 
     Of equally frequent classes the smallest is taken. Returns (N,) float64; the development labels only give N.
@@ -34,7 +34,7 @@ def trivial_baseline(kind: str, train_labels: ArrayLike, dev_labels: ArrayLike) 
     else:
         classes, counts = np.unique(labels_N, return_counts=True)
         answer = classes[counts.argmax()]
-    return np.full(np.shape(dev_labels), answer, dtype=np.float64)
+    return np.full(len(dev_labels), answer, dtype=np.float64)
 
 
 def bag_of_words_baseline(
@@ -50,7 +50,12 @@ def bag_of_words_baseline(
     """
     train_texts, labels_N = _subsample(train_texts, np.asarray(train_labels, dtype=np.float64))
     vectoriser = CountVectorizer(ngram_range=(1, 2), token_pattern=r"(?u)\b\w+\b", binary=kind != "classification")
-    vectoriser.fit(sentence for text in train_texts for sentence in text)
+    try:
+        vectoriser.fit(sentence for text in train_texts for sentence in text)
+    except ValueError:  # no word in any text
+        return trivial_baseline(kind, labels_N, dev_texts)
+    if kind != "pair_regression" and len(np.unique(labels_N)) == 1:
+        return trivial_baseline(kind, labels_N, dev_texts)
     featurise = _single_features if kind == "classification" else _pair_features
     train_NF, dev_NF = featurise(vectoriser, train_texts), featurise(vectoriser, dev_texts)
     if kind == "pair_regression":
@@ -60,10 +65,15 @@ def bag_of_words_baseline(
     return np.asarray(model.fit(train_NF, labels_N).predict(dev_NF), dtype=np.float64)
 
 
+def training_rows(count: int) -> NDArray[np.int64]:
+    """Which of `count` training rows are used: all, or `MAX_TRAIN_ROWS` drawn with a fixed seed, ascending."""
+    if count <= MAX_TRAIN_ROWS:
+        return np.arange(count)
+    return np.sort(np.random.default_rng(0).choice(count, MAX_TRAIN_ROWS, replace=False))
+
+
 def _subsample(texts: Sequence[Text], labels_N: NDArray[np.float64]) -> tuple[Sequence[Text], NDArray[np.float64]]:
-    if len(texts) <= MAX_TRAIN_ROWS:
-        return texts, labels_N
-    rows = np.sort(np.random.default_rng(0).choice(len(texts), MAX_TRAIN_ROWS, replace=False))
+    rows = training_rows(len(texts))
     return [texts[row] for row in rows], labels_N[rows]
 
 

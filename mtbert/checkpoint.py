@@ -17,7 +17,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -45,6 +45,7 @@ class Checkpoint:
     step: int  # steps done: training goes on with this step
     adam_steps: list[int]
     best: dict[str, float] | None  # step and score of the best evaluation so far
+    shapes: dict[str, list[int]]  # of the whole parameters
     files: dict[str, dict[str, Any]]
 
 
@@ -80,14 +81,16 @@ class Checkpointer:
                 "step": step,
                 "adam_steps": engine.steps_taken(),
                 "best": best,
+                "shapes": {name: list(shape) for name, shape in engine.shapes.items()},
                 "files": files,
             }
             write_atomically(aside / "manifest.json", json.dumps(manifest, indent=1) + "\n")
             _fsync_folder(aside)
-            shutil.rmtree(target, ignore_errors=True)  # left by a run that resumed from before it
+            if target.exists():  # damaged: else the run would have continued from it
+                _discard(target)
             aside.rename(target)
             _fsync_folder(self.folder)
-            self._prune(best)
+            self._prune(target, best)
         dist.barrier()
         return target
 
@@ -100,27 +103,27 @@ class Checkpointer:
         }
         return name, _save({key: tensor.cpu() for key, tensor in tensors.items()}, folder / name)
 
-    def _prune(self, best: dict[str, float] | None) -> None:
-        kept = sorted(self.folder.glob("step-*"))[-self.keep :]
+    def _prune(self, saved: Path, best: dict[str, float] | None) -> None:
+        """What is newer than the checkpoint just saved was passed over as damaged, and must not crowd out good ones."""
+        kept = [folder for folder in sorted(self.folder.glob("step-*")) if folder <= saved][-self.keep :]
         if best is not None:
             kept.append(self.folder / f"step-{int(best['step']):08d}")
         for folder in self.folder.glob("step-*"):
             if folder not in kept:
-                # renamed first: a reader must not find a checkpoint with half of its files
-                doomed = folder.rename(folder.with_name(f".{folder.name}.old"))
-                shutil.rmtree(doomed)
+                _discard(folder)
 
     def latest(self, message: Callable[[str], None]) -> Checkpoint | None:
-        """The newest intact checkpoint; a damaged one is passed over, and said so."""
-        for folder in sorted(self.folder.glob("step-*"), reverse=True):
-            try:
-                return open_checkpoint(folder)
-            except UserError as error:
-                message(f"checkpoint passed over: {error}")
-        return None
+        """The newest intact checkpoint, the first rank's choice for all; a damaged one is passed over, and said so."""
+        choice: list[Checkpoint | None] = [None]
+        if self.rank.first:
+            intact = (_opened(folder, message) for folder in sorted(self.folder.glob("step-*"), reverse=True))
+            choice = [next((checkpoint for checkpoint in intact if checkpoint), None)]
+        dist.broadcast_object_list(choice)
+        return choice[0]
 
     def load(self, engine: Engine, checkpoint: Checkpoint) -> None:
-        """Every rank reads the spans it needs."""
+        """Every rank reads the spans it needs. Raises `UserError`, on every rank, for a checkpoint of another model."""
+        _check_shapes(checkpoint, engine.shapes)
         with _Reader(checkpoint.folder) as reader:
             engine.load_state(reader.span, checkpoint.adam_steps)
         surgery = checkpoint.folder / "surgery.safetensors"
@@ -128,14 +131,23 @@ class Checkpointer:
 
 
 def find_checkpoint(run_dir: Path, which: Literal["best", "latest"]) -> Checkpoint:
-    """The newest checkpoint of a run, or the one with the best score. Raises `UserError` where there is none."""
-    folders = sorted((run_dir / "checkpoints").glob("step-*"))
-    if not folders:
-        raise UserError(f"{run_dir}: has no checkpoint yet")
-    newest = open_checkpoint(folders[-1])
+    """The newest intact checkpoint of a run, or the one with the best score. Raises `UserError` where there is none."""
+    folders = sorted((run_dir / "checkpoints").glob("step-*"), reverse=True)
+    troubles: list[str] = []
+    newest = next((checkpoint for folder in folders if (checkpoint := _opened(folder, troubles.append))), None)
+    if newest is None:
+        raise UserError(troubles[0] if troubles else f"{run_dir}: has no checkpoint yet")
     if which == "latest" or newest.best is None:
         return newest
     return open_checkpoint(run_dir / "checkpoints" / f"step-{int(newest.best['step']):08d}")
+
+
+def _opened(folder: Path, message: Callable[[str], None]) -> Checkpoint | None:
+    try:
+        return open_checkpoint(folder)
+    except UserError as error:
+        message(f"checkpoint passed over: {error}")
+        return None
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -152,7 +164,9 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         raise UserError(f"{path}: format {manifest['format']} is from a newer mtbert; this one reads up to {FORMAT}")
     with ThreadPoolExecutor() as pool:  # hashing releases the GIL
         list(pool.map(partial(_verify, folder), manifest["files"].items()))
-    return Checkpoint(folder, manifest["step"], manifest["adam_steps"], manifest["best"], manifest["files"])
+    return Checkpoint(
+        folder, manifest["step"], manifest["adam_steps"], manifest["best"], manifest["shapes"], manifest["files"]
+    )
 
 
 def _verify(folder: Path, entry: tuple[str, dict[str, Any]]) -> None:
@@ -166,12 +180,24 @@ def _verify(folder: Path, entry: tuple[str, dict[str, Any]]) -> None:
         raise UserError(f"{path}: its checksum is not the one in manifest.json; it was damaged")
 
 
-def load_weights(folder: Path, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
+def load_weights(checkpoint: Checkpoint, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
     """The whole fp32 weights of a checkpoint, put together from all ranks' shards."""
-    with _Reader(folder) as reader:
+    _check_shapes(checkpoint, shapes)
+    with _Reader(checkpoint.folder) as reader:
         return {
             name: reader.span(Span(name, 0, shape.numel(), 0), "master").view(shape) for name, shape in shapes.items()
         }
+
+
+def _check_shapes(checkpoint: Checkpoint, shapes: Mapping[str, torch.Size]) -> None:
+    """Spans are flat: without this, a part of a larger matrix would pass for a smaller one."""
+    wanted = {name: list(shape) for name, shape in shapes.items()}
+    for name in sorted(wanted.keys() | checkpoint.shapes.keys()):
+        if wanted.get(name) != checkpoint.shapes.get(name):
+            raise UserError(
+                f"{checkpoint.folder}: {name} has shape {checkpoint.shapes.get(name)} there and {wanted.get(name)} in "
+                f"this run's model; the checkpoint belongs to another configuration"
+            )
 
 
 class _Reader:
@@ -206,11 +232,7 @@ class _Reader:
             if low < high:
                 out[low - span.start : high - span.start] = file.get_slice(key)[low - start : high - start]
                 found += high - low
-        if found != len(out):
-            raise UserError(
-                f"{self.folder}: holds {found} of the {len(out)} numbers of {span.name} ({state}) that this "
-                f"model needs; the checkpoint belongs to another configuration"
-            )
+        assert found == len(out), f"{self.folder} lacks numbers of {span.name} ({state})"
         return out
 
 
@@ -227,6 +249,13 @@ def _sha256(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
         return digest.hexdigest()
+
+
+def _discard(folder: Path) -> None:
+    """Renamed first: a reader must not find a checkpoint with half of its files."""
+    doomed = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(doomed, ignore_errors=True)
+    shutil.rmtree(folder.rename(doomed))
 
 
 def _fsync_folder(folder: Path) -> None:

@@ -210,6 +210,8 @@ class ScheduleConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> ScheduleConfig:
+        if isinstance(self.length, int) and self.kind == "sequential":
+            raise ValueError("length: an epoch of kind sequential ends with the last dataset; leave length out")
         if self.length == "unbalanced" and self.kind != "round_robin":
             raise ValueError("length unbalanced belongs to kind round_robin")
         if self.anneal > self.alpha:

@@ -124,6 +124,13 @@ def _depth_below_top(parts: Sequence[str], layers: int) -> int:
     return 0 if "pooler" in parts else layers  # the embeddings and their LayerNorm
 
 
+def _lowest_common(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """bf16 only if every rank has chosen it: the nodes of a partition may differ."""
+    fast = torch.tensor(float(dtype == torch.bfloat16), device=device)
+    dist.all_reduce(fast, dist.ReduceOp.MIN)
+    return torch.bfloat16 if fast else torch.float32
+
+
 class _AdamW(torch.optim.AdamW):
     """AdamW that leaves a frozen group alone: no decay, no step count, no fading moments."""
 
@@ -171,7 +178,8 @@ class Engine:
         self.surgery = surgery
         self.clip_norm = config.clip_norm
         self.device = local_device(rank)
-        self.dtype = choose_precision(config.precision, self.device)
+        self.dtype = _lowest_common(choose_precision(config.precision, self.device), self.device)
+        self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         masters = {name: value.detach().float().clone() for name, value in model.named_parameters()}
         self._deepspeed = _initialise_deepspeed(model, self.groups, config, optimizer, self.dtype, self.device)
         self.model = self._deepspeed.module
@@ -205,18 +213,20 @@ class Engine:
         values = [self._backward(slot, task, losses[task]) for slot, task in enumerate(tasks)]
         shards_KS, heads_S = self._host.shards()
         gram_KK, head_square, losses_K, stop, save = self._agree(shards_KS, heads_S, values, stop, save)
-        finite = bool(torch.isfinite(gram_KK).all() and torch.isfinite(losses_K).all()) and math.isfinite(head_square)
+        # in fp32, which surgery works in: what overflows there is not finite either
+        finite = bool(torch.isfinite(gram_KK.float()).all() and torch.isfinite(losses_K).all())
         weights_K = torch.full((len(tasks),), math.nan)
         norm = math.nan
-        if finite:
+        if finite and math.isfinite(head_square):
             weights_K = self.surgery.weights(gram_KK.float(), step, tasks)
             shared_square = 0.0 if frozen else float(weights_K.double() @ gram_KK @ weights_K.double())
             norm = math.sqrt(max(shared_square, 0.0) + head_square)
+        if math.isfinite(norm):
             scale = min(1.0, self.clip_norm / norm) if self.clip_norm and norm > 0 else 1.0
             self._set_rates(lr_factor, tasks, frozen)
             self._apply(shards_KS, heads_S, weights_K * scale, scale)
         return StepResult(
-            tasks, losses_K, gram_KK, weights_K, math.sqrt(max(head_square, 0.0)), norm, not finite, stop, save
+            tasks, losses_K, gram_KK, weights_K, math.sqrt(head_square), norm, not math.isfinite(norm), stop, save
         )
 
     def _backward(self, slot: int, task: int, losses: Sequence[Loss]) -> Tensor:
@@ -370,7 +380,8 @@ class _Stage1:
         self.sizes = [flat.numel() for flat in optimizer.bit16_groups_flat]
         self.partitions = [self._partition(index, names) for index in range(len(groups))]
         dtype = optimizer.bit16_groups_flat[0].dtype
-        # one backward per buffer adds each gradient once, so bf16 loses nothing; several would lose small addends
+        # a backward adds each gradient once, several would lose small addends in bf16 (embeddings add row by row even
+        # in one backward; accumulation > 1 avoids that, too)
         self.grad_dtype = torch.float32 if accumulation > 1 else dtype
         self.device = optimizer.bit16_groups_flat[0].device
         self.shared = sum(self.sizes[: self.shared_groups])
@@ -430,7 +441,7 @@ class _Stage1:
 
     def backward(self, slot: int, losses: Sequence[Loss]) -> Tensor:
         place = slot if self.world == 1 else slot % 2
-        self._receive(unless=place)
+        self._receive(place)
         buffer = self.buffers[place]
         buffer.zero_()
         for parameter, view in self.views[place]:
@@ -455,12 +466,12 @@ class _Stage1:
         ]
         self.pending.append((slot, place, works))
 
-    def _receive(self, unless: int | None) -> None:
-        """Sum what arrived for the oldest tasks: all of them, or only those in the way of buffer `unless`."""
+    def _receive(self, buffer: int | None = None) -> None:
+        """Sum what arrived: for the task whose gradient left from `buffer`, or for all."""
         waiting = self.pending
         self.pending = []
         for slot, place, works in waiting:
-            if unless is not None and place != unless:
+            if buffer is not None and place != buffer:
                 self.pending.append((slot, place, works))
                 continue
             for work in works:
@@ -471,7 +482,7 @@ class _Stage1:
                 _sum_rows(piece.view(self.world, -1), shard)
 
     def shards(self) -> tuple[Tensor, Tensor]:
-        self._receive(unless=None)
+        self._receive()
         if self.world == 1:
             return self.shards_KS, self.heads.float()
         sizes = self.sizes[self.shared_groups :]

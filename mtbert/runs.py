@@ -91,8 +91,9 @@ def create_run(config: Config, source: str | None, command: list[str]) -> Path:
 def _independent(config: Config) -> Config:
     """With absolute paths, so that the run can be continued and evaluated from anywhere."""
     data, encoder = config.data, config.encoder
-    if data.dir is not None and "://" not in data.dir:
-        data = data.model_copy(update={"dir": _absolute(data.dir)})
+    if data.generate is None:  # no folder: the files are relative to the current one
+        data = data.model_copy(update={"dir": _absolute(data.dir or ".")})
+    data = data.model_copy(update={"cache": _absolute(data.cache)})
     if encoder.tokenizer is not None:
         encoder = encoder.model_copy(update={"tokenizer": _absolute(encoder.tokenizer)})
     if encoder.pretrained is not None and Path(encoder.pretrained).expanduser().is_dir():  # else a hub name

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -20,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mtbert.baselines import bag_of_words_baseline, trivial_baseline
+from mtbert.baselines import bag_of_words_baseline, training_rows, trivial_baseline
 from mtbert.checkpoint import Checkpointer, find_checkpoint, load_weights
 from mtbert.config import Config, OptimizerConfig, PhaseConfig, UserError, load_config, to_yaml
 from mtbert.data import Batch, prefetch
@@ -139,7 +140,7 @@ def evaluate_run(run_dir: Path, which: Literal["best", "latest"]) -> tuple[int, 
         built = build(config)
         model = built.model
         shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-        model.load_state_dict(load_weights(checkpoint.folder, shapes))
+        model.load_state_dict(load_weights(checkpoint, shapes))
         device = local_device(rank)
         model.to(device=device, dtype=choose_precision(config.engine.precision, device))
         results, score = evaluate_all(model, built.tasks, rank, device)
@@ -199,6 +200,7 @@ class _Run:
         self.tracker = Tracker(run_dir, rank, self.first_step, self.total_steps, quiet)
         for note in notes:
             self.tracker.message(note)
+        self.results: list[Evaluation] = []
         self.skips_in_a_row = 0
         self.window = _Window([task.name for task in built.tasks])
 
@@ -214,13 +216,14 @@ class _Run:
                 place = self._place(step)
                 if step in (place.first, self.first_step):
                     self.tracker.phase(place.phase.name, place.first, place.last)
-                waited = time.monotonic()
+                started = time.monotonic()
                 data = next(steps)
-                waited = time.monotonic() - waited
+                waited = time.monotonic() - started
                 every = self.config.checkpoint.every_minutes
                 save_wanted = self.rank.first and every is not None and time.monotonic() - saved_at > 60 * every
                 result = self._step(step, place, data, save_wanted)
-                self._record(step, place, data, result, waited)
+                self.window.add(data, result, waited, time.monotonic() - started)
+                self._record(step, place, data, result)
                 if self._evaluation_due(step):
                     self._evaluate(step)
                 if result.stop or result.save or self._save_due(step):
@@ -299,12 +302,14 @@ class _Run:
     def _evaluate(self, step: int) -> None:
         results, score = evaluate_all(self.engine.model, self.tasks, self.rank, self.device)
         self.results = results
+        if step < self.first_step:  # of a run that was finished before; logged then
+            return
         values = {f"metric/{result.task}/{result.metric}": result.score for result in results}
         values |= {f"loss/{result.task}/dev": result.loss for result in results}
         self.tracker.scalars(step, {**values, "metric/composite": score})
         told = "  ".join(f"{result.task} {result.metric} {result.score:.4f}" for result in results)
         self.tracker.message(f"step {step + 1}: {told}  composite {score:.4f}")
-        if self.best is None or score > self.best["score"]:
+        if math.isfinite(score) and (self.best is None or score > self.best["score"]):
             self.best = {"step": step + 1, "score": score}
 
     def _save(self, step: int) -> None:
@@ -337,8 +342,7 @@ class _Run:
         if not self.first_step:
             tracker.text("config", f"```yaml\n{to_yaml(config)}```")
 
-    def _record(self, step: int, place: _Place, data: _StepData, result: StepResult, waited: float) -> None:
-        self.window.add(data, result, waited)
+    def _record(self, step: int, place: _Place, data: _StepData, result: StepResult) -> None:
         if (step + 1) % self.config.run.log_every and step + 1 != self.total_steps:
             return
         names = [self.tasks[task].name for task in result.tasks]
@@ -351,22 +355,31 @@ class _Run:
             values[f"gradient/weight/{name}"] = float(result.weights_K[k])
             for other in range(k + 1, len(names)):
                 values[f"gradient/cosine/{name}~{names[other]}"] = float(cosine_KK[k, other])
-        values |= {"gradient/conflict_rate": conflict_rate, "gradient/norm/combined": result.norm}
-        factor = learning_rate_factor(self.config.optimizer, place.phase, step - place.first, _steps(place))
-        values["learning_rate/encoder"] = self.config.optimizer.lr * factor * (place.phase.trainable == "all")
-        for name, task in self.config.tasks.items():
-            values[f"learning_rate/{name}"] = (
-                self.config.optimizer.head_lr if task.head.lr is None else task.head.lr
-            ) * factor
+        values |= {
+            "gradient/conflict_rate": conflict_rate,
+            "gradient/norm/combined": result.norm,
+            "gradient/norm/heads": result.head_norm,
+        }
+        values |= {f"learning_rate/{part}": rate for part, rate in self._learning_rates(step, place).items()}
         for share in data.shares:
             batches = self.schedule.batches_per_pass[share.task]
             ordinal = max(ordinal for task, ordinal in self.schedule.batches_at(step) if task == share.task)
             values[f"passes/{self.tasks[share.task].name}"] = (ordinal + 1) / batches
         self.tracker.scalars(step, values)
 
+    def _learning_rates(self, step: int, place: _Place) -> dict[str, float]:
+        """Of every group: the heads by task, the encoder's by layer where they differ (0 is the top)."""
+        factor = learning_rate_factor(self.config.optimizer, place.phase, step - place.first, _steps(place))
+        rates = {group.task: group.lr * factor for group in self.engine.groups if group.task is not None}
+        shared = sorted({group.lr for group in self.engine.groups if group.task is None}, reverse=True)
+        for depth, rate in enumerate(shared):
+            part = f"encoder/{depth}" if len(shared) > 1 else "encoder"
+            rates[part] = rate * factor * (place.phase.trainable == "all")
+        return rates
+
     def _conclude(self) -> dict[str, float]:
         """The closing table and `result.json`, and where to look next."""
-        if not hasattr(self, "results"):  # resumed after the last step: all was done but this
+        if not self.results:  # resumed after the last step: all was done but this
             self._evaluate(self.total_steps - 1)
         scores = {result.task: result.score for result in self.results}
         if not self.rank.first:
@@ -394,7 +407,8 @@ def _baselines(task: Task, result: Evaluation) -> tuple[float, float]:
     train, dev, kind = task.train, task.dev, task.config.kind
     metric = METRICS[result.metric]
     trivial = trivial_baseline(kind, train.labels_N, dev.labels_N)
-    words = bag_of_words_baseline(kind, train.raw(np.arange(len(train))), train.labels_N, dev.raw(np.arange(len(dev))))
+    rows = training_rows(len(train))
+    words = bag_of_words_baseline(kind, train.raw(rows), train.labels_N[rows], dev.raw(np.arange(len(dev))))
     return metric(trivial, dev.labels_N), metric(words, dev.labels_N)
 
 
@@ -435,13 +449,14 @@ class _Window:
         self._open()
 
     def _open(self) -> None:
-        self.started = time.monotonic()
-        self.waited = 0.0
+        self.seconds = self.waited = 0.0
         self.examples = self.tokens = self.padded = self.skipped = 0
         self.sums: dict[str, list[float]] = {}
 
-    def add(self, data: _StepData, result: StepResult, waited: float) -> None:
+    def add(self, data: _StepData, result: StepResult, waited: float, seconds: float) -> None:
+        """`seconds` a step took, `waited` of them for its data; evaluations and saves count for neither."""
         self.waited += waited
+        self.seconds += seconds
         self.skipped += result.skipped
         for share, batches in zip(data.shares, data.batches, strict=True):
             self.examples += share.examples
@@ -451,7 +466,7 @@ class _Window:
             self.sums.setdefault(self.names[task], []).append(loss)
 
     def close(self, world: int) -> dict[str, float]:
-        seconds = max(time.monotonic() - self.started, 1e-9)
+        seconds = max(self.seconds, 1e-9)
         self.losses |= {name: float(np.mean(values)) for name, values in self.sums.items()}
         values = {
             "speed/examples_per_second": self.examples / seconds,

@@ -90,7 +90,7 @@ def digests(run_dir: Path) -> dict[str, str]:
 
 def weights(config: Config, run_dir: Path) -> dict[str, torch.Tensor]:
     shapes = {name: parameter.shape for name, parameter in build(config).model.named_parameters()}
-    return load_weights(find_checkpoint(run_dir, "latest").folder, shapes)
+    return load_weights(find_checkpoint(run_dir, "latest"), shapes)
 
 
 def logged(run_dir: Path) -> list[dict[str, object]]:
@@ -147,8 +147,8 @@ def test_a_probing_phase_leaves_the_encoder_alone(config: Config) -> None:
     run = new_run(config, "probe")
     train(run, Rank(), quiet=True)
     shapes = {name: parameter.shape for name, parameter in build(config).model.named_parameters()}
-    before = load_weights(run / "checkpoints" / "step-00000008", shapes)
-    after = load_weights(find_checkpoint(run, "latest").folder, shapes)
+    before = load_weights(open_checkpoint(run / "checkpoints" / "step-00000008"), shapes)
+    after = load_weights(find_checkpoint(run, "latest"), shapes)
     moved = {name for name in shapes if not torch.equal(before[name], after[name])}
     assert moved == {name for name in shapes if name.startswith("heads.")}
 
