@@ -35,7 +35,7 @@ class Evaluation:
     predictions_N: NDArray[np.float64]
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: ZeRO-3 keeps the weights it gathers here for the next backward
 def evaluate(model: MultiTaskModel, task: Task, rank: Rank, device: torch.device) -> Evaluation:
     """Predict a task's development set and score it. Collective: every rank calls it."""
     tokens_N = task.tokens_N("dev")

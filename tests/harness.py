@@ -28,13 +28,24 @@ class Ranks(Protocol):
     def __call__(self, world: int, function: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]: ...
 
 
+def forking_context() -> Any:
+    """Processes forked from a server that has imported everything: spawned, each rank would import for five seconds.
+
+    TorchJD is there for another reason: while a rank imports it, the garbage collector may end a DeepSpeed engine whose
+    destructor imports as well, and on that Python 3.11's import lock raises KeyError (CPython gh-106176).
+    """
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    context = torch.multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torchjd.aggregation", "mtbert.trainer", "deepspeed"])
+    return context
+
+
 def run_ranks(folder: Path, world: int, function: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
     """What `function(rank: Rank, *args)` returned on each of `world` processes, in rank order.
 
     They talk through files in `folder`, which is empty. If one of them fails, the test does.
     """
-    context = torch.multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["preload"])  # once for all tests; a spawned rank imports for five seconds
+    context = forking_context()
     processes = [context.Process(target=_rank, args=(rank, world, folder, function, args)) for rank in range(world)]
     for process in processes:
         process.start()

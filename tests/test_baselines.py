@@ -97,3 +97,11 @@ def test_bag_of_words_beats_the_trivial_answer_but_not_the_corpus(folder: Path, 
     if kind != "pair_regression":
         trivial = score(kind, trivial_baseline(kind, train_labels, dev_labels), dev_labels)
     assert trivial + 0.05 < score(kind, predictions_N, dev_labels) < ceiling
+
+
+@pytest.mark.parametrize("texts", [[("a b",), ("c d",)], [("!",), ("?",)]])
+def test_where_there_is_nothing_to_learn_the_answer_is_the_trivial_one(texts: list[tuple[str, ...]]) -> None:
+    """One class only, or no word at all: a baseline must not fail a run that is done."""
+    labels = [1.0, 1.0] if texts[0] == ("a b",) else [0.0, 1.0]
+    predictions = bag_of_words_baseline("classification", texts, labels, [("a",), ("b",), ("c",)])
+    assert predictions.tolist() == [min(labels)] * 3

@@ -257,11 +257,11 @@ def test_a_loss_that_is_not_finite_on_one_rank_skips_the_step_on_all(ranks: Rank
         assert not after.skipped and math.isfinite(after.norm)
 
 
-def in_bf16(rank: Rank) -> tuple[bool, float]:
+def in_bf16(rank: Rank, zero: int) -> tuple[bool, float]:
     built = MultiTaskModel(SHAPE, EncoderConfig(dropout=0.0), TASKS, seed=3)
     start = {name: parameter.detach().clone() for name, parameter in built.named_parameters()}
     groups = parameter_groups(built, OPTIMIZER, TASKS, SHAPE.layers)
-    config = EngineConfig(precision="bf16")
+    config = EngineConfig(precision="bf16", zero=zero)
     engine = Engine(built, groups, TASKS, config, OPTIMIZER, Surgery("pcgrad", {}, 0), rank)
     exact = all(
         bool((tensors["master"] == start[span.name].flatten()[span.start : span.stop]).all())
@@ -277,8 +277,9 @@ def in_bf16(rank: Rank) -> tuple[bool, float]:
 
 
 @pytest.mark.ranks
-def test_bf16_starts_from_exact_masters_and_learns(ranks: Ranks) -> None:
-    for exact, ratio in ranks(2, in_bf16):
+@pytest.mark.parametrize("zero", [1, 3])
+def test_bf16_starts_from_exact_masters_and_learns(ranks: Ranks, zero: int) -> None:
+    for exact, ratio in ranks(2, in_bf16, zero):
         assert exact, "the fp32 masters were cloned from weights already rounded to bf16"
         assert ratio < 0.95
 

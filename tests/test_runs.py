@@ -24,7 +24,10 @@ COMMAND = ["mtbert", "train", "--set", "seed=3"]
 
 def make_config(folder: Path, name: str | None = "first", **run: object) -> Config:
     task = {"kind": "classification", "train": "t", "dev": "d"}
-    return Config.model_validate({"tasks": {"sst": task}, "run": {"dir": str(folder), "name": name, **run}})
+    data = {"dir": "/data", "cache": "/cache"}
+    return Config.model_validate(
+        {"data": data, "tasks": {"sst": task}, "run": {"dir": str(folder), "name": name, **run}}
+    )
 
 
 def contents(folder: Path) -> list[str]:

@@ -13,8 +13,9 @@ import pytest
 import torch
 import torch.multiprocessing
 import yaml
+from harness import forking_context
 
-from mtbert.checkpoint import find_checkpoint, load_weights, open_checkpoint
+from mtbert.checkpoint import Checkpointer, find_checkpoint, load_weights, open_checkpoint
 from mtbert.config import CheckpointConfig, Config, OptimizerConfig, PhaseConfig, UserError, load_config
 from mtbert.randomness import addressed_rng
 from mtbert.runs import Rank, create_run
@@ -51,8 +52,7 @@ def config(corpus: Path, tmp_path: Path) -> Config:
 
 def started(run_dir: Path, world: int, stop_after: int | None = None) -> list[BaseProcess]:
     """The run on `world` real ranks; `stop_after`: the last rank, and only that one, asks to stop once so far."""
-    context = torch.multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["preload"])
+    context = forking_context()
     rendezvous = f"file://{run_dir}/rendezvous-{time.monotonic_ns()}"
     ranks = [Rank(rank, world, rank, world, rendezvous if world > 1 else "") for rank in range(world)]
     processes = [context.Process(target=_rank, args=(run_dir, rank, stop_after)) for rank in ranks]
@@ -100,8 +100,9 @@ def logged(run_dir: Path) -> list[dict[str, object]]:
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("world", [1, 2])
-def test_killed_and_resumed_ends_with_the_same_bits(config: Config, world: int) -> None:
+@pytest.mark.parametrize(("world", "zero"), [(1, 1), (2, 1), (2, 3)])
+def test_killed_and_resumed_ends_with_the_same_bits(config: Config, world: int, zero: int) -> None:
+    config = config.model_copy(update={"engine": config.engine.model_copy(update={"zero": zero})})
     undisturbed = new_run(config, "undisturbed")
     assert finished(undisturbed, world) == ("finished", STEPS)
     killed = new_run(config, "killed")
@@ -187,6 +188,17 @@ def test_a_damaged_checkpoint_is_passed_over(config: Config) -> None:
     open_checkpoint(newest)
 
 
+def test_damaged_checkpoints_do_not_crowd_out_good_ones(tmp_path: Path) -> None:
+    """10 is good, 12 was passed over as damaged, 11 is just saved: one is kept, and that is 11."""
+    for step in (10, 11, 12):
+        (tmp_path / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
+    checkpointer = Checkpointer(tmp_path, Rank(), keep=1)
+    checkpointer._prune(tmp_path / "checkpoints" / "step-00000011", {"step": 10, "score": 1.0})
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000010", "step-00000011"]
+    checkpointer._prune(tmp_path / "checkpoints" / "step-00000011", None)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000011"]
+
+
 def digests_of(folder: Path) -> dict[str, str]:
     return {name: entry["sha256"] for name, entry in open_checkpoint(folder).files.items()}
 
@@ -199,10 +211,11 @@ def test_losses_that_are_not_finite_end_the_run_with_a_clear_message(config: Con
         train(run, Rank(), quiet=True)
 
 
-def test_checkpoint_of_another_model_is_refused(config: Config) -> None:
+@pytest.mark.parametrize("width", [8, 24])
+def test_checkpoint_of_another_model_is_refused(config: Config, width: int) -> None:
     run = new_run(config, "other")
     train(run, Rank(), quiet=True)
-    shape = config.encoder.shape.model_copy(update={"hidden_size": 24})
+    shape = config.encoder.shape.model_copy(update={"hidden_size": width})
     wider = config.model_copy(update={"encoder": config.encoder.model_copy(update={"shape": shape})})
     from mtbert.config import to_yaml
 
