@@ -1,10 +1,11 @@
 """Checkpoints of our own: sharded, exact, elastic, without pickles.
 
     checkpoints/step-00001200/
-        rank-0-of-2.safetensors     tensors "name|start|stop|master" (and exp_avg, exp_avg_sq): a rank's spans
+        rank-0-of-2.safetensors     tensors "name|start|stop|master" (exp_avg, exp_avg_sq, average): a rank's spans
         rank-1-of-2.safetensors
         surgery.safetensors         state of the surgery method, where it has one
-        manifest.json               format, step, AdamW's step counts, best score so far, size and SHA-256 of each file
+        manifest.json               format, step, AdamW's step counts, steps in the average of the weights, best score
+                                    so far, size and SHA-256 of each file
 
 A checkpoint is written under another name, fsynced and renamed, so it is there whole or not at all. Loading intersects
 the spans a rank needs with those in the files: on the same number of ranks every number comes back bit for bit, and on
@@ -44,6 +45,7 @@ class Checkpoint:
     folder: Path
     step: int  # steps done: training goes on with this step
     adam_steps: list[int]
+    averaged_steps: int
     best: dict[str, float] | None  # step and score of the best evaluation so far
     shapes: dict[str, list[int]]  # of the whole parameters
     files: dict[str, dict[str, Any]]
@@ -80,6 +82,7 @@ class Checkpointer:
                 "format": FORMAT,
                 "step": step,
                 "adam_steps": engine.steps_taken(),
+                "averaged_steps": engine.averaged_steps,
                 "best": best,
                 "shapes": {name: list(shape) for name, shape in engine.shapes.items()},
                 "files": files,
@@ -125,7 +128,7 @@ class Checkpointer:
         """Every rank reads the spans it needs. Raises `UserError`, on every rank, for a checkpoint of another model."""
         _check_shapes(checkpoint, engine.shapes)
         with _Reader(checkpoint.folder) as reader:
-            engine.load_state(reader.span, checkpoint.adam_steps)
+            engine.load_state(reader.span, checkpoint.adam_steps, checkpoint.averaged_steps)
         surgery = checkpoint.folder / "surgery.safetensors"
         engine.surgery.load_state_dict(load_file(surgery) if surgery.exists() else {})
 
@@ -165,7 +168,13 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     with ThreadPoolExecutor() as pool:  # hashing releases the GIL
         list(pool.map(partial(_verify, folder), manifest["files"].items()))
     return Checkpoint(
-        folder, manifest["step"], manifest["adam_steps"], manifest["best"], manifest["shapes"], manifest["files"]
+        folder,
+        manifest["step"],
+        manifest["adam_steps"],
+        manifest.get("averaged_steps", 0),  # a run from before there were averages
+        manifest["best"],
+        manifest["shapes"],
+        manifest["files"],
     )
 
 
@@ -181,12 +190,12 @@ def _verify(folder: Path, entry: tuple[str, dict[str, Any]]) -> None:
 
 
 def load_weights(checkpoint: Checkpoint, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-    """The whole fp32 weights of a checkpoint, put together from all ranks' shards."""
+    """The whole fp32 weights of a checkpoint, put together from all ranks' shards: their average, where there is one,
+    else those after the last step."""
     _check_shapes(checkpoint, shapes)
+    state = "average" if checkpoint.averaged_steps else "master"
     with _Reader(checkpoint.folder) as reader:
-        return {
-            name: reader.span(Span(name, 0, shape.numel(), 0), "master").view(shape) for name, shape in shapes.items()
-        }
+        return {name: reader.span(Span(name, 0, shape.numel(), 0), state).view(shape) for name, shape in shapes.items()}
 
 
 def _check_shapes(checkpoint: Checkpoint, shapes: Mapping[str, torch.Size]) -> None:

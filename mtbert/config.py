@@ -247,6 +247,13 @@ class OptimizerConfig(Section):
     weight_decay: float = Field(0.01, ge=0, description="AdamW; biases and LayerNorm are spared")
     warmup: float = Field(0.06, ge=0, lt=1, description="share of each phase in which the rates rise from 0")
     decay: Literal["constant", "linear", "cosine"] = Field("linear", description="course after the warm-up, to 0")
+    ema: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="decay of a moving average of the weights (0.999: about the last 1000 steps), which evaluation and "
+        "exported weights use instead of the last step's; null: no average",
+    )
 
 
 class SurgeryConfig(Section):

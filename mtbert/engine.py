@@ -11,7 +11,7 @@ that all tasks share get surgery; a head belongs to one task and gets that task'
 What we rest on inside DeepSpeed (private names; the version range in setup.py is narrow and tests/test_engine.py fails
 when a gradient goes missing): stage 1 `bit16_groups`, `bit16_groups_flat`, `single_partition_of_fp32_groups`,
 `averaged_gradients`, `update_lp_params`; stage 3 `fp16_groups`, `fp32_partitioned_groups_flat`,
-`fp16_partitioned_groups_flat`, `sub_group_to_group_id`, `grad_partitions_flat_buffer`.
+`fp16_partitioned_groups_flat`, `sub_group_to_group_id`, `grad_partitions_flat_buffer`, `parameter_offload`.
 """
 
 from __future__ import annotations
@@ -58,6 +58,10 @@ class Span:
     start: int
     stop: int
     offset: int
+
+
+STATES = ("master", "exp_avg", "exp_avg_sq", "average")
+"""What belongs to every element of a parameter: the fp32 weight, AdamW's moments, the average of the weights."""
 
 
 @dataclass(frozen=True)
@@ -186,6 +190,9 @@ class Engine:
         host = _Stage1 if config.zero == 1 else _Stage3
         self._host: _Host = host(self._deepspeed, self.groups, masters, config.accumulation)
         self.partitions = self._host.partitions
+        self.ema = optimizer.ema
+        self.averaged_steps = 0  # steps in the average
+        self._averages = [torch.zeros_like(p.master.data) for p in self.partitions] if self.ema else []
         self._shared = sum(p.master.numel() for p in self.partitions if self.groups[p.group].task is None)
         self._combined = torch.empty(self._shared, device=self.device)
         self.set_masters(lambda span: masters[span.name].flatten()[span.start : span.stop])
@@ -225,6 +232,7 @@ class Engine:
             scale = min(1.0, self.clip_norm / norm) if self.clip_norm and norm > 0 else 1.0
             self._set_rates(lr_factor, tasks, frozen)
             self._apply(shards_KS, heads_S, weights_K * scale, scale)
+            self._average()
         return StepResult(
             tasks, losses_K, gram_KK, weights_K, math.sqrt(head_square), norm, not math.isfinite(norm), stop, save
         )
@@ -276,22 +284,53 @@ class Engine:
                 head += size
         self._host.apply(gradients)
 
+    # ---------------------------------------------------------------------------------- the average of the weights
+
+    def _average(self) -> None:
+        """Take this step's weights θ_t into the average: Σ_s β^(t−s) θ_s / Σ_s β^(t−s) over the steps s = 1 … t.
+
+        That is the moving average m_t = β·m_(t−1) + (1−β)·θ_t with Adam's bias correction m_t / (1−β^t) (Kingma and
+        Ba 2015, §3): the first step's average is its weights, and the initial weights have no part in it. Each rank
+        averages its own fp32 shard.
+        """
+        if self.ema is None:
+            return
+        self.averaged_steps += 1
+        newest = (1 - self.ema) / (1 - self.ema**self.averaged_steps)
+        for average, partition in zip(self._averages, self.partitions, strict=True):
+            average.lerp_(partition.master.data, newest)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within it the model's weights are the average, where there is one: what is evaluated and exported."""
+        if not self.averaged_steps:
+            yield
+            return
+        last = [partition.master.data.clone() for partition in self.partitions]
+        self._publish(self._averages)
+        try:
+            yield
+        finally:
+            self._publish(last)
+
+    def _publish(self, weights: Sequence[Tensor]) -> None:
+        for partition, values in zip(self.partitions, weights, strict=True):
+            partition.master.data.copy_(values)
+        self._host.publish_masters()
+
     # ------------------------------------------------------------------------------------- state, for checkpoints
 
     def state(self) -> Iterator[tuple[Span, dict[str, Tensor]]]:
-        """This rank's optimizer state: per span the fp32 master and, once stepped, AdamW's two moments and step."""
+        """This rank's optimizer state: per span the fp32 master and, once stepped, AdamW's two moments and the average
+        of the weights."""
         states = self._deepspeed.optimizer.optimizer.state
-        for partition in self.partitions:
-            moments = states.get(partition.master, {})
+        for number, partition in enumerate(self.partitions):
+            moments = {"master": partition.master.detach(), **states.get(partition.master, {})}
+            if self.averaged_steps:
+                moments["average"] = self._averages[number]
             for span in partition.spans:
                 piece = slice(span.offset, span.offset + span.stop - span.start)
-                yield (
-                    span,
-                    {
-                        "master": partition.master.detach()[piece],
-                        **{name: moments[name][piece] for name in ("exp_avg", "exp_avg_sq") if name in moments},
-                    },
-                )
+                yield span, {name: moments[name][piece] for name in STATES if name in moments}
 
     def steps_taken(self) -> list[int]:
         """AdamW's step count of every group (a frozen group's stands still)."""
@@ -309,8 +348,13 @@ class Engine:
                 partition.master.data[span.offset : span.offset + span.stop - span.start] = value(span)
         self._host.publish_masters()
 
-    def load_state(self, read: Callable[[Span, str], Tensor], steps: Sequence[int]) -> None:
-        """Take over a checkpoint; `read(span, "master" | "exp_avg" | "exp_avg_sq")` gives the numbers of a span."""
+    def load_state(self, read: Callable[[Span, str], Tensor], steps: Sequence[int], averaged_steps: int) -> None:
+        """Take over a checkpoint; `read(span, state)`, with a name in `STATES`, gives the numbers of a span."""
+        self.averaged_steps = averaged_steps if self.ema else 0
+        if self.averaged_steps:
+            for average, partition in zip(self._averages, self.partitions, strict=True):
+                for span in partition.spans:
+                    average[span.offset : span.offset + span.stop - span.start] = read(span, "average")
         states = self._deepspeed.optimizer.optimizer.state
         for partition in self.partitions:
             if not steps[partition.group]:
@@ -568,6 +612,8 @@ class _Stage3:
         self.engine.step()
 
     def publish_masters(self) -> None:
+        # weights gathered for an earlier pass may still be held for the next one
+        self.optimizer.parameter_offload.partition_all_parameters()
         for weights, partition in zip(self.optimizer.fp16_partitioned_groups_flat, self.partitions, strict=True):
             weights.data.copy_(partition.master.data)
 

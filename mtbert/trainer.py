@@ -300,7 +300,8 @@ class _Run:
         return improved or step + 1 == self.total_steps or (every is not None and (step + 1) % every == 0)
 
     def _evaluate(self, step: int) -> None:
-        results, score = evaluate_all(self.engine.model, self.tasks, self.rank, self.device)
+        with self.engine.averaged():
+            results, score = evaluate_all(self.engine.model, self.tasks, self.rank, self.device)
         self.results = results
         if step < self.first_step:  # of a run that was finished before; logged then
             return

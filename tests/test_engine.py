@@ -5,12 +5,13 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
 from harness import Ranks
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mtbert.config import EncoderConfig, EngineConfig, HeadConfig, OptimizerConfig, TaskConfig
@@ -31,7 +32,7 @@ TASKS = {
 }
 # softmax does not see the key bias, so its gradient is rounding noise of 1e-9, which AdamW would blow up to whole
 # steps with the usual eps of 1e-8
-OPTIMIZER = OptimizerConfig(lr=1e-3, head_lr=2e-3, weight_decay=0.1, eps=1e-4)
+OPTIMIZER = OptimizerConfig(lr=1e-3, head_lr=2e-3, weight_decay=0.1, eps=1e-4, ema=0.8)
 CPU = torch.device("cpu")
 
 # which examples of a global batch of 8 lie on which rank: unequal counts, and a rank with none
@@ -77,7 +78,22 @@ def tasks_of(step: int) -> list[int]:
     return [0, 1, 2] if step % 4 else [0, 2]
 
 
-def reference(method: str, dropout: float, world: int, clip: float) -> dict[str, Tensor]:
+def answers(built: nn.Module) -> Tensor:
+    """What a model says to sentences that it is not trained on."""
+    with torch.no_grad():
+        return torch.cat([built(name, batch(STEPS, 0, range(8))[0]).flatten() for name in TASKS])
+
+
+@dataclass
+class Trained:
+    """The weights and their average after `STEPS` steps, and the answers of the average."""
+
+    last: dict[str, Tensor]
+    average: dict[str, Tensor]
+    answers: Tensor
+
+
+def reference(method: str, dropout: float, world: int, clip: float) -> Trained:
     """With dropout it plays the ranks in turn, without it sees the global batch at once."""
     built = model(dropout)
     parameters = dict(built.named_parameters())
@@ -90,6 +106,7 @@ def reference(method: str, dropout: float, world: int, clip: float) -> dict[str,
         for group in groups
     }
     surgery = Surgery(method, {}, 0)
+    course: list[dict[str, Tensor]] = []  # the weights after every step
     placement = PLACEMENT[world] if dropout else [range(8)]
     for step in range(STEPS):
         built.zero_grad()
@@ -118,13 +135,23 @@ def reference(method: str, dropout: float, world: int, clip: float) -> dict[str,
         for group, optimizer in optimizers.items():
             if group.task is None or list(TASKS).index(group.task) in tasks_of(step):
                 optimizer.step()
-    return {name: parameter.detach() for name, parameter in parameters.items()}
+        course.append({name: parameter.detach().clone() for name, parameter in parameters.items()})
+    shares = torch.tensor([OPTIMIZER.ema ** (STEPS - 1 - step) for step in range(STEPS)])
+    shares /= shares.sum()
+    average = {
+        name: sum(share * weights[name] for share, weights in zip(shares, course, strict=True)) for name in parameters
+    }
+    built.load_state_dict(average)
+    return Trained(course[-1], average, answers(built))
 
 
 def trained(
     rank: Rank, zero: int, method: str, dropout: float, clip: float, accumulation: int = 1
-) -> list[tuple[Span, Tensor]]:
-    """What one rank's shards hold after the same steps through the engine."""
+) -> tuple[list[tuple[Span, dict[str, Tensor]]], Tensor]:
+    """What one rank's shards hold after the same steps through the engine, and the average's answers.
+
+    In the middle the average answers, too, which must leave no trace.
+    """
     built = model(dropout)
     config = EngineConfig(zero=zero, precision="fp32", clip_norm=clip, accumulation=accumulation)
     groups = parameter_groups(built, OPTIMIZER, tasks(dropout), SHAPE.layers)
@@ -141,7 +168,10 @@ def trained(
         }
         result = engine.step(step, losses, lr_factor=1.0)
         assert not result.skipped
-    return [(span, tensors["master"].clone()) for span, tensors in engine.state()]
+        if step in (STEPS // 2, STEPS - 1):
+            with engine.averaged():
+                said = answers(engine.model)
+    return [(span, {name: state.clone() for name, state in states.items()}) for span, states in engine.state()], said
 
 
 def worst_difference(expected: dict[str, Tensor], shards: list[list[tuple[Span, Tensor]]]) -> float:
@@ -162,7 +192,7 @@ CASES = [
 ]
 
 
-def all_cases(rank: Rank) -> list[list[tuple[Span, Tensor]]]:
+def all_cases(rank: Rank) -> list[tuple[list[tuple[Span, dict[str, Tensor]]], Tensor]]:
     return [trained(rank, *case) for case in CASES]
 
 
@@ -170,13 +200,17 @@ def all_cases(rank: Rank) -> list[list[tuple[Span, Tensor]]]:
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_parameters_equal_the_plain_reference(ranks: Ranks, world: int) -> None:
     """20 AdamW steps; with dropout off the reference sees the global batch at once, so all numbers of ranks agree."""
-    shards = ranks(world, all_cases, timeout=400)  # one start of DeepSpeed for all cases
+    found = ranks(world, all_cases, timeout=400)  # one start of DeepSpeed for all cases
     worst = {}
     for number, case in enumerate(CASES):
         _, method, dropout, clip, _ = case
         expected = reference(method, dropout, world, clip)
-        worst[case] = worst_difference(expected, [shard[number] for shard in shards])
-    assert max(worst.values()) < 1e-6, worst
+        shards, said = zip(*[cases[number] for cases in found], strict=True)
+        for state, weights in (("master", expected.last), ("average", expected.average)):
+            pieces = [[(span, states[state]) for span, states in shard] for shard in shards]
+            worst[state, case] = worst_difference(weights, pieces)
+        worst["answers", case] = max(float((each - expected.answers).abs().max()) for each in said)
+    assert max(worst.values()) < 2e-6, worst
 
 
 def engine_of(rank: Rank, method: str = "sum", kinds: dict[str, TaskConfig] = TASKS, **settings: object) -> Engine:

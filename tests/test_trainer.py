@@ -15,18 +15,19 @@ import torch.multiprocessing
 import yaml
 from harness import forking_context
 
-from mtbert.checkpoint import Checkpointer, find_checkpoint, load_weights, open_checkpoint
+from mtbert.checkpoint import Checkpointer, _Reader, find_checkpoint, load_weights, open_checkpoint
 from mtbert.config import CheckpointConfig, Config, OptimizerConfig, PhaseConfig, UserError, load_config
+from mtbert.engine import Span
 from mtbert.randomness import addressed_rng
 from mtbert.runs import Rank, create_run
-from mtbert.trainer import build, learning_rate_factor, train
+from mtbert.trainer import build, evaluate_run, learning_rate_factor, train
 
 STEPS = 12
 TINY = {
     "encoder": {"shape": {"hidden_size": 16, "layers": 2, "heads": 2, "intermediate_size": 32, "max_positions": 64}},
     "phases": [{"name": "all", "steps": 8}, {"name": "probe", "steps": 4, "trainable": "heads"}],
     "schedule": {"batch_size": 8, "bucket": 4},
-    "optimizer": {"lr": 1e-2},
+    "optimizer": {"lr": 1e-2, "ema": 0.7},
     "run": {"log_every": 1, "evaluate_every": 5},
     "checkpoint": {"every_steps": 2},
     "engine": {"precision": "fp32", "threads": 1},
@@ -127,7 +128,7 @@ def test_stopped_and_continued_on_other_numbers_of_ranks(config: Config) -> None
         {
             **config.model_dump(),
             "encoder": {**config.encoder.model_dump(), "dropout": 0},
-            "optimizer": {"lr": 1e-3, "head_lr": 1e-3, "eps": 1e-4},  # eps: see test_engine.py
+            "optimizer": {"lr": 1e-3, "head_lr": 1e-3, "eps": 1e-4, "ema": 0.7},  # eps: see test_engine.py
         }
     )
     straight, moved = new_run(config, "straight"), new_run(config, "moved")
@@ -144,7 +145,8 @@ def test_stopped_and_continued_on_other_numbers_of_ranks(config: Config) -> None
 
 
 def test_a_probing_phase_leaves_the_encoder_alone(config: Config) -> None:
-    config = config.model_copy(update={"checkpoint": CheckpointConfig(every_steps=2, keep=9)})
+    optimizer = OptimizerConfig(lr=1e-2)  # no average, which would go on towards the frozen weights
+    config = config.model_copy(update={"checkpoint": CheckpointConfig(every_steps=2, keep=9), "optimizer": optimizer})
     run = new_run(config, "probe")
     train(run, Rank(), quiet=True)
     shapes = {name: parameter.shape for name, parameter in build(config).model.named_parameters()}
@@ -152,6 +154,20 @@ def test_a_probing_phase_leaves_the_encoder_alone(config: Config) -> None:
     after = load_weights(find_checkpoint(run, "latest"), shapes)
     moved = {name for name in shapes if not torch.equal(before[name], after[name])}
     assert moved == {name for name in shapes if name.startswith("heads.")}
+
+
+def test_scores_are_those_of_the_averaged_weights(config: Config) -> None:
+    """While training and from the checkpoint, where the weights after the last step lie as well."""
+    run = new_run(config, "average")
+    train(run, Rank(), quiet=True)
+    recorded = json.loads((run / "result.json").read_text())["tasks"]
+    _, results, _ = evaluate_run(run, "latest")
+    assert [result.score for result in results] == [recorded[result.task]["score"] for result in results]
+    checkpoint = find_checkpoint(run, "latest")
+    assert checkpoint.averaged_steps == STEPS
+    with _Reader(checkpoint.folder) as reader:
+        last = reader.span(Span("encoder.words.weight", 0, 160, 0), "master")
+    assert not torch.equal(weights(config, run)["encoder.words.weight"].flatten()[:160], last)
 
 
 def test_run_leaves_a_complete_record(config: Config) -> None:
