@@ -1,0 +1,104 @@
+"""What every benchmark works on: the two shapes, batches with the lengths of the real data, and how much work they are."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mtbert.config import HeadConfig, TaskConfig
+from mtbert.encoder import EncoderShape
+from mtbert.randomness import addressed_rng
+
+SHAPES = {
+    "minilm": EncoderShape(30522, 384, 6, 12, 1536, 512),
+    "base": EncoderShape(30522, 768, 12, 12, 3072, 512),
+}
+PAIR = {"train": "-", "dev": "-", "columns": {"text": ["a", "b"]}, "head": HeadConfig(kind="concat", dropout=0.3)}
+TASKS = {
+    "sst": TaskConfig(kind="classification", train="-", dev="-", classes=5, head=HeadConfig(dropout=0.3)),
+    "para": TaskConfig(kind="pair_classification", **PAIR),
+    "sts": TaskConfig(kind="pair_regression", **PAIR),
+}
+LENGTHS = {"sst": (23, 0.5, 66, 1), "para": (14, 0.45, 80, 2), "sts": (14, 0.45, 60, 2)}
+"""Mean, coefficient of variation and longest sequence in tokens, and texts per example, as in the real data."""
+
+
+@dataclass
+class Batch:
+    sentences: dict[str, list[list[np.ndarray]]]  # task → texts of the examples: first texts, then second texts
+    labels: dict[str, Tensor]
+
+
+def draw(step: int, size: int, pool: int) -> Batch:
+    """A step's examples; `pool` batches are sorted by length together, 1 is a plain random batch."""
+    sentences, labels = {}, {}
+    for number, (task, (_, _, _, texts)) in enumerate(LENGTHS.items()):
+        rng = addressed_rng(0, "benchmark", step // pool, number)
+        lengths = draw_lengths(task, pool * size, rng)
+        lengths = lengths[np.argsort(lengths.sum(1), kind="stable")][step % pool * size :][:size]
+        sentences[task] = [[rng.integers(1000, 30000, n) for n in lengths[:, text]] for text in range(texts)]
+        classes = {"sst": 5, "para": 2, "sts": 6}[task]
+        labels[task] = torch.from_numpy(rng.integers(0, classes, size))
+    return Batch(sentences, labels)
+
+
+def draw_lengths(task: str, examples: int, rng: np.random.Generator) -> np.ndarray:
+    """Tokens of each text, (examples, texts)."""
+    mean, variation, longest, texts = LENGTHS[task]
+    sigma = np.sqrt(np.log(1 + variation**2))
+    return rng.lognormal(np.log(mean) - sigma**2 / 2, sigma, (examples, texts)).clip(4, longest).astype(int)
+
+
+def loss_of(task: str, answers: Tensor, labels: Tensor) -> Tensor:
+    if task == "sst":
+        return F.cross_entropy(answers, labels)
+    if task == "para":
+        return F.binary_cross_entropy_with_logits(answers, labels.float())
+    return F.mse_loss(answers, labels.float())
+
+
+def model_flops(shape: EncoderShape, lengths: Iterable[int]) -> float:
+    """Floating-point operations that a forward and a backward of sentence vectors from [CLS] cannot do without.
+
+    Matrix products over real tokens only; of the last layer only what [CLS] needs. The backward costs twice the forward.
+    """
+    wide, inner = shape.hidden_size, shape.intermediate_size
+    tokens = np.array(list(lengths), float)
+    total, count = tokens.sum(), len(tokens)
+    layer = total * (8 * wide**2 + 4 * wide * inner) + 4 * wide * (tokens**2).sum()
+    last = total * 4 * wide**2 + count * (4 * wide**2 + 4 * wide * inner) + 4 * wide * total
+    pooler = count * 2 * wide**2
+    return float(3 * ((shape.layers - 1) * layer + last + pooler))
+
+
+def step_flops(shape: EncoderShape, batch: Batch) -> float:
+    return sum(
+        model_flops(shape, (len(text) for texts in columns for text in texts)) for columns in batch.sentences.values()
+    )
+
+
+def gemm_rate(dtype: torch.dtype, size: int = 2048) -> float:
+    """Floating-point operations per second of one large matrix product: what a step's rate is measured against."""
+    a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
+    a @ b
+    started = time.perf_counter()
+    a @ b
+    return 2 * size**3 / (time.perf_counter() - started)
+
+
+def interleave(contenders: Mapping[str, Callable[[int], object]], rounds: int, warm: int = 2) -> dict[str, list[float]]:
+    """Seconds of every call; the contenders take turns, so that what disturbs the machine disturbs all of them."""
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for number in range(rounds + warm):
+        for name, call in contenders.items():
+            started = time.perf_counter()
+            call(number)
+            if number >= warm:  # the first ones allocate
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
