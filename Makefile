@@ -4,7 +4,7 @@ PIP := DS_BUILD_OPS=0 .venv/bin/python -m pip install --quiet --constraint const
 TRAIN_READY := .venv/.ready-to-train
 TEST_READY := .venv/.ready-to-test
 
-.PHONY: help train test check clean slurm-up slurm-down test-slurm
+.PHONY: help train test check bench clean slurm-up slurm-down test-slurm
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,6 +24,9 @@ check: $(TEST_READY) ## lint, formatting, types and the import rules
 clean: ## remove .venv, caches and build products; runs/ stays
 	@rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage
 	@find mtbert launch tune tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+bench: $(TEST_READY) ## what docs/performance.md says, measured anew (half an hour; leave the machine alone)
+	@.venv/bin/python -m benchmarks $(ARGS)
 
 slurm-up: ## a real two-node Slurm on this box, for tests (Debian, root)
 	@slurm/cluster.sh up

@@ -61,9 +61,7 @@ class BareLoop:
             for parameter, view in zip(parameters, _views(flat, parameters), strict=True):
                 parameter.data = view
         self.gradients_KP = torch.zeros(len(TASKS), self.flats[0].numel(), dtype=dtype)
-        self.views = [
-            list(zip(shared, _views(row, shared), strict=True)) for row in self.gradients_KP
-        ]
+        self.views = [list(zip(shared, _views(row, shared), strict=True)) for row in self.gradients_KP]
         self.head_gradient = torch.zeros_like(self.flats[1])
         self.head_views = list(zip(heads, _views(self.head_gradient, heads), strict=True))
         self.combined = torch.empty_like(self.masters[0])
@@ -83,7 +81,9 @@ class BareLoop:
         self.passes.append(time.perf_counter() - started)
         gram_KK = gram(self.gradients_KP)
         weights_K = self.surgery.weights(gram_KK.float(), number, tuple(range(len(TASKS))))
-        norm = float((weights_K.double() @ gram_KK @ weights_K.double() + self.head_gradient.float().square().sum()).sqrt())
+        norm = float(
+            (weights_K.double() @ gram_KK @ weights_K.double() + self.head_gradient.float().square().sum()).sqrt()
+        )
         scale = min(1.0, 1.0 / norm)
         combine(self.gradients_KP, weights_K * scale, out=self.combined)
         self.masters[0].grad = self.combined

@@ -1,4 +1,4 @@
-"""What every benchmark works on: the two shapes, batches with the lengths of the real data, and how much work they are."""
+"""What every benchmark works on: two shapes, batches with the lengths of the real data, and how much work they are."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def loss_of(task: str, answers: Tensor, labels: Tensor) -> Tensor:
 def model_flops(shape: EncoderShape, lengths: Iterable[int]) -> float:
     """Floating-point operations that a forward and a backward of sentence vectors from [CLS] cannot do without.
 
-    Matrix products over real tokens only; of the last layer only what [CLS] needs. The backward costs twice the forward.
+    Matrix products over real tokens only; of the last layer only what [CLS] needs. A backward costs two forwards.
     """
     wide, inner = shape.hidden_size, shape.intermediate_size
     tokens = np.array(list(lengths), float)

@@ -1,0 +1,55 @@
+"""What surgery costs as tasks are added, the gradients being there: Gram matrix, weights and combination.
+
+usage: python -m benchmarks.growth [--rounds 9] [--parameters 22700000]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from benchmarks.workload import interleave
+from mtbert.engine import choose_precision, combine, gram
+from mtbert.surgery import Surgery
+
+TASKS = (2, 4, 8, 16)
+
+
+def measure(rounds: int, parameters: int) -> dict[str, Any]:
+    """Median seconds by number of tasks, PCGrad."""
+    dtype = choose_precision("auto", torch.device("cpu"))
+    gradients_KP = torch.randn(max(TASKS), parameters, dtype=torch.bfloat16).to(dtype)
+    combined = torch.empty(parameters)
+    surgery = Surgery("pcgrad", {}, 0)
+
+    def operate(tasks: int) -> Callable[[int], None]:
+        def step(number: int) -> None:
+            gram_KK = gram(gradients_KP[:tasks])
+            combine(gradients_KP[:tasks], surgery.weights(gram_KK.float(), number, tuple(range(tasks))), out=combined)
+
+        return step
+
+    seconds = interleave({str(tasks): operate(tasks) for tasks in TASKS}, rounds)
+    medians = {tasks: statistics.median(values) for tasks, values in seconds.items()}
+    return {"parameters": parameters, "seconds": medians, "growth_16_over_4": medians["16"] / medians["4"]}
+
+
+def table(result: dict[str, Any]) -> str:
+    lines = [f"K = {tasks:>2}: {1e3 * seconds:7.1f} ms" for tasks, seconds in result["seconds"].items()]
+    return "\n".join([*lines, f"K = 16 over K = 4: {result['growth_16_over_4']:.2f}×"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--parameters", type=int, default=22_700_000)
+    options = parser.parse_args()
+    print(table(measure(options.rounds, options.parameters)))
+
+
+if __name__ == "__main__":
+    main()
