@@ -83,7 +83,7 @@ def _rank(number: int, world: int, folder: Path) -> None:
             given[kind] += max((int(np.prod(shape)) for shape in event.input_shapes if shape), default=0)
     if rank.first:
         host = engine._host
-        gradients = [host.storage_KS, *host.buffers, *host.received]  # type: ignore[attr-defined]
+        gradients = [host.storage_KS, *host.buffers, host.received]  # type: ignore[attr-defined]
         record = {
             "shared": shared,
             # both collectives send (W − 1)/W of what they are given

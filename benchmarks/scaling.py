@@ -122,8 +122,8 @@ def table(rows: Sequence[dict[str, float]], machine: Machine) -> str:
 def check(gbit: float, shape: str, rounds: int) -> dict[str, Any]:
     """Measured and predicted seconds of a step for 1, 2 and 4 ranks, each behind a link of so many Gbit/s.
 
-    All ranks share this machine's cores, one thread each, and a global batch of 96 examples: a rank's compute is that of
-    the one rank divided by the ranks, times the ranks that share a core.
+    All ranks share this machine's cores, one thread each, and a global batch of 96 examples: a rank's compute is
+    that of the one rank divided by the ranks, times the ranks that share a core.
     """
     cores = os.cpu_count() or 1
     alone = _run_ranks(1, None, shape, rounds)

@@ -410,8 +410,9 @@ class _Stage1:
     With this configuration DeepSpeed installs no gradient hooks. A task's gradients accumulate in views of one flat
     buffer laid out like DeepSpeed's flat weights; after the backward, pieces travel by all-to-all, each rank sums what
     it receives in fp32. That carries (W−1)/W·P numbers per task, half of an all-reduce, and the sum is exact to fp32
-    even for a bf16 payload. Two buffers take turns, so that a task's gradient travels during the next one's backward.
-    With one rank there is nothing to send: every task has a buffer, and the buffers are the shards.
+    even for a bf16 payload. Two buffers take turns, so that a task's gradient travels during the next one's backward;
+    a third holds what arrives, as it is summed before the next task's gradient leaves. With one rank there is nothing
+    to send: every task has a buffer, and the buffers are the shards.
     """
 
     def __init__(self, engine: Any, groups: Sequence[Group], masters: Mapping[str, Tensor], accumulation: int) -> None:
@@ -436,8 +437,8 @@ class _Stage1:
                 parameter.grad_dtype = self.grad_dtype
         self.buffers: list[Tensor] = []
         self.views: list[list[tuple[nn.Parameter, Tensor]]] = []
-        self.received: list[Tensor] = []
-        self.pending: list[tuple[int, int, list[Any]]] = []  # slot, buffer, works
+        self.received = torch.empty(0, dtype=self.grad_dtype, device=self.device)
+        self.travelling: tuple[int, list[Any]] | None = None  # slot, works
         self.storage_KS = self.shards_KS = torch.empty(0, self.shared // self.world, device=self.device)
 
     def _partition(self, index: int, names: Mapping[int, str]) -> Partition:
@@ -480,12 +481,11 @@ class _Stage1:
         else:
             shape = {"dtype": self.grad_dtype, "device": self.device}
             self.buffers = [torch.zeros(self.shared, **shape) for _ in range(min(tasks, 2))]
-            self.received = [torch.zeros(self.shared, **shape) for _ in self.buffers]
+            self.received = torch.zeros(self.shared, **shape)
         self.views = [self._views(buffer, range(self.shared_groups)) for buffer in self.buffers]
 
     def backward(self, slot: int, losses: Sequence[Loss]) -> Tensor:
-        place = slot if self.world == 1 else slot % 2
-        self._receive(place)
+        place = slot if self.world == 1 else slot % 2  # what left from there has arrived before the last one left
         buffer = self.buffers[place]
         buffer.zero_()
         for parameter, view in self.views[place]:
@@ -500,30 +500,23 @@ class _Stage1:
         return value
 
     def _send(self, slot: int, place: int) -> None:
-        works = [
-            dist.all_to_all_single(out, piece, async_op=True)
-            for out, piece in zip(
-                self.received[place].split(self.sizes[: self.shared_groups]),
-                self.buffers[place].split(self.sizes[: self.shared_groups]),
-                strict=True,
-            )
-        ]
-        self.pending.append((slot, place, works))
+        self._receive()
+        sizes = self.sizes[: self.shared_groups]
+        pieces = zip(self.received.split(sizes), self.buffers[place].split(sizes), strict=True)
+        self.travelling = slot, [dist.all_to_all_single(out, piece, async_op=True) for out, piece in pieces]
 
-    def _receive(self, buffer: int | None = None) -> None:
-        """Sum what arrived: for the task whose gradient left from `buffer`, or for all."""
-        waiting = self.pending
-        self.pending = []
-        for slot, place, works in waiting:
-            if buffer is not None and place != buffer:
-                self.pending.append((slot, place, works))
-                continue
-            for work in works:
-                work.wait()
-            pieces = self.received[place].split(self.sizes[: self.shared_groups])
-            shards = self.shards_KS[slot].split([size // self.world for size in self.sizes[: self.shared_groups]])
-            for shard, piece in zip(shards, pieces, strict=True):
-                _sum_rows(piece.view(self.world, -1), shard)
+    def _receive(self) -> None:
+        """Sum what arrived of the task gradient that is on its way, if one is."""
+        if self.travelling is None:
+            return
+        slot, works = self.travelling
+        self.travelling = None
+        for work in works:
+            work.wait()
+        sizes = self.sizes[: self.shared_groups]
+        shards = self.shards_KS[slot].split([size // self.world for size in sizes])
+        for shard, piece in zip(shards, self.received.split(sizes), strict=True):
+            _sum_rows(piece.view(self.world, -1), shard)
 
     def shards(self) -> tuple[Tensor, Tensor]:
         self._receive()
