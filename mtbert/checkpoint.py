@@ -7,7 +7,8 @@
         manifest.json               format, step, AdamW's step counts, steps in the average of the weights, best score
                                     so far, size and SHA-256 of each file
 
-A checkpoint is written under another name, fsynced and renamed, so it is there whole or not at all. Loading intersects
+A save copies the state and returns; a thread of every rank writes it, under another name, fsyncs, and the first rank
+renames it when all are done: a checkpoint is there whole or not at all, and training hardly waits. Loading intersects
 the spans a rank needs with those in the files: on the same number of ranks every number comes back bit for bit, and on
 any other number too.
 """
@@ -16,14 +17,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+import re
 import shutil
+import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -36,6 +40,15 @@ from mtbert.engine import Engine, Span
 from mtbert.runs import Rank, write_atomically
 
 FORMAT = 1
+
+RETRY_S = 30.0
+"""After a save that failed, for example on a full disk."""
+
+T = TypeVar("T")
+
+
+class NewerFormat(UserError):
+    """What was written by a newer mtbert. Not passed over like a damaged checkpoint: an older one would undo work."""
 
 
 @dataclass(frozen=True)
@@ -52,59 +65,129 @@ class Checkpoint:
 
 
 class Checkpointer:
-    """Saves, finds and loads the checkpoints of a run folder.
+    """Saves, finds and loads the checkpoints of a run folder. Leaving it as a context waits for the save under way.
 
     Args:
         keep: newest checkpoints kept; the best one is kept besides.
+        every_s: seconds from one save to the next one that is `due`.
     """
 
-    def __init__(self, run_dir: Path, rank: Rank, keep: int) -> None:
+    def __init__(self, run_dir: Path, rank: Rank, keep: int, every_s: float = math.inf) -> None:
         self.folder = run_dir / "checkpoints"
         self.rank = rank
         self.keep = keep
+        self.every_s = every_s
+        self.best: dict[str, float] | None = None  # of what is on disk
+        self._due_at = time.monotonic() + every_s
+        self._trouble: str | None = None  # of the last save
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[None] | None = None
+        self._writing_best: dict[str, float] | None = None
+        self._group: dist.ProcessGroup | None = None  # the threads' own, for training goes on in the other one
 
-    def save(self, engine: Engine, step: int, best: dict[str, float] | None) -> Path:
-        """Collective. Writes aside, fsyncs, renames; then removes what is no longer to be kept."""
-        target = self.folder / f"step-{step:08d}"
-        aside = self.folder / f".{target.name}.tmp"
-        if self.rank.first:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-        dist.barrier()
-        own = self._write_shard(engine, aside)
-        written: list[Any] = [None] * self.rank.world
-        dist.all_gather_object(written, own)
-        if self.rank.first:
-            files = dict(written)
-            if state := engine.surgery.state_dict():
-                files["surgery.safetensors"] = _save(state, aside / "surgery.safetensors")
-            manifest = {
-                "format": FORMAT,
-                "step": step,
-                "adam_steps": engine.steps_taken(),
-                "averaged_steps": engine.averaged_steps,
-                "best": best,
-                "shapes": {name: list(shape) for name, shape in engine.shapes.items()},
-                "files": files,
-            }
-            write_atomically(aside / "manifest.json", json.dumps(manifest, indent=1) + "\n")
-            _fsync_folder(aside)
-            if target.exists():  # damaged: else the run would have continued from it
-                _discard(target)
-            aside.rename(target)
-            _fsync_folder(self.folder)
-            self._prune(target, best)
-        dist.barrier()
-        return target
+    def __enter__(self) -> Checkpointer:
+        return self
 
-    def _write_shard(self, engine: Engine, folder: Path) -> tuple[str, dict[str, Any]]:
-        name = f"rank-{self.rank.rank}-of-{self.rank.world}.safetensors"
-        tensors = {
-            f"{span.name}|{span.start}|{span.stop}|{state}": tensor
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None or issubclass(kind, UserError):  # after anything else, other ranks may be gone
+            self.wait()
+        self._thread.shutdown(wait=False)
+
+    def due(self) -> bool:
+        """Whether this rank finds it is time for a save: by the clock, or again after one that failed."""
+        return time.monotonic() >= self._due_at and (self._writing is None or self._writing.done())
+
+    def save(self, engine: Engine, step: int, best: dict[str, float] | None, message: Callable[[str], None]) -> None:
+        """Collective. Copies this rank's state, and has it written in the background once the save before is done.
+
+        A save that fails leaves the older checkpoints as they are; `message` says so, and soon one is `due` again.
+        Afterwards the newest `keep` checkpoints and the best one are left.
+        """
+        self.wait()
+        if self._group is None:
+            self._group = dist.new_group(backend="gloo")
+        shard = {
+            f"{span.name}|{span.start}|{span.stop}|{state}": tensor.to("cpu", copy=True)
             for span, states in engine.state()
             for state, tensor in states.items()
         }
-        return name, _save({key: tensor.cpu() for key, tensor in tensors.items()}, folder / name)
+        surgery = {name: tensor.to("cpu", copy=True) for name, tensor in engine.surgery.state_dict().items()}
+        manifest = {
+            "format": FORMAT,
+            "step": step,
+            "adam_steps": engine.steps_taken(),
+            "averaged_steps": engine.averaged_steps,
+            "best": best,
+            "shapes": {name: list(shape) for name, shape in engine.shapes.items()},
+        }
+        self._due_at = time.monotonic() + self.every_s
+        self._writing_best = best
+        self._writing = self._thread.submit(self._write, shard, surgery, manifest, message)
+
+    def wait(self) -> str | None:
+        """Collective. Until the save under way, if any, is over; why the last one failed, None if it did not."""
+        if self._writing is not None:
+            self._writing.result()
+            self._writing = None
+            if self._trouble is None:
+                self.best = self._writing_best
+        return self._trouble
+
+    def _write(
+        self,
+        shard: dict[str, Tensor],
+        surgery: dict[str, Tensor],
+        manifest: dict[str, Any],
+        message: Callable[[str], None],
+    ) -> None:
+        target = self.folder / f"step-{manifest['step']:08d}"
+        aside = self.folder / f".{target.name}.tmp"
+        name = f"rank-{self.rank.rank}-of-{self.rank.world}.safetensors"
+        try:
+            self._on_every_rank(lambda: _make_empty(aside) if self.rank.first else None)
+            files = dict(self._on_every_rank(lambda: (name, _save(shard, aside / name))))
+            self._on_every_rank(
+                lambda: (
+                    self._complete(aside, target, surgery, {**manifest, "files": files}) if self.rank.first else None
+                )
+            )
+        except OSError as error:
+            self._trouble = f"step {manifest['step']} could not be saved: {error}"
+            if self.rank.first:
+                shutil.rmtree(aside, ignore_errors=True)
+            self._due_at = time.monotonic() + RETRY_S
+            message(f"{self._trouble}; training goes on, and saving is tried again")
+        else:
+            if self._trouble:
+                message(f"step {manifest['step']} is saved")
+            self._trouble = None
+
+    def _on_every_rank(self, work: Callable[[], T]) -> list[T]:
+        """What `work` returns, from all ranks. Raises `OSError` on all ranks when it fails on one."""
+        answer: tuple[T | None, str | None]
+        try:
+            answer = work(), None
+        except (OSError, SafetensorError) as error:
+            # safetensors hands the system's words on inside of Rust's
+            words = re.search(r'message: "(.+?)"', str(error))
+            answer = None, words[1] if words else str(error)
+        answers: list[Any] = [None] * self.rank.world
+        dist.all_gather_object(answers, answer, group=self._group)
+        if troubles := [trouble for _, trouble in answers if trouble]:
+            raise OSError(troubles[0])
+        return [result for result, _ in answers]
+
+    def _complete(self, aside: Path, target: Path, surgery: dict[str, Tensor], manifest: dict[str, Any]) -> None:
+        """The manifest, when every shard is on disk; then the name that makes it a checkpoint."""
+        if surgery:
+            manifest["files"]["surgery.safetensors"] = _save(surgery, aside / "surgery.safetensors")
+        write_atomically(aside / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+        _fsync_folder(aside)
+        if target.exists():  # damaged: else the run would have continued from it
+            _discard(target)
+        aside.rename(target)
+        _fsync_folder(self.folder)
+        self._prune(target, manifest["best"])
 
     def _prune(self, saved: Path, best: dict[str, float] | None) -> None:
         """What is newer than the checkpoint just saved was passed over as damaged, and must not crowd out good ones."""
@@ -116,13 +199,24 @@ class Checkpointer:
                 _discard(folder)
 
     def latest(self, message: Callable[[str], None]) -> Checkpoint | None:
-        """The newest intact checkpoint, the first rank's choice for all; a damaged one is passed over, and said so."""
-        choice: list[Checkpoint | None] = [None]
+        """The newest intact checkpoint, the first rank's choice for all; a damaged one is passed over, and said so.
+
+        Raises `UserError`, on every rank, for one that is from a newer mtbert.
+        """
+        choice: list[tuple[Checkpoint | None, str | None]] = [(None, None)]
         if self.rank.first:
+            for left in [*self.folder.glob(".step-*.tmp"), *self.folder.glob(".step-*.old")]:
+                shutil.rmtree(left, ignore_errors=True)  # of an attempt that was killed
             intact = (_opened(folder, message) for folder in sorted(self.folder.glob("step-*"), reverse=True))
-            choice = [next((checkpoint for checkpoint in intact if checkpoint), None)]
+            try:
+                choice = [(next((checkpoint for checkpoint in intact if checkpoint), None), None)]
+            except NewerFormat as error:
+                choice = [(None, str(error))]
         dist.broadcast_object_list(choice)
-        return choice[0]
+        checkpoint, trouble = choice[0]
+        if trouble:
+            raise UserError(trouble)
+        return checkpoint
 
     def load(self, engine: Engine, checkpoint: Checkpoint) -> None:
         """Every rank reads the spans it needs. Raises `UserError`, on every rank, for a checkpoint of another model."""
@@ -131,6 +225,7 @@ class Checkpointer:
             engine.load_state(reader.span, checkpoint.adam_steps, checkpoint.averaged_steps)
         surgery = checkpoint.folder / "surgery.safetensors"
         engine.surgery.load_state_dict(load_file(surgery) if surgery.exists() else {})
+        self.best = checkpoint.best
 
 
 def find_checkpoint(run_dir: Path, which: Literal["best", "latest"]) -> Checkpoint:
@@ -148,6 +243,8 @@ def find_checkpoint(run_dir: Path, which: Literal["best", "latest"]) -> Checkpoi
 def _opened(folder: Path, message: Callable[[str], None]) -> Checkpoint | None:
     try:
         return open_checkpoint(folder)
+    except NewerFormat:
+        raise
     except UserError as error:
         message(f"checkpoint passed over: {error}")
         return None
@@ -164,7 +261,9 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     except (OSError, ValueError):
         raise UserError(f"{path}: missing or not readable; the checkpoint is not complete") from None
     if manifest["format"] > FORMAT:
-        raise UserError(f"{path}: format {manifest['format']} is from a newer mtbert; this one reads up to {FORMAT}")
+        raise NewerFormat(
+            f"{path}: format {manifest['format']} is from a newer mtbert, this one reads up to {FORMAT}; update it"
+        )
     with ThreadPoolExecutor() as pool:  # hashing releases the GIL
         list(pool.map(partial(_verify, folder), manifest["files"].items()))
     return Checkpoint(
@@ -243,6 +342,11 @@ class _Reader:
                 found += high - low
         assert found == len(out), f"{self.folder} lacks numbers of {span.name} ({state})"
         return out
+
+
+def _make_empty(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> dict[str, Any]:

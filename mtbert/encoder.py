@@ -20,7 +20,6 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-from torch.nn.attention.varlen import varlen_attn
 
 from mtbert.packing import Packed
 
@@ -133,6 +132,8 @@ def attention(qkv_T3D: Tensor, packed: Packed, heads: int) -> Tensor:
     size = qkv_T3D.shape[1] // (3 * heads)
     half = qkv_T3D.dtype in (torch.bfloat16, torch.float16)
     if qkv_T3D.is_cuda and half and size % 8 == 0 and packed.tokens > 0:  # what the kernel takes
+        from torch.nn.attention.varlen import varlen_attn  # a second to import, and of use on GPUs only
+
         q_THd, k_THd, v_THd = qkv_T3D.view(packed.tokens, 3, heads, size).unbind(1)
         spans = packed.starts, packed.starts, packed.longest, packed.longest
         context_THd = varlen_attn(q_THd, k_THd, v_THd, *spans)

@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
-from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 Metric = Callable[[NDArray[Any], NDArray[Any]], float]
 """(predictions_N, labels_N) → score. Higher is better for every one of them."""
 
 
 def accuracy(predictions_N: NDArray[Any], labels_N: NDArray[Any]) -> float:
+    from sklearn.metrics import accuracy_score  # in here, for it takes a second that the first step need not wait
+
     return float(accuracy_score(labels_N, predictions_N))
 
 
@@ -27,6 +27,8 @@ def f1(predictions_N: NDArray[Any], labels_N: NDArray[Any]) -> float:
 
     A class that is neither predicted nor present scores 0 instead of 0/0.
     """
+    from sklearn.metrics import f1_score
+
     binary = max(predictions_N.max(), labels_N.max()) <= 1
     return float(f1_score(labels_N, predictions_N, average="binary" if binary else "macro", zero_division=0.0))
 
@@ -35,6 +37,8 @@ def matthews(predictions_N: NDArray[Any], labels_N: NDArray[Any]) -> float:
     """Matthews correlation, −1 … 1; 0 where predictions or labels are all alike, as scikit-learn has it."""
     if _constant(predictions_N) or _constant(labels_N):
         return 0.0
+    from sklearn.metrics import matthews_corrcoef
+
     return float(matthews_corrcoef(labels_N, predictions_N))
 
 
@@ -45,15 +49,17 @@ def pearson(predictions_N: NDArray[Any], labels_N: NDArray[Any]) -> float:
     nothing, and early in training that is a usual state which must neither warn nor spoil a mean with NaN.
     Predictions that are not finite give NaN: that model is broken, and a number would hide it.
     """
-    return _correlation(stats.pearsonr, predictions_N, labels_N)
+    return _correlation("pearsonr", predictions_N, labels_N)
 
 
 def spearman(predictions_N: NDArray[Any], labels_N: NDArray[Any]) -> float:
     """Spearman's rank correlation, −1 … 1; constant and non-finite predictions as in `pearson`."""
-    return _correlation(stats.spearmanr, predictions_N, labels_N)
+    return _correlation("spearmanr", predictions_N, labels_N)
 
 
-def _correlation(function: Callable[..., Any], predictions_N: NDArray[Any], labels_N: NDArray[Any]) -> float:
+def _correlation(name: str, predictions_N: NDArray[Any], labels_N: NDArray[Any]) -> float:
+    from scipy import stats
+
     if not np.isfinite(predictions_N).all():
         return float("nan")
     if _constant(predictions_N) or _constant(labels_N):
@@ -61,7 +67,7 @@ def _correlation(function: Callable[..., Any], predictions_N: NDArray[Any], labe
     with warnings.catch_warnings():
         # nearly constant, as bf16 predictions of a collapsed encoder are: the value is rough, and that is no news
         warnings.simplefilter("ignore", stats.NearConstantInputWarning)
-        return float(function(predictions_N.astype(np.float64), labels_N.astype(np.float64)).statistic)
+        return float(getattr(stats, name)(predictions_N.astype(np.float64), labels_N.astype(np.float64)).statistic)
 
 
 def _constant(values_N: NDArray[Any]) -> bool:

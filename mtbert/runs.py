@@ -9,6 +9,7 @@ import os
 import platform
 import shutil
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
@@ -16,6 +17,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mtbert.config import Config, UserError, to_yaml
+
+FORMAT = 1
+"""Of run folders; goes up when an older mtbert could no longer continue one."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,20 @@ class Outcome:
     status: Literal["finished", "stopped"]
     step: int
     metrics: dict[str, float]
+
+
+class Stopwatch:
+    """Where the time before the first training step went: seconds by part, in order."""
+
+    def __init__(self) -> None:
+        self.parts: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def lap(self, part: str) -> None:
+        """The time since the lap before, or since this watch was made, went into `part`."""
+        now = time.monotonic()
+        self.parts[part] = now - self._last
+        self._last = now
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -105,6 +123,19 @@ def _absolute(path: str) -> str:
     return str(Path(path).expanduser().absolute())
 
 
+def check_format(folder: Path) -> None:
+    """Raises `UserError` for a run folder of a newer mtbert, whose settings this one might read as something else."""
+    try:
+        made_by = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    if made_by.get("format", FORMAT) > FORMAT:
+        raise UserError(
+            f"{folder}: run folder of format {made_by['format']}, from a newer mtbert; this one reads up to {FORMAT}; "
+            f"update it"
+        )
+
+
 def discard_unstarted(folder: Path) -> None:
     """Remove a run folder that holds nothing but what `create_run` put there, so that its name is free again."""
     if {path.name for path in folder.iterdir()} <= {"config.yaml", "environment.json"}:
@@ -119,6 +150,7 @@ def _environment(command: list[str]) -> dict[str, Any]:
         if _installed(name)
     }
     return {
+        "format": FORMAT,
         "command": command,
         "directory": str(Path.cwd()),
         "python": sys.version.split()[0],

@@ -21,7 +21,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mtbert.baselines import bag_of_words_baseline, training_rows, trivial_baseline
 from mtbert.checkpoint import Checkpointer, find_checkpoint, load_weights
 from mtbert.config import Config, OptimizerConfig, PhaseConfig, UserError, load_config, to_yaml
 from mtbert.data import Batch, prefetch
@@ -41,7 +40,7 @@ from mtbert.heads import MultiTaskModel
 from mtbert.metrics import METRICS
 from mtbert.pretrained import load_pretrained
 from mtbert.randomness import addressed_generator
-from mtbert.runs import Outcome, Rank, write_atomically
+from mtbert.runs import Outcome, Rank, Stopwatch, check_format, write_atomically
 from mtbert.schedule import Schedule, Share
 from mtbert.surgery import Surgery, conflicts
 from mtbert.tasks import Task, load_tasks, locate_data, locate_tokenizer
@@ -51,20 +50,32 @@ SKIPS_IN_A_ROW = 10
 """Steps without a finite loss or gradient after which a run stops: it will not recover by itself."""
 
 
-def train(run_dir: Path, rank: Rank, stop: Callable[[], bool] = lambda: False, quiet: bool = False) -> Outcome:
+def train(
+    run_dir: Path,
+    rank: Rank,
+    stop: Callable[[], bool] = lambda: False,
+    quiet: bool = False,
+    launch: Stopwatch | None = None,
+) -> Outcome:
     """Train the run in `run_dir` to its end, from its newest checkpoint if it has one. Collective.
 
     Args:
         stop: polled before every step; when it is true on any rank, all save at the same step and return "stopped".
         quiet: nothing on stdout.
+        launch: what the launcher's part of the start has taken; goes on up to the first step, into `launch.json`.
 
     Raises `UserError` for a mistake in the configuration or the data, the same one on every rank.
     """
+    launch = launch or Stopwatch()
+    check_format(run_dir)
     config = load_config(run_dir / "config.yaml")
     surgery = Surgery(config.surgery.method, config.surgery.options, config.seed)
     join_ranks(rank, config.engine)
+    launch.lap("rendezvous")
     try:
-        outcome = _Run(config, run_dir, rank, _in_turn(rank, lambda: build(config)), surgery, stop, quiet).train()
+        built = _in_turn(rank, lambda: build(config))
+        launch.lap("data")
+        outcome = _Run(config, run_dir, rank, built, surgery, stop, quiet).train(launch)
     except UserError:  # the same on every rank; after anything else a barrier would wait for ranks that run on
         close_ranks()
         raise
@@ -189,7 +200,10 @@ class _Run:
             rank,
         )
         self.device = self.engine.device
-        self.checkpointer = Checkpointer(run_dir, rank, config.checkpoint.keep)
+        every = config.checkpoint.every_minutes
+        self.checkpointer = Checkpointer(
+            run_dir, rank, config.checkpoint.keep, math.inf if every is None else 60 * every
+        )
         notes = list(built.notes)
         checkpoint = self.checkpointer.latest(notes.append)
         self.first_step = 0
@@ -206,10 +220,10 @@ class _Run:
 
     # --------------------------------------------------------------------------------------------- the loop
 
-    def train(self) -> Outcome:
-        with self.tracker:
+    def train(self, launch: Stopwatch) -> Outcome:
+        with self.tracker, self.checkpointer:
+            launch.lap("build")
             self._introduce()
-            saved_at = time.monotonic()
             steps = prefetch(self._step_data, self.first_step, self.total_steps)
             step = self.first_step - 1
             for step in range(self.first_step, self.total_steps):
@@ -219,20 +233,21 @@ class _Run:
                 started = time.monotonic()
                 data = next(steps)
                 waited = time.monotonic() - started
-                every = self.config.checkpoint.every_minutes
-                save_wanted = self.rank.first and every is not None and time.monotonic() - saved_at > 60 * every
-                result = self._step(step, place, data, save_wanted)
+                result = self._step(step, place, data, save=self.rank.first and self.checkpointer.due())
                 self.window.add(data, result, waited, time.monotonic() - started)
                 self._record(step, place, data, result)
+                if step == self.first_step:
+                    self._tell_launch(launch)
                 if self._evaluation_due(step):
                     self._evaluate(step)
                 if result.stop or result.save or self._save_due(step):
                     self._save(step + 1)
-                    saved_at = time.monotonic()
                 if result.stop and step + 1 < self.total_steps:
                     steps.close()
+                    self._finish_saving()
                     self.tracker.message(f"stopped after step {step + 1}; saved in {self.checkpointer.folder}")
                     return Outcome("stopped", step + 1, {})
+            self._finish_saving()
             return Outcome("finished", self.total_steps, self._conclude())
 
     def _step_data(self, step: int) -> _StepData:
@@ -315,7 +330,13 @@ class _Run:
 
     def _save(self, step: int) -> None:
         self.tracker.flush()
-        self.checkpointer.save(self.engine, step, self.best)
+        if self.checkpointer.wait() and self.best is not None and self.best["step"] != step:
+            self.best = self.checkpointer.best  # it may be the one that could not be saved
+        self.checkpointer.save(self.engine, step, self.best, self.tracker.message)
+
+    def _finish_saving(self) -> None:
+        if trouble := self.checkpointer.wait():
+            raise UserError(f"{trouble}; the older checkpoints in {self.checkpointer.folder} are as they were")
 
     # ----------------------------------------------------------------------------------- what people see
 
@@ -342,6 +363,16 @@ class _Run:
                 write_atomically(self.run_dir / "quarantined.jsonl", lines)
         if not self.first_step:
             tracker.text("config", f"```yaml\n{to_yaml(config)}```")
+
+    def _tell_launch(self, launch: Stopwatch) -> None:
+        launch.lap("first step")
+        if not self.rank.first:
+            return
+        rounded = {part: round(seconds, 3) for part, seconds in launch.parts.items()}
+        record = {"step": self.first_step, "seconds": rounded, "total": round(sum(rounded.values()), 3)}
+        write_atomically(self.run_dir / "launch.json", json.dumps(record) + "\n")
+        parts = ", ".join(f"{part} {seconds:.1f}" for part, seconds in rounded.items())
+        self.tracker.message(f"first step after {record['total']:.1f} s: {parts}")
 
     def _record(self, step: int, place: _Place, data: _StepData, result: StepResult) -> None:
         if (step + 1) % self.config.run.log_every and step + 1 != self.total_steps:
@@ -405,6 +436,9 @@ class _Run:
 
 def _baselines(task: Task, result: Evaluation) -> tuple[float, float]:
     """Scores of the trivial answer and of a bag of words on the same development set."""
+    # scikit-learn takes a second to import, and the first step does not wait for it
+    from mtbert.baselines import bag_of_words_baseline, training_rows, trivial_baseline
+
     train, dev, kind = task.train, task.dev, task.config.kind
     metric = METRICS[result.metric]
     trivial = trivial_baseline(kind, train.labels_N, dev.labels_N)
