@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import fcntl
+import io
 import os
 import pty
 import signal
@@ -22,8 +23,9 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from launch.records import (
     HEARTBEAT_S,
@@ -39,7 +41,7 @@ from launch.records import (
     write_end,
 )
 from mtbert.config import UserError
-from mtbert.runs import Outcome, Rank
+from mtbert.runs import NO_ROOM, Outcome, Rank, Stopwatch
 
 Train = Callable[[Path, Rank, Callable[[], bool], bool], Outcome]
 
@@ -53,6 +55,9 @@ EXIT_CODES = {"finished": 0, "stopped": 0, "failed": 1, "mistake": 2, "lost": 13
 
 KILLED_RESTARTS = 5
 """Restarts without a new checkpoint after which a job whose ranks are killed (memory, hardware) is given up."""
+
+BATCH_STARTED, RANK_STARTED = "MTBERT_BATCH_STARTED", "MTBERT_RANK_STARTED"
+"""Variables with the times at which the batch script and this process began, in seconds since 1970."""
 
 IDLE_RESTARTS = 3
 """Attempts in a row that may end at the step they began with, before a job is no longer put back into the queue."""
@@ -73,13 +78,28 @@ class Job:
     token: str
     terminal: tuple[int, int] | None = None
     train: Train | None = None
+    submitted: float = field(default_factory=time.time)
 
     def __call__(self) -> None:
+        launch = self._launch()
         place = Place.here(job_folder(self.run) / f"{self.token}.rendezvous")
         with _output(self.run, place.rank, self.terminal):
-            status = Attempt(self.run, self.token, place).run_to_end(self.train)
+            status = Attempt(self.run, self.token, place).run_to_end(self.train or _trainer(launch))
         if code := EXIT_CODES[status]:
             os._exit(code)  # an orderly exit may wait for peers that will not come
+
+    def _launch(self) -> Stopwatch:
+        """What the start of this rank has taken so far. After a requeue the time in the queue is not known."""
+        launch = Stopwatch()
+        before = self.submitted if os.environ.get("SLURM_RESTART_COUNT", "0") == "0" else None
+        for part, variable in (("queue", BATCH_STARTED), ("nodes", RANK_STARTED)):
+            if (then := os.environ.get(variable)) is not None:
+                if before is not None:
+                    launch.parts[part] = max(0.0, float(then) - before)  # clocks of two hosts may differ
+                before = float(then)
+        if before is not None:
+            launch.parts["imports"] = time.time() - before
+        return launch
 
 
 @dataclass(frozen=True)
@@ -124,10 +144,11 @@ class Attempt:
         self.rank = place.rank
         self.name = f"{token}-{place.restarts}"
         self.lock = Lock(run, self.name, place.slurm_job)
+        self.status = "finished"  # unless `_end` says otherwise
         self._stop = threading.Event()
         self._over = threading.Event()
 
-    def run_to_end(self, train: Train | None) -> str:
+    def run_to_end(self, train: Train) -> str:
         """Trains, records the end, requeues where that is due. Returns the status in the record."""
         for number in (signal.SIGUSR2, signal.SIGTERM):
             signal.signal(number, lambda *_: self._stop.set())
@@ -140,7 +161,7 @@ class Attempt:
             if self.rank.first:
                 self.lock.acquire()
             threading.Thread(target=self._watch, name="watch", daemon=True).start()
-            outcome = (train or _trainer())(self.run, self.rank, self._stop.is_set, not self.rank.first)
+            outcome = train(self.run, self.rank, self._stop.is_set, not self.rank.first)
         except UserError as error:
             self._end("mistake", message=str(error))
         except Exception as error:
@@ -159,9 +180,8 @@ class Attempt:
         self._over.set()
         presence.unlink(missing_ok=True)
         end = read_end(self.run, self.name)
-        status = end.status if end else "finished"
         self._release()
-        return status
+        return end.status if end else self.status
 
     def _release(self) -> None:
         if self.rank.first and self._holds_lock():
@@ -225,7 +245,15 @@ class Attempt:
         rank: int | None = None,
     ) -> None:
         end = End(status, self.rank.rank if rank is None else rank, self.place.host, step, metrics or {}, message)  # type: ignore[arg-type]
-        if write_end(self.run, self.name, end) and status == "lost":
+        self.status = status
+        try:
+            first = write_end(self.run, self.name, end)
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+            print(f"{status}: {message}\n{self.run}: {error.strerror}", file=sys.stderr)
+            return
+        if first and status == "lost":
             self._restart()
 
     def _holds_lock(self) -> bool:
@@ -274,10 +302,14 @@ def _peer_lost(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and "gloo/transport" in str(error)
 
 
-def _trainer() -> Train:
-    from mtbert.trainer import train  # with torch, and after the variables it reads are set
+def _trainer(launch: Stopwatch) -> Train:
+    def imported(*arguments: Any) -> Outcome:
+        from mtbert.trainer import train  # with torch, and after the variables it reads are set
 
-    return train
+        launch.lap("imports")
+        return train(*arguments, launch=launch)
+
+    return imported
 
 
 # ---------------------------------------------------------------------------------- variables and output
@@ -315,6 +347,18 @@ def _interface(place: Place) -> str | None:
     return None
 
 
+class _Log(io.FileIO):
+    """A log loses what a full disk refuses; the training that fills it goes on."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+            return len(data)
+
+
 @contextlib.contextmanager
 def _output(run: Path, rank: Rank, terminal: tuple[int, int] | None) -> Iterator[None]:
     """Points this process's stdout and stderr, on the level of descriptors, at its files in the run folder.
@@ -330,6 +374,10 @@ def _output(run: Path, rank: Rank, terminal: tuple[int, int] | None) -> Iterator
     errors = os.open(path.with_suffix(".err"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     os.dup2(errors, 2)
     faulthandler.enable(file=2)
+    sys.stdout, sys.stderr = (
+        io.TextIOWrapper(_Log(number, "w", closefd=False), "utf-8", "backslashreplace", write_through=True)  # type: ignore[arg-type]
+        for number in (1, 2)
+    )
     if not (terminal and rank.first):
         os.dup2(log, 1)
         yield
@@ -346,8 +394,9 @@ def _output(run: Path, rank: Rank, terminal: tuple[int, int] | None) -> Iterator
 
     def copy() -> None:
         with contextlib.suppress(OSError):  # EIO: the last writer has closed its end
+            file = _Log(log, "w", closefd=False)
             while chunk := os.read(outer, 65536):
-                os.write(log, chunk)
+                file.write(chunk)
 
     copier = threading.Thread(target=copy, name="terminal", daemon=True)
     copier.start()

@@ -167,12 +167,16 @@ class Lock:
                 return
             except FileExistsError:
                 pass
-            if holder := self.holder():
-                raise UserError(
-                    f"{self.run}: another job is using this run folder ({holder}); wait for it, or end it with: "
-                    f"python launch/submit.py cancel {self.run}"
-                )
+            self.check()
             self.path.unlink(missing_ok=True)
+
+    def check(self) -> None:
+        """Raises `UserError` when a living attempt of another job holds the folder."""
+        if holder := self.holder():
+            raise UserError(
+                f"{self.run}: another job is using this run folder ({holder}); wait for it, or end it with: "
+                f"python launch/submit.py cancel {self.run}"
+            )
 
     def holder(self) -> str | None:
         """Who holds the lock and lives, in words; None when nobody does."""

@@ -25,7 +25,7 @@ import submitit
 from submitit.core.utils import FailedJobError
 from submitit.slurm.slurm import _make_sbatch_string
 
-from launch.job import KILLED_RESTARTS, Job
+from launch.job import BATCH_STARTED, KILLED_RESTARTS, Job
 from launch.records import (
     JobNote,
     Lock,
@@ -94,7 +94,12 @@ def parameters(args: argparse.Namespace, name: str, folder: Path) -> dict[str, A
         "srun_args": ["--kill-on-bad-exit=1"]
         # srun does not take it over from the batch script
         + ([f"--cpus-per-task={args.cpus_per_rank}"] if args.cpus_per_rank else []),
-        "setup": [f"run={shlex.quote(str(folder.resolve()))}", f"nodes={args.nodes}", *LOOK.splitlines()],
+        "setup": [
+            f"export {BATCH_STARTED}=$(date +%s.%N)",
+            f"run={shlex.quote(str(folder.resolve()))}",
+            f"nodes={args.nodes}",
+            *LOOK.splitlines(),
+        ],
         "teardown": ["code=$?", f"limit={KILLED_RESTARTS}", *RESTART.splitlines()],
     }
 

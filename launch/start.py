@@ -7,7 +7,10 @@ Called as `python start.py -u -m submitit.core._submit FOLDER`; the words in the
 import os
 import signal
 import sys
+import time
 from pathlib import Path
+
+os.environ["MTBERT_RANK_STARTED"] = str(time.time())
 
 # until the job has its own handlers, a signal that asks for a stop would end the interpreter
 signal.signal(signal.SIGUSR2, signal.SIG_IGN)

@@ -16,7 +16,7 @@ if not __package__:  # started as a script: the checkout, not launch/, is where 
 
 from launch.records import ROOT, JobNote, Lock, job_folder, read_note, snapshot_code
 from mtbert.config import Config, UserError, load_config, to_yaml
-from mtbert.runs import create_run, write_atomically
+from mtbert.runs import check_format, create_run, discard_unstarted, write_atomically
 
 DEFAULT_CONFIG = Path("configs") / "quickstart.yaml"
 
@@ -115,6 +115,7 @@ def _source(args: argparse.Namespace) -> Path:
     source: Path = args.resume / "config.yaml"
     if not source.is_file():
         raise UserError(f"--resume {args.resume}: no run folder, {source.name} is missing there")
+    check_format(args.resume)
     if barred := [text for text in args.overrides if not text.startswith(RESUMABLE)]:
         raise UserError(
             f"--set {barred[0]}: a continued run keeps what it trains; only these can change: "
@@ -200,6 +201,7 @@ def _here(
         print(f"run folder {run}", flush=True)
         note, end = run_here(run, args.nodes, ranks, gpus * args.nodes)
         now = report(run, end, note.again(run))
+        _discard(args, run, now)
         code = code or now
         if now == STOPPED:
             break
@@ -238,8 +240,17 @@ def _on_slurm(
     if not args.follow:
         print(f"watch with: python launch/submit.py --follow {runs[0]}")
         return 0
-    codes = [slurm.follow(run, note, from_start=args.resume is None) for run, note in zip(runs, notes, strict=True)]
+    codes = []
+    for run, note in zip(runs, notes, strict=True):
+        codes.append(slurm.follow(run, note, from_start=args.resume is None))
+        _discard(args, run, codes[-1])
     return max(codes)
+
+
+def _discard(args: argparse.Namespace, run: Path, code: int) -> None:
+    """After a mistake that was found before the first step, the name of a new run is free again."""
+    if code == 2 and args.resume is None:
+        discard_unstarted(run)
 
 
 def follow_again(run: Path) -> int:

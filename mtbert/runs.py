@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import errno
 import hashlib
 import json
 import os
@@ -20,6 +21,9 @@ from mtbert.config import Config, UserError, to_yaml
 
 FORMAT = 1
 """Of run folders; goes up when an older mtbert could no longer continue one."""
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Errors of a write that a full disk, a quota or a limit on file sizes refuses: training outlives them."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ class Stopwatch:
     def lap(self, part: str) -> None:
         """The time since the lap before, or since this watch was made, went into `part`."""
         now = time.monotonic()
-        self.parts[part] = now - self._last
+        self.parts[part] = self.parts.get(part, 0.0) + now - self._last
         self._last = now
 
 
@@ -137,8 +141,9 @@ def check_format(folder: Path) -> None:
 
 
 def discard_unstarted(folder: Path) -> None:
-    """Remove a run folder that holds nothing but what `create_run` put there, so that its name is free again."""
-    if {path.name for path in folder.iterdir()} <= {"config.yaml", "environment.json"}:
+    """Remove a run folder that holds nothing but what `create_run` and a launcher put there, so that its name is free
+    again."""
+    if {path.name for path in folder.iterdir()} <= {"config.yaml", "environment.json", "code", "job", "logs"}:
         shutil.rmtree(folder)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,9 @@ from mtbert.data import Batch, Dataset, collate, load_dataset, load_tokenizer, s
 from mtbert.losses import LOSSES
 
 Split = Literal["train", "dev"]
+
+ABANDONED_S = 3600.0
+"""A folder in the making, untouched for this long, belongs to a process that was killed."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +109,10 @@ def _made_aside(folder: Path, make: Callable[[Path], None]) -> Path:
     """Make a folder under another name and rename it, so that it is there whole or not at all."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        for left in folder.parent.glob(".making-*"):
+            with contextlib.suppress(FileNotFoundError):  # another rank clears it away, too
+                if time.time() - left.stat().st_mtime > ABANDONED_S:
+                    shutil.rmtree(left, ignore_errors=True)
         aside = Path(tempfile.mkdtemp(prefix=".making-", dir=folder.parent))
     except OSError as error:
         raise UserError(f"data.cache: cannot make a folder in {folder.parent}: {error.strerror}") from None

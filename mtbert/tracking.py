@@ -13,16 +13,17 @@ import json
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from mtbert.runs import Rank, write_atomically
+from mtbert.runs import NO_ROOM, Rank, write_atomically
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -48,6 +49,7 @@ class Tracker:
         self._run_dir = run_dir
         self._first_step = first_step
         self._events: SummaryWriter | None = None
+        self._events_from = first_step
         self._lines = _continue(run_dir / METRICS_FILE, first_step) if rank.first else None
         self._display = _display(first_step, total_steps) if rank.first and not quiet else None
 
@@ -61,9 +63,12 @@ class Tracker:
         line |= {tag: value if math.isfinite(value) else None for tag, value in values.items()}
         if broken := {tag: str(value) for tag, value in values.items() if not math.isfinite(value)}:
             line["not_finite"] = broken
-        self._lines.write(json.dumps(line, allow_nan=False) + "\n")
-        for tag, value in values.items():
-            self._writer().add_scalar(tag, value, step, walltime=now)
+        if not self._lines.write(json.dumps(line, allow_nan=False) + "\n"):
+            return  # no room for events either
+        with self._no_room_survived():
+            for tag, value in values.items():
+                self._writer().add_scalar(tag, value, step, walltime=now)
+        self._events_from = step + 1
 
     def text(self, tag: str, markdown: str) -> None:
         """A page of TensorBoard's text tab."""
@@ -99,14 +104,16 @@ class Tracker:
     def flush(self) -> None:
         """Before a checkpoint: events that a killed run leaves unwritten would be a gap in the resumed curve."""
         if self._events:
-            self._events.flush()
+            with self._no_room_survived():
+                self._events.flush()
 
     def close(self) -> None:
         """Ends the bar and writes out what is buffered. Calling it again does nothing."""
         if self._display:
             self._display.close()
         if self._events:
-            self._events.close()
+            with self._no_room_survived():
+                self._events.close()
         if self._lines:
             self._lines.close()
 
@@ -124,13 +131,46 @@ class Tracker:
             from torch.utils.tensorboard import SummaryWriter
 
             # purge_step on fresh runs too: a loader that saw a first file without it ignores it in the second one
-            self._events = SummaryWriter(self._run_dir, purge_step=self._first_step, flush_secs=20)
+            self._events = SummaryWriter(self._run_dir, purge_step=self._events_from, flush_secs=20)
             self._events.add_custom_scalars(LAYOUT)
         return self._events
 
+    @contextmanager
+    def _no_room_survived(self) -> Iterator[None]:
+        """TensorBoard's writer gives up for good on a full disk; another one takes over when there is room again."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+            self._events = None
 
-def _continue(path: Path, first_step: int) -> TextIO:
-    """`path` with the records before `first_step`, open to append; each line reaches a reader (the tuner) at once.
+
+class _Lines:
+    """A file that is appended to; each line reaches a reader (the tuner) at once. What finds no room comes later."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("ab", buffering=0)
+        self._late = b""
+
+    def write(self, line: str) -> bool:
+        """Whether all is written that ever came."""
+        self._late += line.encode()
+        try:
+            while self._late:
+                self._late = self._late[self._file.write(self._late) :]
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+        return not self._late
+
+    def close(self) -> None:
+        self.write("")
+        self._file.close()
+
+
+def _continue(path: Path, first_step: int) -> _Lines:
+    """`path` with the records before `first_step`, open to append.
 
     The last line may be half a record, where its writer was killed; it is dropped.
     """
@@ -138,7 +178,7 @@ def _continue(path: Path, first_step: int) -> TextIO:
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         whole = [line for line in lines if line.endswith("\n")]
         write_atomically(path, "".join(line for line in whole if json.loads(line)["step"] < first_step))
-    return path.open("a", encoding="utf-8", buffering=1)
+    return _Lines(path)
 
 
 def _cell(value: str | float | None) -> str:
@@ -185,7 +225,7 @@ class _Bar:
         self._bar.stop()
 
 
-class _Lines:
+class _Plain:
     """A plain line now and then, for log files and pipes."""
 
     def __init__(self, first_step: int, total_steps: int) -> None:
@@ -217,9 +257,9 @@ class _Lines:
         pass
 
 
-def _display(first_step: int, total_steps: int) -> _Bar | _Lines:
+def _display(first_step: int, total_steps: int) -> _Bar | _Plain:
     # not Console.is_terminal, which FORCE_COLOR turns on in log files
-    return (_Bar if sys.stdout.isatty() else _Lines)(first_step, total_steps)
+    return (_Bar if sys.stdout.isatty() else _Plain)(first_step, total_steps)
 
 
 def _clock(seconds: float) -> str:

@@ -1,6 +1,9 @@
-"""A real two-node Slurm for the session (`slurm/cluster.sh`, as root on Debian), and jobs on it.
+"""A real Slurm for the session (`slurm/cluster.sh`, as root on Debian), and jobs on it.
 
 `make test-slurm` collects these tests. Elsewhere they are left out, and the summary says so.
+
+A test mostly waits for its jobs, so all tests run at the same time, in threads, on the one cluster. Each takes the
+`bench` and its parameters, nothing else. What ends nodes or links uses a pair of nodes of its own.
 """
 
 from __future__ import annotations
@@ -11,16 +14,21 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from types import SimpleNamespace
+from typing import TypeVar
 
 import pytest
 import yaml
 
-ROOT = Path(__file__).parent.parent.parent
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
 WANTED = os.environ.get("MTBERT_SLURM") == "1"
 
 collect_ignore_glob = [] if WANTED else ["test_*.py"]
@@ -30,6 +38,15 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if not WANTED:
         terminalreporter.write_line("tests/slurm left out: they start a Slurm cluster; run them with make test-slurm")
 
+
+AT_ONCE = 5
+"""Tests at the same time."""
+
+T = TypeVar("T")
+NONE = SimpleNamespace(params={})
+
+PAIRS = 5
+"""Pairs of nodes; the first is for everybody (partition main), each of the others for one test (partition rough)."""
 
 STEPS = 150
 
@@ -46,45 +63,25 @@ CONFIG = {
 """A few seconds of training, long enough to be disturbed in the middle; dropout stays on."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Cluster:
     lab: Path
+    nodes: int = 2
 
     def __call__(self, verb: str, *arguments: str | Path) -> None:
         subprocess.run(
             [ROOT / "slurm" / "cluster.sh", verb, *arguments],
             check=True,
             timeout=300,
-            env={**os.environ, "LAB": str(self.lab), "NETWORK": "own"},
+            env={**os.environ, "LAB": str(self.lab), "NETWORK": "own", "NODES": str(self.nodes)},
             stdout=subprocess.DEVNULL,
         )
-
-
-@pytest.fixture(scope="session")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    cluster = Cluster(tmp_path_factory.mktemp("slurm"))
-    os.environ["SLURM_CONF"] = str(cluster.lab / "slurm.conf")
-    cluster("up")
-    yield cluster
-    cluster("down")
-    del os.environ["SLURM_CONF"]
-
-
-@pytest.fixture(scope="session")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the commands are typed; holds tiny.yaml."""
-    place = tmp_path_factory.mktemp("place")
-    (place / "tiny.yaml").write_text(yaml.safe_dump(CONFIG))
-    return place
 
 
 class Submission:
     """`launch/submit.py` with these arguments, running."""
 
-    running: ClassVar[list[subprocess.Popen[str]]] = []
-
     def __init__(self, place: Path, *arguments: str | Path) -> None:
-        self.place = place
         self.process = subprocess.Popen(
             [sys.executable, ROOT / "launch" / "submit.py", *arguments],
             cwd=place,
@@ -92,20 +89,19 @@ class Submission:
             stderr=subprocess.PIPE,
             text=True,
         )
-        self.running.append(self.process)
 
-    def end(self, timeout: float = 240) -> tuple[int, str, str]:
+    def end(self, timeout: float = 400) -> tuple[int, str, str]:
         """Waits; exit code, stdout and stderr."""
         try:
             out, err = self.process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
             self.process.kill()
             out, err = self.process.communicate()
-            pytest.fail(f"not over after {timeout} s\n{out}\n{err}", pytrace=False)
+            raise AssertionError(f"not over after {timeout} s\n{out}\n{err}") from None
         return self.process.returncode, out, err
 
 
-@dataclass
+@dataclass(frozen=True)
 class Trained:
     """A run folder."""
 
@@ -119,6 +115,10 @@ class Trained:
     def restarts(self) -> int:
         return int(re.search(r"Restarts=(\d+)", scontrol("show", "job", "-o", self.job))[1])  # type: ignore[index]
 
+    def log(self) -> str:
+        path = self.folder / "logs" / "rank0.log"
+        return path.read_text() if path.exists() else ""
+
     def step(self) -> int:
         """The last step in the metrics, -1 before the first."""
         lines = self.lines()
@@ -129,15 +129,61 @@ class Trained:
         text = path.read_text() if path.exists() else ""
         return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
+    def trained_steps(self) -> list[int]:
+        return [int(line["step"]) for line in self.lines() if "loss/sst" in line]
+
+    def checkpoints(self) -> list[Path]:
+        return sorted((self.folder / "checkpoints").glob("step-*"))
+
     def weights(self) -> dict[str, bytes]:
         """The final checkpoint, byte by byte: weights and optimizer state of every rank."""
-        folder = self.folder / "checkpoints" / f"step-{STEPS:08d}"
+        folder = self.checkpoints()[-1]
+        assert folder.name == f"step-{STEPS:08d}"
         files = {path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors"))}
-        assert files, f"no final checkpoint in {folder}"
+        assert files, f"no shards in {folder}"
         return files
 
-    def wait_for_step(self, step: int, timeout: float = 120) -> None:
-        wait_until(lambda: self.step() >= step, timeout, f"step {step}")
+    def ranks(self) -> dict[int, int]:
+        """Rank → process id, seen from outside the nodes."""
+        found = {}
+        for folder in Path("/proc").glob("[0-9]*"):
+            with suppress(FileNotFoundError, ProcessLookupError, PermissionError):
+                words = (folder / "cmdline").read_bytes().split(b"\0")
+                if not any(word.endswith((b"start.py", b"launch.rank")) for word in words[:3]):
+                    continue
+                variables = dict(line.partition(b"=")[::2] for line in (folder / "environ").read_bytes().split(b"\0"))
+                if variables.get(b"SLURM_JOB_ID") == self.job.encode():
+                    found[int(variables[b"SLURM_PROCID"])] = int(folder.name)
+        return found
+
+    @contextmanager
+    def held(self, condition: Callable[[], bool], what: str, timeout: float = 300) -> Iterator[dict[int, int]]:
+        """Stops the clock of the ranks (SIGSTOP) at a moment when `condition` holds, so that what is done to them
+        happens then, however busy this machine is. Gives the ranks' process ids."""
+        deadline = time.monotonic() + timeout
+        wait_until(lambda: self.step() >= 0, timeout, "the first step")
+        pids = self.ranks()
+        while True:
+            send(signal.SIGSTOP, pids)
+            if condition():
+                break
+            send(signal.SIGCONT, pids)
+            assert time.monotonic() < deadline, f"{what} never came"
+            assert self.step() < STEPS - 1, f"{what} never came in this run"
+            time.sleep(0.003)
+        try:
+            yield pids
+        finally:
+            send(signal.SIGCONT, pids)
+
+    def held_at(self, step: int) -> AbstractContextManager[dict[int, int]]:
+        return self.held(lambda: self.step() >= step, f"step {step}")
+
+
+def send(number: signal.Signals, pids: dict[int, int]) -> None:
+    for pid in pids.values():
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
 
 
 def scontrol(*words: str) -> str:
@@ -151,61 +197,120 @@ def wait_until(condition: Callable[[], bool], timeout: float, what: str) -> None
         time.sleep(0.05)
 
 
-def rank_processes(job: str) -> dict[int, int]:
-    """Rank → process id, seen from outside the nodes."""
-    found = {}
-    for folder in Path("/proc").glob("[0-9]*"):
+class Bench:
+    """The cluster, a folder in which commands are typed (it holds tiny.yaml), and the runs made there.
+
+    Attributes:
+        small: a folder of 12 MB on a file system of its own, seen by all nodes.
+    """
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+        self.small = place / "small"
+        self.small.mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", self.small], check=True)
+        (place / "tiny.yaml").write_text(yaml.safe_dump(CONFIG))
+        self.cluster = Cluster(place / "lab", 2 * PAIRS)
+        os.environ["SLURM_CONF"] = str(self.cluster.lab / "slurm.conf")
+        self.cluster("up")
+        scontrol("update", "PartitionName=main", "Nodes=node[1-2]")
+        rough = "PriorityTier=1 PreemptMode=REQUEUE GraceTime=30"
+        scontrol("create", "PartitionName=rough", f"Nodes=node[3-{2 * PAIRS}]", *rough.split())
+        self._pairs = iter(range(1, PAIRS))
+        self._pool = ThreadPoolExecutor(AT_ONCE)
+        self._lock = threading.Lock()
+        self._mine = threading.local()
+
+    def down(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+        self.cluster("down")
+        subprocess.run(["umount", "--lazy", self.small], check=True)
+        del os.environ["SLURM_CONF"]
+
+    def type(self, *arguments: str | Path) -> Submission:
+        """`launch/submit.py` with these arguments."""
+        submission = Submission(self.place, *arguments)
+        self._mine.submissions.append(submission)
+        return submission
+
+    def start(self, name: str, *arguments: str | Path) -> tuple[Submission, Trained]:
+        """Submits tiny.yaml as a run of this name and follows it."""
+        run = Trained(self.place / "runs" / name)
+        self._mine.runs.append(run)
+        base = ["--config", "tiny.yaml", "--nodes", "2", "--follow", "--set", f"run.name={name}"]
+        return self.type(*base, *arguments), run
+
+    def pair(self) -> tuple[list[str], tuple[str, str]]:
+        """Two nodes that no other test uses: how to ask for them, and their names."""
+        with self._lock:
+            first = 2 * next(self._pairs) + 1
+        words = ["--partition", "rough", "--slurm", "exclusive", f"nodelist=node[{first}-{first + 1}]"]
+        return words, (f"node{first}", f"node{first + 1}")
+
+    @property
+    def undisturbed(self) -> Trained:
+        """Two nodes with one rank each, left alone."""
+        return self._undisturbed.result()
+
+    def _leave_alone(self) -> Trained:
+        submission, run = self.start("undisturbed")
+        code, _, err = submission.end()
+        assert code == 0, err
+        assert run.restarts == 0
+        return run
+
+    def begin(self, items: Sequence[pytest.Function]) -> None:
+        """Starts these tests; `result` waits for one of them."""
+        self._undisturbed: Future[Trained] = self._pool.submit(self._alone, self._leave_alone)
+        self._results = {
+            item.nodeid: self._pool.submit(self._alone, item.obj, self, **getattr(item, "callspec", NONE).params)
+            for item in items
+        }
+
+    def result(self, item: pytest.Function) -> None:
+        self._results[item.nodeid].result()
+
+    def _alone(self, work: Callable[..., T], *arguments: object, **parameters: object) -> T:
+        """In a thread of the pool; what fails leaves no job to the others."""
+        self._mine.submissions, self._mine.runs = [], []
         try:
-            words = (folder / "cmdline").read_bytes().split(b"\0")
-            variables = dict(line.partition(b"=")[::2] for line in (folder / "environ").read_bytes().split(b"\0"))
-        except (FileNotFoundError, ProcessLookupError, PermissionError):
-            continue
-        if variables.get(b"SLURM_JOB_ID") == job.encode() and any(word.endswith(b"start.py") for word in words[:2]):
-            found[int(variables[b"SLURM_PROCID"])] = int(folder.name)
-    return found
-
-
-@pytest.fixture(autouse=True)
-def nothing_left_over(cluster: Cluster) -> Iterator[None]:
-    """A test that failed leaves no job to the next one."""
-    yield
-    subprocess.run(["scancel", "--user=root", "--full", "--signal=KILL"], check=True)
-    for process in Submission.running:
-        process.kill()
-        process.communicate()
-    Submission.running.clear()
-
-
-Run = Callable[..., tuple[Submission, Trained]]
+            return work(*arguments, **parameters)
+        finally:
+            for submission in self._mine.submissions:
+                submission.process.kill()
+                submission.process.communicate()
+            for run in self._mine.runs:
+                with suppress(FileNotFoundError):
+                    subprocess.run(["scancel", "--full", "--signal=KILL", run.job], check=False, capture_output=True)
 
 
 @pytest.fixture(scope="session")
-def start(cluster: Cluster, place: Path) -> Run:
-    """`start("name", "--nodes", "2", ...)`: submits tiny.yaml and follows; the submission and its run folder."""
+def bench(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Bench]:
+    bench = Bench(tmp_path_factory.mktemp("slurm"))
+    try:
+        bench.begin([item for item in request.session.items if isinstance(item, pytest.Function)])
+        yield bench
+    finally:
+        bench.down()
 
-    def start(name: str, *arguments: str) -> tuple[Submission, Trained]:
-        base = ["--config", "tiny.yaml", "--set", f"run.name={name}"]
-        return Submission(place, *base, *arguments), Trained(place / "runs" / name)
 
-    return start
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool:
+    """The test has begun with all the others; what is left to do is to wait for it."""
+    pyfuncitem.funcargs["bench"].result(pyfuncitem)
+    return True
 
 
-@pytest.fixture(scope="session")
-def undisturbed(start: Run) -> Trained:
-    """Two nodes with one rank each, left alone."""
-    submission, run = start("undisturbed", "--nodes", "2", "--follow")
-    code, _, err = submission.end()
-    assert code == 0, err
-    assert run.restarts == 0
-    return run
+def finish(submission: Submission, run: Trained, reference: Trained) -> str:
+    """Waits for a disturbed job; it must have started again and ended like the reference. Returns what was told."""
+    code, out, err = submission.end()
+    assert code == 0, f"{out}\n{err}"
+    assert run.restarts >= 1, "the disturbance did not reach the job"
+    assert_same_course(run, reference)
+    return out + err
 
 
 def assert_same_course(run: Trained, reference: Trained) -> None:
     """Same weights and optimizer state bit for bit; every step in the metrics, none twice."""
     assert run.weights() == reference.weights()
-    steps = [line["step"] for line in run.lines() if "loss/sst" in line]
-    assert steps == list(range(STEPS))
-
-
-USR2 = signal.SIGUSR2
-KILL = signal.SIGKILL
+    assert run.trained_steps() == list(range(STEPS))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -16,7 +17,7 @@ import time
 from pathlib import Path
 
 import yaml
-from conftest import CONFIG, KILL, USR2, Cluster, Submission, Trained, rank_processes, scontrol
+from conftest import CONFIG, Cluster, Submission, Trained, scontrol
 
 STEPS_EACH = 130
 EVERY_STEPS = 20
@@ -73,11 +74,11 @@ def disturb(kind: str, run: Trained, cluster: Cluster, draw: random.Random) -> N
     if kind == "USR2":
         subprocess.run(["scancel", "--signal=USR2", run.job], check=True)
     elif kind == "USR2 on one rank":
-        os.kill(rank_processes(run.job)[draw.randrange(2)], USR2)
+        os.kill(run.ranks()[draw.randrange(2)], signal.SIGUSR2)
     elif kind == "requeue":
         scontrol("requeue", run.job)
     elif kind == "kill -9 of a rank":
-        os.kill(rank_processes(run.job)[draw.randrange(2)], KILL)
+        os.kill(run.ranks()[draw.randrange(2)], signal.SIGKILL)
     else:
         cluster("crash", "node2")
         time.sleep(draw.uniform(1, 20))

@@ -3,124 +3,214 @@
 from __future__ import annotations
 
 import os
-import random
+import signal
 import subprocess
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
-from conftest import KILL, STEPS, USR2, Cluster, Run, Trained, assert_same_course, rank_processes, scontrol, wait_until
+from conftest import STEPS, Bench, Trained, assert_same_course, finish, scontrol, send, wait_until
 
 
-def finish(submission_and_run: tuple, reference: Trained, timeout: float = 240) -> str:
-    """Waits for the disturbed job; it must have started again and ended like the reference. Returns what was told."""
-    submission, run = submission_and_run
-    code, out, err = submission.end(timeout)
-    assert code == 0, f"{out}\n{err}"
-    assert run.restarts >= 1, "the disturbance did not reach the job"
-    assert_same_course(run, reference)
-    return out + err
-
-
-def asked_to_stop(run: Trained) -> None:
+def asked_to_stop(run: Trained, pids: dict[int, int]) -> None:
     subprocess.run(["scancel", "--signal=USR2", run.job], check=True)
 
 
-def asked_twice(run: Trained) -> None:
-    asked_to_stop(run)
-    time.sleep(random.random() / 10)
-    asked_to_stop(run)
+def asked_on_one_rank(run: Trained, pids: dict[int, int]) -> None:
+    os.kill(pids[1], signal.SIGUSR2)
 
 
-def asked_on_one_rank(run: Trained) -> None:
-    os.kill(rank_processes(run.job)[1], USR2)
-
-
-def requeued_by_hand(run: Trained) -> None:
+def requeued_by_hand(run: Trained, pids: dict[int, int]) -> None:
     scontrol("requeue", run.job)
 
 
-def killed_on_one_rank(run: Trained) -> None:
-    os.kill(rank_processes(run.job)[1], KILL)
+def killed_on_one_rank(run: Trained, pids: dict[int, int]) -> None:
+    os.kill(pids[1], signal.SIGKILL)
 
 
-@pytest.mark.parametrize(
-    "disturb", [asked_to_stop, asked_twice, asked_on_one_rank, requeued_by_hand, killed_on_one_rank]
-)
+@pytest.mark.parametrize("disturb", [asked_to_stop, asked_on_one_rank, requeued_by_hand, killed_on_one_rank])
 def test_a_disturbed_job_ends_as_if_nothing_had_happened(
-    disturb: Callable[[Trained], None], start: Run, undisturbed: Trained
+    bench: Bench, disturb: Callable[[Trained, dict[int, int]], None]
 ) -> None:
-    job = start(disturb.__name__, "--nodes", "2", "--follow")
-    job[1].wait_for_step(45)
-    disturb(job[1])
-    told = finish(job, undisturbed)
+    submission, run = bench.start(disturb.__name__)
+    with run.held_at(45) as pids:
+        disturb(run, pids)
+    told = finish(submission, run, bench.undisturbed)
     if disturb.__name__.startswith("asked"):
         assert "back into the queue" in told
 
 
-def test_a_stop_during_evaluation(start: Run, undisturbed: Trained) -> None:
-    job = start("evaluating", "--nodes", "2", "--follow")
-    job[1].wait_for_step(59)  # logged right before the evaluation after step 60
-    asked_to_stop(job[1])
-    finish(job, undisturbed)
+def test_a_second_signal_while_the_first_one_is_obeyed(bench: Bench) -> None:
+    """It comes when the save has begun, or the requeue."""
+    submission, run = bench.start("twice")
+    with run.held_at(45) as pids:
+        asked_to_stop(run, pids)
+    with run.held(lambda: saving(run) or not Path(f"/proc/{pids[0]}").exists(), "the save"):
+        send(signal.SIGUSR2, pids)
+    finish(submission, run, bench.undisturbed)
 
 
-def test_preemption_by_a_more_urgent_job(start: Run, undisturbed: Trained) -> None:
-    job = start("preempted", "--nodes", "2", "--partition", "main", "--slurm", "exclusive", "--follow")
-    job[1].wait_for_step(45)
-    urgent = subprocess.run(
-        ["sbatch", "--wait", "--partition=urgent", "--nodes=2", "--exclusive", "--wrap=true", "--output=/dev/null"]
-    )
-    assert urgent.returncode == 0
-    finish(job, undisturbed)
+def saving(run: Trained) -> bool:
+    return any(run.folder.glob("checkpoints/.step-*.tmp"))
 
 
-def test_a_job_at_its_time_limit_goes_on_until_it_is_done(start: Run, cluster: Cluster, place: object) -> None:
-    """One minute, of which the last half is for saving: too little for these steps, so it takes several turns."""
-    submission, run = start("limited", "--nodes", "2", "--time", "1", "--follow", "--set", "phases=[{steps: 1500}]")
-    code, out, err = submission.end(timeout=600)
-    assert code == 0, f"{out}\n{err}"
-    assert run.restarts >= 1
-    steps = [line["step"] for line in run.lines() if "loss/sst" in line]
-    assert steps == list(range(1500))
+def test_a_signal_inside_a_collective(bench: Bench) -> None:
+    """Rank 0 waits for rank 1, which stands still, when the signal reaches it."""
+    submission, run = bench.start("collective")
+    with run.held_at(45) as pids:
+        os.kill(pids[0], signal.SIGCONT)
+        wait_until(lambda: waiting(pids[0]), 60, "rank 0's wait for rank 1")
+        os.kill(pids[0], signal.SIGUSR2)
+    finish(submission, run, bench.undisturbed)
 
 
-def test_a_power_cut(start: Run, cluster: Cluster, undisturbed: Trained) -> None:
-    job = start("power", "--nodes", "2", "--follow")
-    job[1].wait_for_step(45)
-    cluster("crash", "node2")
-    wait_until(lambda: "JobState=RUNNING" not in scontrol("show", "job", "-o", job[1].job), 90, "the end of the job")
-    cluster("revive", "node2")
-    finish(job, undisturbed)
+def waiting(pid: int) -> bool:
+    """Whether a process uses no processor time for half a second: all its threads wait."""
+    used = []
+    for _ in range(2):
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        used.append(int(fields[11]) + int(fields[12]))
+        time.sleep(0.5)
+    return used[0] == used[1]
 
 
-def test_a_power_cut_so_short_that_slurm_does_not_notice(start: Run, cluster: Cluster, undisturbed: Trained) -> None:
-    job = start("blink", "--nodes", "2", "--follow")
-    job[1].wait_for_step(45)
-    cluster("crash", "node2")
-    cluster("revive", "node2")
-    finish(job, undisturbed)
+def test_a_signal_during_evaluation(bench: Bench) -> None:
+    def evaluating() -> bool:
+        lines = run.lines()
+        return lines[-1]["step"] in (59, 119) and "metric/composite" not in lines[-1]
+
+    submission, run = bench.start("evaluating")
+    with run.held(evaluating, "an evaluation") as pids:
+        asked_to_stop(run, pids)
+    finish(submission, run, bench.undisturbed)
 
 
-def test_a_link_cut_for_40_seconds(start: Run, cluster: Cluster, undisturbed: Trained) -> None:
-    job = start("link", "--nodes", "2", "--follow")
-    job[1].wait_for_step(45)
-    cluster("cut", "node2")
+def test_a_signal_inside_a_save(bench: Bench) -> None:
+    submission, run = bench.start("saving")
+    with run.held(lambda: saving(run), "a save") as pids:
+        asked_to_stop(run, pids)
+    finish(submission, run, bench.undisturbed)
+
+
+def test_killed_inside_a_save(bench: Bench) -> None:
+    submission, run = bench.start("save-killed")
+    with run.held(lambda: run.step() > 21 and saving(run), "a save") as pids:
+        os.kill(pids[0], signal.SIGKILL)
+    finish(submission, run, bench.undisturbed)
+    assert not list(run.folder.glob("checkpoints/.step-*"))
+
+
+def test_preemption_by_a_more_urgent_job(bench: Bench) -> None:
+    rough, nodes = bench.pair()
+    submission, run = bench.start("preempted", *rough)
+    with run.held_at(45):
+        urgent = ["--partition=urgent", f"--nodelist={','.join(nodes)}", "--nodes=2", "--exclusive"]
+        there = subprocess.Popen(["sbatch", "--wait", *urgent, "--wrap=true", "--output=/dev/null"])
+        wait_until(lambda: usr2_pending(run), 60, "the preemption")
+    assert there.wait(120) == 0
+    finish(submission, run, bench.undisturbed)
+
+
+def test_a_job_at_its_time_limit_goes_on_until_it_is_done(bench: Bench) -> None:
+    """One minute, of which the last half is for saving; the ranks stand still until they are asked to."""
+    submission, run = bench.start("limited", "--time", "1")
+    with run.held_at(45):
+        wait_until(lambda: usr2_pending(run), 120, "the signal before the time limit")
+    finish(submission, run, bench.undisturbed)
+
+
+def usr2_pending(run: Trained) -> bool:
+    """Whether the ranks, which stand still, have been sent USR2."""
+    for pid in run.ranks().values():
+        pending = Path(f"/proc/{pid}/status").read_text().split("ShdPnd:")[1].split()[0]
+        if not int(pending, 16) >> (signal.SIGUSR2 - 1) & 1:
+            return False
+    return True
+
+
+def test_a_power_cut(bench: Bench) -> None:
+    rough, (_, second) = bench.pair()
+    submission, run = bench.start("power", *rough)
+    with run.held_at(45):
+        bench.cluster("crash", second)
+        wait_until(lambda: "JobState=RUNNING" not in scontrol("show", "job", "-o", run.job), 90, "the job's end")
+    bench.cluster("revive", second)
+    finish(submission, run, bench.undisturbed)
+
+
+def test_a_power_cut_so_short_that_slurm_does_not_notice(bench: Bench) -> None:
+    rough, (_, second) = bench.pair()
+    submission, run = bench.start("blink", *rough)
+    with run.held_at(45):
+        bench.cluster("crash", second)
+        bench.cluster("revive", second)
+    finish(submission, run, bench.undisturbed)
+
+
+def test_a_link_cut_for_40_seconds(bench: Bench) -> None:
+    rough, (_, second) = bench.pair()
+    submission, run = bench.start("link", *rough)
+    with run.held_at(45):
+        bench.cluster("cut", second)
     time.sleep(40)
-    cluster("join", "node2")
-    code, out, err = job[0].end()
+    bench.cluster("join", second)
+    code, out, err = submission.end()
     assert code == 0, f"{out}\n{err}"
-    assert_same_course(job[1], undisturbed)
+    assert_same_course(run, bench.undisturbed)
 
 
-def test_a_submitter_that_dies_and_another_that_takes_over(start: Run, place: object, undisturbed: Trained) -> None:
-    from conftest import Submission
-
-    submission, run = start("orphan", "--nodes", "2", "--follow")
-    run.wait_for_step(10)
-    submission.process.kill()
-    submission.process.communicate()
-    code, out, _ = Submission(place, "--follow", run.folder).end()  # type: ignore[arg-type]
+def test_a_submitter_that_dies_and_another_that_takes_over(bench: Bench) -> None:
+    submission, run = bench.start("orphan")
+    with run.held_at(10):
+        submission.process.kill()
+        submission.process.communicate()
+        another = bench.type("--follow", run.folder)
+    code, out, _ = another.end()
     assert code == 0
     assert f"{STEPS}/{STEPS}" in out
-    assert_same_course(run, undisturbed)
+    assert_same_course(run, bench.undisturbed)
+
+
+def test_a_full_disk(bench: Bench) -> None:
+    """A save that finds no room leaves the one before it; the run goes on, and saves when there is room again."""
+    submission, run = bench.start("full", f"run.dir={bench.small}")
+    run = Trained(bench.small / "full")
+    filler = bench.small / "filler"
+    with run.held_at(25):
+        before = {path: path.read_bytes() for path in run.checkpoints()[-1].iterdir()}
+        fill(filler, leave=100_000)
+    wait_until(lambda: "No space left on device" in run.log(), 120, "the message")
+    with run.held(lambda: True, "now"):
+        assert {path: path.read_bytes() for path in run.checkpoints()[-1].iterdir()} == before
+        filler.unlink()
+    code, out, err = submission.end()
+    assert code == 0, f"{out}\n{err}"
+    assert "could not be saved: No space left on device; training goes on, and saving is tried again" in out
+    assert " is saved\n" in out
+    assert_same_course(run, bench.undisturbed)
+
+
+def fill(path: Path, leave: int) -> None:
+    room = os.statvfs(path.parent)
+    path.write_bytes(b"0" * (room.f_bavail * room.f_frsize - leave))
+
+
+def test_damaged_checkpoints_are_passed_over(bench: Bench) -> None:
+    """The newest one has a flipped bit, the one before it is cut short; the third is good."""
+    submission, run = bench.start("damaged", "checkpoint.keep=3")
+    with run.held_at(75):
+        subprocess.run(["scancel", "--full", "--signal=KILL", run.job], check=True)
+    assert submission.end()[0] == 1
+    *_, good, cut, flipped = run.checkpoints()
+    shard = flipped / "rank-1-of-2.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    os.truncate(cut / "rank-0-of-2.safetensors", 1000)
+    code, out, err = bench.type("--nodes", "2", "--resume", run.folder, "--follow").end()
+    assert code == 0, f"{out}\n{err}"
+    assert f"checkpoint passed over: {flipped}/rank-1-of-2.safetensors: its checksum" in out
+    assert f"checkpoint passed over: {cut}/rank-0-of-2.safetensors: 1000 bytes instead of" in out
+    assert f"continuing after step {int(good.name[5:])}\n" in out
+    assert_same_course(run, bench.undisturbed)
