@@ -34,7 +34,7 @@ slurm-up: ## a real two-node Slurm on this box, for tests (Debian, root)
 slurm-down: ## stop it and undo what slurm-up did
 	@slurm/cluster.sh down
 
-test-slurm: $(TEST_READY) ## the tests on a two-node Slurm, brought up and taken down (Debian, root)
+test-slurm: $(TEST_READY) ## the tests on a real Slurm, brought up and taken down (Debian, root)
 	@MTBERT_SLURM=1 OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests/slurm $(ARGS)
 
 # A stamp is older than what it was made from only when something has to be installed.

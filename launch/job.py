@@ -303,11 +303,11 @@ def _peer_lost(error: Exception) -> bool:
 
 
 def _trainer(launch: Stopwatch) -> Train:
-    def imported(*arguments: Any) -> Outcome:
+    def imported(run: Path, rank: Rank, stop: Callable[[], bool], quiet: bool) -> Outcome:
         from mtbert.trainer import train  # with torch, and after the variables it reads are set
 
         launch.lap("imports")
-        return train(*arguments, launch=launch)
+        return train(run, rank, stop, quiet, launch)
 
     return imported
 
@@ -375,7 +375,7 @@ def _output(run: Path, rank: Rank, terminal: tuple[int, int] | None) -> Iterator
     os.dup2(errors, 2)
     faulthandler.enable(file=2)
     sys.stdout, sys.stderr = (
-        io.TextIOWrapper(_Log(number, "w", closefd=False), "utf-8", "backslashreplace", write_through=True)  # type: ignore[arg-type]
+        io.TextIOWrapper(_Log(number, "w", closefd=False), "utf-8", "backslashreplace", write_through=True)
         for number in (1, 2)
     )
     if not (terminal and rank.first):

@@ -167,8 +167,9 @@ class Checkpointer:
         answer: tuple[T | None, str | None]
         try:
             answer = work(), None
-        except (OSError, SafetensorError) as error:
-            # safetensors hands the system's words on inside of Rust's
+        except OSError as error:
+            answer = None, error.strerror or str(error)
+        except SafetensorError as error:  # has the system's words inside of Rust's
             words = re.search(r'message: "(.+?)"', str(error))
             answer = None, words[1] if words else str(error)
         answers: list[Any] = [None] * self.rank.world

@@ -7,15 +7,19 @@
 #   slurm/cluster.sh revive node2       start the node again
 #   slurm/cluster.sh cut node2          pull the network cable (NETWORK=own); `join node2` plugs it in again
 #   slurm/cluster.sh hide node2 DIR     mount an empty folder over DIR on that node, as if DIR were not shared
-#   slurm/cluster.sh purge              remove the packages that `up` installed
+#   slurm/cluster.sh prepare            install missing packages, and say what else keeps a cluster from running here
+#   slurm/cluster.sh purge              remove the packages that were installed
 #
 # Each node is a set of namespaces: its own host name, processes and mounts; with NETWORK=own its own address too.
-# Settings, by environment: LAB (state folder), NODES, CPUS and GPUS per node, NETWORK=shared|own.
+# Settings, by environment: LAB (state folder), NODES, CPUS and GPUS per node, NETWORK=shared|own, ACCOUNTING=yes for
+# slurmdbd on a MariaDB of its own, with account `lab` and QOS `quick` for root and nothing else allowed.
 set -euo pipefail
 
 LAB=${LAB:-/tmp/mtbert-slurm}
-NODES=${NODES:-2} CPUS=${CPUS:-4} GPUS=${GPUS:-2} NETWORK=${NETWORK:-shared}
+NODES=${NODES:-2} CPUS=${CPUS:-4} GPUS=${GPUS:-2} NETWORK=${NETWORK:-shared} ACCOUNTING=${ACCOUNTING:-}
 PACKAGES=(slurmctld slurmd slurm-client munge iproute2 procps)
+[ -z "$ACCOUNTING" ] || PACKAGES+=(slurmdbd slurm-wlm-mysql-plugin mariadb-server-core mariadb-client-core)
+DATABASE_PORT=33306
 MARK='# mtbert slurm cluster'
 NET=10.87.0 BRIDGE=mtbert0
 export SLURM_CONF=$LAB/slurm.conf
@@ -24,16 +28,16 @@ die() { echo "slurm/cluster.sh: $*" >&2; exit 1; }
 
 main() {
     local verb=${1:-}
-    [[ $verb =~ ^(up|down|crash|revive|cut|join|hide|purge)$ ]] || { sed -n '2,/^set/{/^set/d;s/^# \?//;p}' "$0"; exit 2; }
+    [[ $verb =~ ^(up|down|crash|revive|cut|join|hide|prepare|purge)$ ]] || { sed -n '2,/^set/{/^set/d;s/^# \?//;p}' "$0"; exit 2; }
     [ "$(id -u)" = 0 ] || die "needs root: it makes namespaces and runs system daemons"
-    [ "$verb" = up ] || [ "$verb" = down ] || [ "$verb" = purge ] || [ -s "$LAB/network" ] || die "no cluster in $LAB"
+    [[ $verb =~ ^(up|down|prepare|purge)$ ]] || [ -s "$LAB/network" ] || die "no cluster in $LAB"
     [ ! -s "$LAB/network" ] || NETWORK=$(cat "$LAB/network")
     "$@"
 }
 
 up() {
     [ ! -e "$LAB/slurmctld.pid" ] || die "already up in $LAB; slurm/cluster.sh down first"
-    install_packages
+    prepare
     mkdir -p "$LAB"/{state,spool,log}
     echo "$NETWORK" >"$LAB/network"
     local node
@@ -45,6 +49,7 @@ up() {
         cp /run/munge/munged.pid "$LAB/munged.pid"
     fi
     write_configuration
+    [ -z "$ACCOUNTING" ] || start_accounting
     slurmctld
     for node in $(nodes); do revive "$node"; done
     wait_until 30 "nodes did not become idle; see $LAB/log" all_idle
@@ -60,6 +65,8 @@ down() {
     fi
     for node in $(nodes); do crash "$node"; done
     stop "$LAB/slurmctld.pid"
+    stop "$LAB/slurmdbd.pid"
+    stop "$LAB/mariadb.pid"
     stop "$LAB/munged.pid"
     for node in $(nodes); do ! ip netns list 2>/dev/null | grep -qw "$node" || ip netns del "$node"; done
     ! ip link show $BRIDGE >/dev/null 2>&1 || ip link del $BRIDGE
@@ -70,20 +77,30 @@ down() {
     find "$LAB" -mindepth 1 -maxdepth 1 ! -name installed -exec rm -rf {} + 2>/dev/null || true
 }
 
+prepare() {
+    install_packages
+    unshare --uts --pid --mount-proc --fork true 2>/dev/null || die "may not make namespaces here (a container without SYS_ADMIN?)"
+    if [ "$NETWORK" = own ]; then
+        ip netns add mtbert-probe 2>/dev/null || die "may not make network namespaces here (a container without NET_ADMIN?)"
+        ip netns del mtbert-probe
+    fi
+}
+
 install_packages() {
-    local missing=() package
+    local missing=() missing_still= package
     for package in "${PACKAGES[@]}"; do
         dpkg-query -W -f '${Status}' "$package" 2>/dev/null | grep -q 'ok installed' || missing+=("$package")
     done
     [ ${#missing[@]} -gt 0 ] || return 0
     command -v apt-get >/dev/null || die "needs Debian's packages ${missing[*]}, and there is no apt-get here"
     echo "installing ${missing[*]}"
-    apt-get update -qq
+    apt-get update -qq || die "apt-get cannot reach its packages"
     # the packages' own services would start a cluster without configuration
     local policy=/usr/sbin/policy-rc.d ours=
     [ -e $policy ] || { ours=1; printf '#!/bin/sh\nexit 101\n' >$policy; chmod +x $policy; }
-    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null || missing_still=1
     [ -z "$ours" ] || rm $policy
+    [ -z "$missing_still" ] || die "apt-get cannot install ${missing[*]}"
     mkdir -p "$LAB"
     printf '%s\n' "${missing[@]}" >>"$LAB/installed"
 }
@@ -92,6 +109,45 @@ purge() {
     [ -s "$LAB/installed" ] || { echo "nothing was installed"; return; }
     xargs apt-get purge -y -qq <"$LAB/installed" >/dev/null
     rm "$LAB/installed"
+}
+
+# ------------------------------------------------------------------------------------------- accounting
+
+start_accounting() {
+    local socket=$LAB/mysql/socket options=(--no-defaults --user=root "--datadir=$LAB/mysql")
+    mkdir -p "$LAB/mysql"
+    mariadb-install-db "${options[@]}" --skip-test-db >"$LAB/log/mariadb-install.log" 2>&1
+    setsid mariadbd "${options[@]}" --bind-address=127.0.0.1 --port=$DATABASE_PORT --socket="$socket" \
+        --innodb-buffer-pool-size=64M --innodb-flush-log-at-trx-commit=0 --innodb-lock-wait-timeout=900 \
+        --performance-schema=OFF --skip-name-resolve </dev/null >"$LAB/log/mariadb.log" 2>&1 &
+    echo $! >"$LAB/mariadb.pid"
+    wait_until 30 "MariaDB did not start; see $LAB/log" mariadb --no-defaults -u root -S "$socket" -e "
+        create database if not exists slurm_acct_db;
+        create user if not exists 'slurm'@'127.0.0.1' identified by 'slurm';
+        grant all on slurm_acct_db.* to 'slurm'@'127.0.0.1'" 2>/dev/null
+    cat >"$LAB/slurmdbd.conf" <<CONF
+AuthType=auth/munge
+DbdHost=localhost
+DbdAddr=127.0.0.1
+SlurmUser=root
+StorageType=accounting_storage/mysql
+StorageHost=127.0.0.1
+StoragePort=$DATABASE_PORT
+StorageUser=slurm
+StoragePass=slurm
+StorageLoc=slurm_acct_db
+LogFile=$LAB/log/slurmdbd.log
+PidFile=$LAB/slurmdbd.pid
+CONF
+    chmod 600 "$LAB/slurmdbd.conf"
+    slurmdbd
+    wait_until 30 "slurmdbd did not start; see $LAB/log" sacctmgr -i add cluster mtbert >/dev/null 2>&1
+    {
+        sacctmgr -i add qos quick
+        sacctmgr -i add account lab cluster=mtbert
+        sacctmgr -i add user root account=lab cluster=mtbert
+        sacctmgr -i modify user root where cluster=mtbert account=lab set qos=normal,quick defaultqos=normal defaultaccount=lab
+    } >"$LAB/log/sacctmgr.log"
 }
 
 # ------------------------------------------------------------------------------------------------ nodes
@@ -171,7 +227,11 @@ FirstJobId=$(($(date +%s) % 60000000 + 1))
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 MpiDefault=none
-AccountingStorageType=accounting_storage/none
+$(if [ -z "$ACCOUNTING" ]; then echo AccountingStorageType=accounting_storage/none; else
+    echo AccountingStorageType=accounting_storage/slurmdbd
+    echo AccountingStorageHost=127.0.0.1
+    echo AccountingStorageEnforce=associations,qos
+fi)
 JobAcctGatherType=jobacct_gather/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core

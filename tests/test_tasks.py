@@ -6,6 +6,7 @@ import csv
 import hashlib
 import json
 import multiprocessing
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,16 @@ def test_the_generated_corpus_is_made_once_and_then_found(tmp_path: Path, monkey
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == first
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]  # nothing aside is left
     assert folder.stat().st_mode & 0o055 == 0o055  # another user may read a shared cache
+
+
+def test_what_a_killed_process_left_is_cleared_away(tmp_path: Path) -> None:
+    old, new = (tmp_path / "generated" / name for name in (".making-old", ".making-new"))
+    for left in (old, new):
+        left.mkdir(parents=True)
+        (left / "sst-train.csv").write_text("half of it")
+    os.utime(old, (0, 0))
+    locate_data(quick(tmp_path))
+    assert not old.exists() and new.exists(), "the new one may be at work"
 
 
 def test_another_seed_or_size_is_another_corpus(cache: Path) -> None:

@@ -202,3 +202,33 @@ def _read(terminal: int) -> bytes:
         return os.read(terminal, 4096)
     except OSError:  # Linux: the other end is closed
         return b""
+
+
+NO_ROOM = """
+import resource, sys
+from pathlib import Path
+from mtbert.runs import Rank
+from mtbert.tracking import Tracker
+
+room = lambda limit: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+with Tracker(Path(sys.argv[1]), Rank(), 0, 30, quiet=True) as tracker:
+    for step in range(30):
+        if step == 10:
+            tracker.flush()
+            room(1)
+        if step == 20:
+            room(resource.RLIM_INFINITY)
+        tracker.scalars(step, {"loss/sst": float(step)})
+        tracker.flush()
+"""
+
+
+def test_a_full_disk_costs_events_but_no_line(tmp_path: Path) -> None:
+    """A limit on the size of files refuses what a full disk would, from step 10 to 19."""
+    done = subprocess.run([sys.executable, "-c", NO_ROOM, tmp_path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [record["step"] for record in records(tmp_path)] == list(range(30))
+    points = curve(tmp_path, "loss/sst")
+    assert points[:10] == [(step, float(step)) for step in range(10)]
+    assert points[-9:] == [(step, float(step)) for step in range(21, 30)]
+    assert [step for step, _ in points] == sorted({step for step, _ in points})

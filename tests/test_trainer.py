@@ -8,6 +8,7 @@ import signal
 import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ import torch.multiprocessing
 import yaml
 from harness import forking_context
 
+from mtbert import checkpoint
 from mtbert.checkpoint import Checkpointer, _Reader, find_checkpoint, load_weights, open_checkpoint
 from mtbert.config import CheckpointConfig, Config, OptimizerConfig, PhaseConfig, UserError, load_config
 from mtbert.engine import Span
@@ -202,6 +204,84 @@ def test_a_damaged_checkpoint_is_passed_over(config: Config) -> None:
     outcome = train(run, Rank(), quiet=True)  # goes on from the older one
     assert outcome.status == "finished" and digests_of(older) == expected
     open_checkpoint(newest)
+
+
+def test_a_save_that_fails_is_told_and_tried_again(
+    config: Config, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file lies where the folder of checkpoints belongs, until step 7: as good as a full disk. Nothing but the retry
+    saves after that, before the last step."""
+    monkeypatch.setattr(checkpoint, "RETRY_S", 0.0)
+    config = config.model_copy(update={"checkpoint": CheckpointConfig(every_steps=6, keep=9)})
+    run = new_run(config, "full")
+    blocker = run / "checkpoints"
+    blocker.write_text("")
+    steps = iter(range(STEPS))
+
+    def stop() -> bool:
+        if next(steps) == 7:
+            blocker.unlink()
+        return False
+
+    assert train(run, Rank(), stop).status == "finished"
+    out = capsys.readouterr().out
+    assert "step 6 could not be saved: " in out and "training goes on, and saving is tried again" in out
+    saved = [int(folder.name.removeprefix("step-")) for folder in sorted(blocker.glob("step-*"))]
+    assert f"step {saved[0]} is saved" in out
+    assert 7 <= saved[0] < STEPS - 1 and saved[-1] == STEPS
+    best = find_checkpoint(run, "best")
+    assert best.step in saved, "the best so far is one that could be saved"
+
+
+def test_a_run_whose_last_save_fails_says_so(config: Config) -> None:
+    run = new_run(config, "no-room")
+    (run / "checkpoints").write_text("")
+    with pytest.raises(UserError, match=f"step {STEPS} could not be saved: .*Not a directory"):
+        train(run, Rank(), quiet=True)
+
+
+def test_training_goes_on_while_a_save_is_written(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk takes its time until two more steps are done; what is saved is the state of the step it was asked at."""
+    config = config.model_copy(update={"checkpoint": CheckpointConfig(every_steps=3, keep=9)})
+    config = config.model_copy(update={"run": config.run.model_copy(update={"evaluate_every": STEPS})})
+    quick = new_run(config, "quick")
+    train(quick, Rank(), quiet=True)
+    slow = new_run(config, "slow")
+    write, polls = checkpoint._save, list[None]()
+
+    def slow_write(tensors: dict[str, torch.Tensor], path: Path) -> Any:
+        wanted, deadline = len(polls) + 2, time.monotonic() + 60
+        while len(polls) < wanted and path.parent.name != f".step-{STEPS:08d}.tmp":
+            assert time.monotonic() < deadline, "training waits for the disk"
+            time.sleep(0.001)
+        return write(tensors, path)
+
+    def stop() -> bool:
+        polls.append(None)
+        return False
+
+    monkeypatch.setattr(checkpoint, "_save", slow_write)
+    train(slow, Rank(), stop, quiet=True)
+    for folder in (quick / "checkpoints").glob("step-*"):
+        assert digests_of(folder) == digests_of(slow / "checkpoints" / folder.name)
+
+
+def test_a_newer_checkpoint_is_not_passed_over(config: Config) -> None:
+    run = new_run(config, "newer")
+    train(run, Rank(), quiet=True)
+    manifest = max((run / "checkpoints").glob("step-*")) / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format": 99}))
+    with pytest.raises(UserError, match="format 99 is from a newer mtbert"):
+        train(run, Rank(), quiet=True)
+
+
+def test_the_start_is_measured(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    run = new_run(config, "start")
+    train(run, Rank())
+    launch = json.loads((run / "launch.json").read_text())
+    assert list(launch["seconds"]) == ["rendezvous", "data", "build", "first step"] and launch["step"] == 0
+    assert launch["total"] == pytest.approx(sum(launch["seconds"].values()), abs=0.01)
+    assert f"first step after {launch['total']:.1f} s: rendezvous " in capsys.readouterr().out
 
 
 def test_damaged_checkpoints_do_not_crowd_out_good_ones(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
@@ -9,6 +10,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+
+from mtbert.config import load_config
+from mtbert.runs import create_run
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -112,3 +116,26 @@ def test_a_taken_name_is_not_overwritten(config: Path, tmp_path: Path) -> None:
     done = submit("--config", config, "--local", "--set", "run.name=mine", cwd=tmp_path)
     assert done.returncode == 2 and "exists already" in done.stderr
     assert list(taken.iterdir()) == []
+
+
+def test_a_run_folder_from_a_newer_version_is_refused(config: Path, tmp_path: Path) -> None:
+    run = create_run(load_config(config, [f"run.dir={tmp_path}"]), None, [])
+    made_by = json.loads((run / "environment.json").read_text())
+    assert made_by["format"] == 1
+    (run / "environment.json").write_text(json.dumps({**made_by, "format": 2}))
+    done = submit("--resume", run, "--local", cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"error: {run}: run folder of format 2, from a newer mtbert; this one reads up to 1")
+
+
+def test_a_mistake_found_by_a_rank_leaves_no_run_folder(config: Path, tmp_path: Path) -> None:
+    """Not so for a run that is continued."""
+    wrong = ["--set", "run.name=wrong", "encoder.tokenizer=nowhere.json"]
+    done = submit("--config", config, "--local", *wrong, cwd=tmp_path)
+    assert done.returncode == 2 and "nowhere.json" in done.stderr
+    assert not (tmp_path / "runs" / "wrong").exists()
+    kept = tmp_path / "runs" / "kept"
+    kept.mkdir()
+    (kept / "config.yaml").write_text(config.read_text() + "seed: 1\n")
+    done = submit("--resume", kept, "--local", "--set", "data.cache=/proc/nowhere", cwd=tmp_path)
+    assert done.returncode == 2 and (kept / "config.yaml").is_file()

@@ -39,7 +39,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line("tests/slurm left out: they start a Slurm cluster; run them with make test-slurm")
 
 
-AT_ONCE = 5
+AT_ONCE = 4
 """Tests at the same time."""
 
 T = TypeVar("T")
@@ -73,7 +73,7 @@ class Cluster:
             [ROOT / "slurm" / "cluster.sh", verb, *arguments],
             check=True,
             timeout=300,
-            env={**os.environ, "LAB": str(self.lab), "NETWORK": "own", "NODES": str(self.nodes)},
+            env={**os.environ, "LAB": str(self.lab), "NODES": str(self.nodes), "NETWORK": "own", "ACCOUNTING": "yes"},
             stdout=subprocess.DEVNULL,
         )
 

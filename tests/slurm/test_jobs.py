@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections import defaultdict
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, STEPS, Bench, Trained, assert_same_course
+from conftest import ROOT, STEPS, Bench, Trained, assert_same_course, send
 from safetensors.numpy import load_file
 
 GENTLE = ["encoder.dropout=0", "optimizer.lr=1e-3", "optimizer.head_lr=1e-3", "optimizer.eps=1e-4"]
@@ -48,11 +49,11 @@ def test_the_start_is_measured_part_by_part(bench: Bench) -> None:
     assert f"first step after {launch['total']:.1f} s: queue " in bench.undisturbed.log()
 
 
-def test_the_name_is_visible_and_cancel_saves(bench: Bench) -> None:
-    submission, run = bench.start("cancelled")
+def test_name_account_and_qos_are_visible_and_cancel_saves(bench: Bench) -> None:
+    submission, run = bench.start("cancelled", "--account", "lab", "--qos", "quick")
     with run.held_at(30):
-        shown = subprocess.run(["squeue", "-h", "-o", "%i %j"], capture_output=True, text=True, check=True).stdout
-        assert f"{run.job} mtbert-cancelled" in shown.splitlines()
+        shown = subprocess.run(["squeue", "-h", "-o", "%i %j %a %q"], capture_output=True, text=True, check=True).stdout
+        assert f"{run.job} mtbert-cancelled lab quick" in shown.splitlines()
         refused = bench.type("--nodes", "2", "--resume", run.folder).end()
         assert refused[0] == 2 and "is not over" in refused[2] and refused[2].count("\n") == 1
         assert bench.type("cancel", run.folder).end()[0] == 0
@@ -170,14 +171,14 @@ def test_a_plain_batch_script_and_a_second_job_on_its_folder(bench: Bench) -> No
 
     run = Trained(bench.place / "runs" / "plain")
     first = sbatch()
-    with run.held_at(30):
+    with run.held_at(30) as pids:
         job = run.job
         second = sbatch()
         assert second.wait(120) == 2
         log = next(path for path in bench.place.glob("mtbert-*.log") if job not in path.name)
         assert log.read_text().startswith("error: runs/plain: another job is using this run folder (process ")
         assert run.job == job
-        subprocess.run(["scancel", "--full", "--signal=KILL", job], check=True)
+        send(signal.SIGKILL, pids)
     first.wait(120)
     assert (run.folder / "job" / "lock").exists()
     assert sbatch().wait(240) == 0
