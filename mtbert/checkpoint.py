@@ -170,7 +170,7 @@ class Checkpointer:
         except OSError as error:
             answer = None, error.strerror or str(error)
         except SafetensorError as error:  # has the system's words inside of Rust's
-            words = re.search(r'message: "(.+?)"', str(error))
+            words = re.search(r"error: (.+) \(os error", str(error))
             answer = None, words[1] if words else str(error)
         answers: list[Any] = [None] * self.rank.world
         dist.all_gather_object(answers, answer, group=self._group)
