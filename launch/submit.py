@@ -139,7 +139,7 @@ def _check_files(config: Config) -> None:
         raise UserError(f"data.dir {folder}: no such folder")
     for name, task in config.tasks.items():
         for key, file in (("train", task.train), ("dev", task.dev)):
-            if not file.startswith("hub:") and not (path := Path(folder).expanduser() / file).is_file():
+            if file and not file.startswith("hub:") and not (path := Path(folder).expanduser() / file).is_file():
                 raise UserError(f"tasks.{name}.{key}: no file {path}")
 
 

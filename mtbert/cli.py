@@ -109,12 +109,13 @@ def _evaluate(options: argparse.Namespace) -> int:
         print(json.dumps({"step": step, "composite": composite, "tasks": _as_records(results)}))
     else:
         for result in results:
-            print(f"{result.task:<12} {result.metric:<10} {result.score:.4f}   loss {result.loss:.4f}")
+            loss = f"   loss {result.loss:.4f}" if result.loss is not None else ""
+            print(f"{result.task:<12} {result.metric:<10} {result.score:.4f}{loss}")
         print(f"{'composite':<23} {composite:.4f}   after step {step} ({options.checkpoint} checkpoint)")
     return 0
 
 
-def _as_records(results: Sequence[Evaluation]) -> dict[str, dict[str, str | float]]:
+def _as_records(results: Sequence[Evaluation]) -> dict[str, dict[str, str | float | None]]:
     return {result.task: {"metric": result.metric, "score": result.score, "loss": result.loss} for result in results}
 
 

@@ -90,8 +90,13 @@ class EncoderConfig(Section):
 
 
 class Columns(Section):
-    text: list[str] = Field(["sentence"], min_length=1, max_length=2, description="one text column, or two for a pair")
-    label: str = Field("label", description="column with the label")
+    text: list[str] = Field(
+        ["sentence"],
+        min_length=1,
+        max_length=3,
+        description="one text column, two for a pair, three for triplets: text, its match, its hard negative",
+    )
+    label: str = Field("label", description="column with the label; triplets have none")
     id: str | None = Field(None, description="column that names the row in predictions and reports")
 
 
@@ -103,39 +108,97 @@ class HeadConfig(Section):
         "linear",
         description="one text: linear. Pairs: joint (both texts in one sequence with [SEP], then linear), or two "
         "encodings joined by concat, difference (concat and |u − v|), weighted_dot (elementwise product), cosine, "
-        "relu_cosine",
+        "relu_cosine. Triplets: cosine",
     )
+    shared: str | None = Field(None, description="name of one of shared_layers, which then comes first")
     hidden: list[Annotated[int, Field(ge=1)]] = Field([], description="widths of hidden layers, each ReLU and dropout")
     dropout: float = Field(0.1, ge=0, lt=1, description="on the head's input and after its hidden layers")
+    scale: float | None = Field(
+        None,
+        gt=0,
+        description="multiplies the answer. Default: the highest label for cosine and relu_cosine of pair_regression, "
+        "20 for those with loss bce (the logit is scale · (cosine − ½)), 1 for all else",
+    )
     lr: float | None = Field(None, ge=0, description="learning rate of this head; default optimizer.head_lr")
 
 
-LossKind = Literal["cross_entropy", "bce", "mse", "huber", "cosine_embedding"]
+class SharedLayerConfig(Section):
+    """Linear and ReLU between the encoder and the heads that name it (paper B)."""
+
+    width: int | None = Field(None, ge=1, description="width of its output; default: the encoder's")
+    lr: float | None = Field(None, ge=0, description="learning rate of this layer; default optimizer.head_lr")
+
+
+class MnrlConfig(Section):
+    """Multiple negatives ranking (Henderson et al. 2017): a text's partner against all other partners in the batch."""
+
+    threshold: Literal["label", "cosine"] | None = Field(
+        None,
+        description="which pairs are positives. Default: every pair of the batch. label: pairs whose label is at "
+        "least t. cosine: first and second texts of the batch whose cosine is at least t, be they of one pair or two",
+    )
+    start: float | None = Field(None, description="t in the first epoch; needed with threshold")
+    rise: float = Field(0.0, ge=0, description="added to t after each epoch")
+    temperature: float = Field(0.05, gt=0, description="cosines are divided by it before the softmax")
+    weight: float = Field(1.0, ge=0, description="multiplies this loss before it is added to the task's `loss`")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> MnrlConfig:
+        if self.threshold is not None and self.start is None:
+            raise ValueError(f"threshold {self.threshold} needs start, the t of the first epoch")
+        if self.threshold is None and (self.start is not None or self.rise):
+            raise ValueError("start and rise need threshold: label or cosine")
+        if self.threshold == "cosine" and self.start is not None and not -1 <= self.start <= 1:
+            raise ValueError(f"start {self.start:g} is no cosine; give a number from -1 to 1")
+        return self
+
+
+LossKind = Literal["cross_entropy", "bce", "mse", "huber", "cosine_embedding", "mnrl"]
 MetricKind = Literal["accuracy", "f1", "matthews", "pearson", "spearman"]
-TaskKind = Literal["classification", "pair_classification", "pair_regression"]
+TaskKind = Literal["classification", "pair_classification", "pair_regression", "triplets"]
 
 _LOSSES_OF: dict[str, tuple[str, ...]] = {
     "classification": ("cross_entropy",),
-    "pair_classification": ("bce", "cross_entropy", "cosine_embedding"),
-    "pair_regression": ("mse", "huber"),
+    "pair_classification": ("bce", "cross_entropy", "cosine_embedding", "mnrl"),
+    "pair_regression": ("mse", "huber", "cosine_embedding", "mnrl"),
+    "triplets": ("mnrl",),
 }
 _METRICS_OF: dict[str, tuple[str, ...]] = {
     "classification": ("accuracy", "f1", "matthews"),
     "pair_classification": ("accuracy", "f1", "matthews"),
     "pair_regression": ("pearson", "spearman"),
+    "triplets": ("accuracy",),
+}
+_PAIR_HEADS = ("joint", "concat", "difference", "weighted_dot", "cosine", "relu_cosine")
+_HEADS_OF: dict[str, tuple[str, ...]] = {
+    "classification": ("linear",),
+    "pair_classification": _PAIR_HEADS,
+    "pair_regression": _PAIR_HEADS,
+    "triplets": ("cosine",),
 }
 _COSINE_HEADS = ("cosine", "relu_cosine")
 
 
 class TaskConfig(Section):
-    kind: TaskKind = Field(description="decides how many texts a row has and what its label is")
+    kind: TaskKind = Field(
+        description="decides how many texts a row has and what its label is; triplets (a text, a match, a hard "
+        "negative) have no label and train the encoder alone: supervised SimCSE (Gao et al. 2021)"
+    )
     train: str = Field(description="training file (.csv and .tsv by their first line, .jsonl, .parquet)")
-    dev: str = Field(description="development file")
+    dev: str | None = Field(None, description="development file; only triplets can do without, and are not scored then")
     columns: Columns = Field(default_factory=Columns, description="what the file's columns are called")
     classes: int = Field(2, ge=2, description="labels are 0 … classes − 1 (classification kinds)")
     range: tuple[float, float] = Field((0.0, 5.0), description="lowest and highest label (pair_regression)")
     head: HeadConfig = Field(default_factory=HeadConfig, description="the layers that only this task has")
-    loss: LossKind | None = Field(None, description="default: cross_entropy, bce or mse, by kind")
+    loss: LossKind | None = Field(
+        None,
+        description="default: cross_entropy, bce, mse or mnrl, by kind. cosine_embedding needs a cosine head and takes "
+        "a label's place in `range` as the share of being similar",
+    )
+    margin: float = Field(0.0, ge=-1, lt=1, description="cosine_embedding: dissimilar texts may have this cosine")
+    mnrl: MnrlConfig | None = Field(
+        None, description="ranking within the batch, besides `loss`, or how loss mnrl does it"
+    )
     metric: MetricKind | None = Field(None, description="default: accuracy, or pearson for pair_regression")
     weight: float = Field(1.0, ge=0, description="λ: the task's loss is multiplied by it before surgery")
     batch_size: int | None = Field(
@@ -143,8 +206,9 @@ class TaskConfig(Section):
     )
 
     @property
-    def pair(self) -> bool:
-        return self.kind != "classification"
+    def texts(self) -> int:
+        """Texts of an example."""
+        return {"classification": 1, "triplets": 3}.get(self.kind, 2)
 
     @property
     def loss_kind(self) -> str:
@@ -154,34 +218,63 @@ class TaskConfig(Section):
     def metric_kind(self) -> str:
         return self.metric or _METRICS_OF[self.kind][0]
 
+    @property
+    def ranking(self) -> MnrlConfig | None:
+        """How texts are ranked within a batch; None if they are not."""
+        return self.mnrl or (MnrlConfig() if self.loss_kind == "mnrl" else None)
+
     @model_validator(mode="after")
     def _consistent(self) -> TaskConfig:
-        if len(self.columns.text) != 1 + self.pair:
+        if len(self.columns.text) != self.texts:
             raise ValueError(
-                f"kind {self.kind} takes {1 + self.pair} text column(s), columns.text names {len(self.columns.text)}"
+                f"kind {self.kind} takes {self.texts} text column(s), columns.text names {len(self.columns.text)}"
             )
-        if (self.head.kind == "linear") == self.pair:
-            valid = "joint, concat, difference, weighted_dot, cosine, relu_cosine" if self.pair else "linear"
-            raise ValueError(f"head.kind {self.head.kind!r} does not fit kind {self.kind}; valid: {valid}")
-        if self.loss_kind not in _LOSSES_OF[self.kind]:
-            raise ValueError(
-                f"loss {self.loss!r} does not fit kind {self.kind}; valid: {', '.join(_LOSSES_OF[self.kind])}"
-            )
-        if self.metric_kind not in _METRICS_OF[self.kind]:
-            raise ValueError(
-                f"metric {self.metric!r} does not fit kind {self.kind}; valid: {', '.join(_METRICS_OF[self.kind])}"
-            )
-        if self.loss_kind in ("bce", "cosine_embedding") and self.classes != 2:
+        for key, value, valid in (
+            ("head.kind", self.head.kind, _HEADS_OF[self.kind]),
+            ("loss", self.loss_kind, _LOSSES_OF[self.kind]),
+            ("metric", self.metric_kind, _METRICS_OF[self.kind]),
+        ):
+            if value not in valid:
+                raise ValueError(f"{key} {value!r} does not fit kind {self.kind}; valid: {', '.join(valid)}")
+        if self.dev is None and self.kind != "triplets":
+            raise ValueError("dev: missing; only triplets can do without a development file")
+        if self.kind == "pair_classification" and self.loss_kind != "cross_entropy" and self.classes != 2:
             raise ValueError(f"loss {self.loss_kind} needs classes 2, not {self.classes}; use loss cross_entropy")
-        cosine_head = self.head.kind in _COSINE_HEADS
-        if self.kind == "pair_classification" and cosine_head != (self.loss_kind == "cosine_embedding"):
-            valid = "loss cosine_embedding" if cosine_head else "head.kind cosine or relu_cosine"
-            raise ValueError(f"head.kind {self.head.kind!r} does not fit loss {self.loss_kind}; use {valid}")
         if self.range[0] >= self.range[1]:
             raise ValueError(f"range {list(self.range)} is upside down; give [lowest, highest]")
-        if self.kind == "pair_regression" and cosine_head and self.range[1] <= 0:
+        if self.kind == "pair_regression" and self.head.kind in _COSINE_HEADS and self.range[1] <= 0:
             raise ValueError(f"head.kind {self.head.kind!r} answers up to the highest label, which must be above 0")
+        self._loss_fits_head()
+        self._ranking_fits()
         return self
+
+    def _loss_fits_head(self) -> None:
+        cosine_head, loss = self.head.kind in _COSINE_HEADS, self.loss_kind
+        if loss in ("cosine_embedding", "mnrl") and not cosine_head:
+            raise ValueError(
+                f"loss {loss} does not fit head.kind {self.head.kind!r}; valid: head.kind cosine or relu_cosine"
+            )
+        if loss == "cross_entropy" and cosine_head:
+            valid = ", ".join(kind for kind in _LOSSES_OF[self.kind] if kind != loss)
+            raise ValueError(f"loss {loss} does not fit head.kind {self.head.kind!r}; valid: {valid}")
+        if loss in ("cosine_embedding", "mnrl") and self.head.scale is not None:
+            raise ValueError(f"loss {loss} works on plain cosines; leave head.scale out")
+        if self.margin and loss != "cosine_embedding":
+            raise ValueError(f"margin belongs to loss cosine_embedding, not {loss}")
+
+    def _ranking_fits(self) -> None:
+        if self.ranking is None:
+            return
+        if self.kind == "classification" or self.head.kind == "joint":
+            valid = ", ".join(kind for kind in _PAIR_HEADS if kind != "joint")
+            raise ValueError(f"mnrl ranks texts that are encoded one by one; valid: a pair task with head.kind {valid}")
+        if self.loss_kind == "mnrl" and (self.head.hidden or self.head.shared):
+            raise ValueError("loss mnrl trains the encoder alone; leave head.hidden and head.shared out, or add a loss")
+        if self.kind == "triplets" and self.ranking.threshold is not None:
+            raise ValueError("mnrl.threshold: every triplet is a positive; leave it out")
+        highest = self.range[1] if self.kind == "pair_regression" else self.classes - 1
+        if self.ranking.threshold == "label" and (self.ranking.start or 0) > highest:
+            raise ValueError(f"mnrl.start {self.ranking.start:g} is above the highest label, {highest:g}")
 
 
 class ScheduleConfig(Section):
@@ -299,6 +392,11 @@ class Config(Section):
     data: DataConfig = Field(default_factory=DataConfig, description="where the examples come from")
     encoder: EncoderConfig = Field(default_factory=EncoderConfig, description="the BERT that all tasks share")
     tasks: dict[str, TaskConfig] = Field(description="name → task; a new task needs no code")
+    shared_layers: dict[str, SharedLayerConfig] = Field(
+        {},
+        description="name → layer (linear, ReLU) between the encoder and the heads that name it (head.shared); it is "
+        "trained like a head, by the sum of its tasks' gradients",
+    )
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig, description="which tasks train at which step")
     phases: list[PhaseConfig] = Field(
         [PhaseConfig(epochs=3)], min_length=1, description="stretches of training, one after another"
@@ -316,7 +414,36 @@ class Config(Section):
         for name in self.tasks:
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
                 raise ValueError(f"tasks.{name}: a task's name is made of letters, digits, - and _")
+        if all(task.dev is None for task in self.tasks.values()):
+            raise ValueError("tasks: none has a dev file, so nothing would be scored; give one to at least one task")
+        self._layers_exist()
+        for name, task in self.tasks.items():
+            self._can_rank(name, task)
         return self
+
+    def _layers_exist(self) -> None:
+        wanted = {name: task.head.shared for name, task in self.tasks.items() if task.head.shared is not None}
+        for name, layer in wanted.items():
+            if layer not in self.shared_layers:
+                valid = ", ".join(self.shared_layers) or "none; define it there"
+                raise ValueError(f"tasks.{name}.head.shared: no {layer!r} in shared_layers; there: {valid}")
+        for layer in self.shared_layers:
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", layer) or layer in self.tasks:
+                raise ValueError(
+                    f"shared_layers.{layer}: a layer's name is made of letters, digits, - and _, and is no task's"
+                )
+            if layer not in wanted.values():
+                raise ValueError(f"shared_layers.{layer}: no head uses it; name it in tasks.TASK.head.shared")
+
+    def _can_rank(self, name: str, task: TaskConfig) -> None:
+        size, cuts = task.batch_size or self.schedule.batch_size, self.engine.accumulation
+        if task.ranking is not None and size < 2 * cuts:
+            where = f"tasks.{name}: mnrl cannot rank within a batch of {size}"
+            raise ValueError(
+                f"{where} cut into {cuts} micro-batches; lower engine.accumulation or use batch_size {2 * cuts} or more"
+                if cuts > 1
+                else f"{where}; use batch_size 2 or more"
+            )
 
 
 # ---------------------------------------------------------------------------------- reading and merging

@@ -1,6 +1,6 @@
 """Examples, tokenised once into memory-mapped arrays, and batches out of them.
 
-    N examples, S texts of an example (1 or 2), B examples of a batch, P texts of a batch, T tokens of a batch
+    N examples, S texts of an example (1 to 3), B examples of a batch, P texts of a batch, T tokens of a batch
 
 A file is read once (`readers.py`), its texts are split into wordpieces in chunks, and everything that training needs
 lies from then on in a folder of flat arrays: opening ten million examples makes no Python object per example, and the
@@ -110,7 +110,7 @@ class Dataset:
     """One split of one task, memory-mapped; cheap to open and safe to open from every rank."""
 
     file: str
-    texts: int  # S
+    texts: int  # S, 1 to 3
     labels_N: NDArray[np.float32]
     lengths_NS: NDArray[np.int32]  # wordpieces without special tokens
     lines_N: NDArray[np.int64]  # line of the file that the row begins on
@@ -153,7 +153,9 @@ def load_dataset(
 
     Raises `UserError` naming the file, the line and the column.
     """
-    shown, path = _locate(task.train if split == "train" else task.dev, f"tasks.{name}.{split}", config)
+    file = task.train if split == "train" else task.dev
+    assert file is not None, "only asked for where the task has one"
+    shown, path = _locate(file, f"tasks.{name}.{split}", config)
     cache = Path(config.cache).expanduser() / "tokens"
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -231,7 +233,7 @@ class _LineIds(Sequence[str]):
 
 @dataclass
 class Batch:
-    packed: Packed  # a pair encoded separately: all first texts, then all second texts
+    packed: Packed  # texts encoded separately: all first ones, then all second ones, …
     labels_B: Tensor  # float32 for regression, int64 for classes
     count: int  # B
     indices_B: NDArray[np.int64]
@@ -256,7 +258,7 @@ def kept_lengths(lengths_NS: NDArray[np.int32], joint: bool, max_length: int) ->
 def sequence_lengths(dataset: Dataset, joint: bool, max_length: int) -> NDArray[np.int64]:
     """Tokens that each example costs in the encoder, after truncation and with special tokens, (N,).
 
-    A pair encoded separately costs the sum of its two sequences.
+    Texts encoded separately cost the sum of their sequences.
     """
     kept_NS = kept_lengths(dataset.lengths_NS, joint, max_length)
     lengths_N: NDArray[np.int64] = kept_NS.sum(axis=1, dtype=np.int64) + (3 if joint else 2 * dataset.texts)

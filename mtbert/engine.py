@@ -32,7 +32,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mtbert.config import EngineConfig, OptimizerConfig, TaskConfig
+from mtbert.config import EngineConfig, OptimizerConfig, SharedLayerConfig, TaskConfig
 from mtbert.runs import Rank
 from mtbert.surgery import Surgery
 
@@ -42,12 +42,17 @@ Loss = Callable[[], Tensor]
 
 @dataclass(frozen=True)
 class Group:
-    """Parameters with one learning rate and weight decay; `task` None: shared by the tasks, and so under surgery."""
+    """Parameters with one learning rate and weight decay.
+
+    `task` None: the encoder, shared by all tasks and so under surgery. Else the head of this task, or the layer of this
+    name that the heads of some tasks have in common: it gets the gradients of its `users`, summed, as they are.
+    """
 
     task: str | None
     names: tuple[str, ...]
     lr: float
     weight_decay: float
+    users: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -101,25 +106,35 @@ def choose_precision(wanted: str, device: torch.device) -> torch.dtype:
 
 
 def parameter_groups(
-    model: nn.Module, config: OptimizerConfig, tasks: Mapping[str, TaskConfig], layers: int
+    model: nn.Module,
+    config: OptimizerConfig,
+    tasks: Mapping[str, TaskConfig],
+    layers: int,
+    shared_layers: Mapping[str, SharedLayerConfig] | None = None,
 ) -> list[Group]:
-    """Shared groups first, then each head's. Weight decay spares biases and LayerNorm (everything with one dimension).
+    """The encoder's groups first, then those of heads and of layers that heads share. Weight decay spares biases and
+    LayerNorm (everything with one dimension).
 
     With `layer_decay` d the embeddings get lr·d^layers, layer i lr·d^(layers − 1 − i), what lies above it lr.
     """
+    own_rates = {name: task.head.lr for name, task in tasks.items()}
+    own_rates |= {name: layer.lr for name, layer in (shared_layers or {}).items()}
     members: dict[tuple[str | None, float, float], list[str]] = {}
     key: tuple[str | None, float, float]
     for name, parameter in model.named_parameters():
         parts = name.split(".")
         decay = config.weight_decay if parameter.dim() > 1 else 0.0
-        if parts[0] == "heads":
-            head_lr = tasks[parts[1]].head.lr
-            key = (parts[1], config.head_lr if head_lr is None else head_lr, decay)
+        if parts[0] in ("heads", "shared"):
+            own_lr = own_rates[parts[1]]
+            key = (parts[1], config.head_lr if own_lr is None else own_lr, decay)
         else:
             key = (None, config.lr * config.layer_decay ** _depth_below_top(parts, layers), decay)
         members.setdefault(key, []).append(name)
     ordered = sorted(members.items(), key=lambda item: item[0][0] is not None)
-    return [Group(task, tuple(names), lr, decay) for (task, lr, decay), names in ordered]
+    users: dict[str | None, tuple[str, ...]] = {
+        name: tuple(task for task, config in tasks.items() if name in (task, config.head.shared)) for name in own_rates
+    }
+    return [Group(name, tuple(names), lr, decay, users.get(name, ())) for (name, lr, decay), names in ordered]
 
 
 def _depth_below_top(parts: Sequence[str], layers: int) -> int:
@@ -267,7 +282,7 @@ class Engine:
         for group, options in zip(self.groups, self._deepspeed.optimizer.optimizer.param_groups, strict=True):
             options["lr"] = group.lr * lr_factor
             # a head absent from this step must not fade or decay
-            options["frozen"] = frozen if group.task is None else group.task not in present
+            options["frozen"] = frozen if group.task is None else present.isdisjoint(group.users)
 
     def _apply(self, shards_KS: Tensor, heads_S: Tensor, weights_K: Tensor, head_scale: float) -> None:
         combine(shards_KS, weights_K, out=self._combined)

@@ -31,7 +31,7 @@ class Evaluation:
     task: str
     metric: str
     score: float
-    loss: float
+    loss: float | None  # mean over the examples; loss mnrl exists only within training batches
     predictions_N: NDArray[np.float64]
 
 
@@ -48,20 +48,23 @@ def evaluate(model: MultiTaskModel, task: Task, rank: Rank, device: torch.device
         batch = task.batch("dev", mine)
         answers = model(task.name, batch.packed.to(device))
         answers_3N[0, mine] = predict(task.config, answers).double().cpu()
-        answers_3N[1, mine] = task.loss(answers, batch.labels_B.to(device)).double().cpu()
+        losses_B = task.example_losses(answers, batch.labels_B.to(device))
+        if losses_B is not None:
+            answers_3N[1, mine] = losses_B.double().cpu()
         answers_3N[2, mine] += 1
     answers_3N = _sum_over_ranks(answers_3N, device)
     assert bool((answers_3N[2] == 1).all()), "an example was evaluated twice or not at all"
     predictions_N = answers_3N[0].numpy()
-    score = METRICS[task.config.metric_kind](predictions_N, task.dev.labels_N)
-    return Evaluation(task.name, task.config.metric_kind, score, float(answers_3N[1].mean()), predictions_N)
+    score = METRICS[task.config.metric_kind](predictions_N, task.dataset("dev").labels_N)
+    loss = float(answers_3N[1].mean()) if task.config.loss_kind != "mnrl" else None
+    return Evaluation(task.name, task.config.metric_kind, score, loss, predictions_N)
 
 
 def evaluate_all(
     model: MultiTaskModel, tasks: list[Task], rank: Rank, device: torch.device
 ) -> tuple[list[Evaluation], float]:
-    """Every task, and the composite score of all."""
-    results = [evaluate(model, task, rank, device) for task in tasks]
+    """Every task that has a development set, and the composite score of all these."""
+    results = [evaluate(model, task, rank, device) for task in tasks if task.dev is not None]
     return results, composite({result.task: (result.metric, result.score) for result in results})
 
 

@@ -1,7 +1,8 @@
 """Heads on top of the shared encoder, and the model that joins them.
 
-Shapes: B examples, D width of the encoder, C outputs. A head sees the sentence vectors of a batch: one per example, or
-for a pair encoded separately two, and answers with class scores (B, C), one logit or a value (B,).
+Shapes: B examples, D width of the encoder, C outputs. A head sees the sentence vectors of a batch: one per example, for
+a pair encoded separately two, for a triplet three (all first texts, then all second ones, …), and answers with class
+scores (B, C), one logit or a value (B,).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from mtbert.config import EncoderConfig, HeadConfig, TaskConfig
+from mtbert.config import EncoderConfig, HeadConfig, SharedLayerConfig, TaskConfig
 from mtbert.encoder import Encoder, EncoderShape, dropout, initialise
 from mtbert.packing import Packed
 
@@ -43,17 +44,20 @@ HEADS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 class Head(nn.Module):
     """Dropout, hidden layers (ReLU and dropout each), output layer; the cosine heads compare instead of an output.
 
-    cosine answers `high`·cos(u, v), relu_cosine `high`·ReLU(cos(u, v)) (paper C: 5·ReLU), with `high` the highest
-    label; for pair_classification `high` is 1 and the cosine itself goes to the loss. With hidden layers both texts
-    pass through the same ones first.
+    cosine answers s·cos(u, v), relu_cosine s·ReLU(cos(u, v)); s is `head.scale`, for pair_regression by default the
+    highest label (paper C: 5·ReLU). With loss bce the answer is the logit s·(cos(u, v) − ½): like `cosine_embedding`,
+    it counts texts as a pair from a cosine of ½ on. With hidden layers all texts pass through the same ones first.
+    Of a triplet (text, match, hard negative) the answer is cos(u, v) − cos(u, w): above 0 the match is nearer.
     """
 
     def __init__(self, task: TaskConfig, width: int) -> None:
         super().__init__()
         config: HeadConfig = task.head
         self.kind = config.kind
+        self.texts = 1 if config.kind in ("linear", "joint") else task.texts
         self.dropout = config.dropout
-        self.high = task.range[1] if task.kind == "pair_regression" else 1.0
+        self.scale = config.scale or _default_scale(task)
+        self.middle = 0.5 if task.loss_kind == "bce" else 0.0  # of the cosines
         inputs = {"concat": 2, "difference": 3}.get(config.kind, 1) * width
         widths = [inputs, *config.hidden]
         self.hidden = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
@@ -65,15 +69,19 @@ class Head(nn.Module):
 
     def forward(self, vectors_BD: Tensor, generator: Generator | None = None) -> Tensor:
         if self.compares:
-            first_BD, second_BD = (self._transform(half, generator) for half in vectors_BD.chunk(2))
-            # in fp32: the cosine of near neighbours differs from 1 by less than bf16 resolves
-            cosine_B = F.cosine_similarity(first_BD.float(), second_BD.float(), dim=-1)
-            return self.high * (F.relu(cosine_B) if self.kind == "relu_cosine" else cosine_B)
+            return self.scale * (self._cosine(vectors_BD, generator) - self.middle)
         if self.kind in HEADS:
             vectors_BD = HEADS[self.kind](*vectors_BD.chunk(2))
         assert self.output is not None
-        scores_BC: Tensor = self.output(self._transform(vectors_BD, generator)).float()
+        scores_BC: Tensor = self.scale * self.output(self._transform(vectors_BD, generator)).float()
         return scores_BC.squeeze(-1)  # (B,) where there is one output
+
+    def _cosine(self, vectors_BD: Tensor, generator: Generator | None) -> Tensor:
+        # in fp32: the cosine of near neighbours differs from 1 by less than bf16 resolves
+        first_BD, *others = (self._transform(part, generator).float() for part in vectors_BD.chunk(self.texts))
+        cosines = [F.cosine_similarity(first_BD, other_BD, dim=-1) for other_BD in others]
+        cosine_B = cosines[0] if len(cosines) == 1 else cosines[0] - cosines[1]
+        return F.relu(cosine_B) if self.kind == "relu_cosine" else cosine_B
 
     def _transform(self, vectors_BD: Tensor, generator: Generator | None) -> Tensor:
         vectors_BD = dropout(vectors_BD, self.dropout, generator)
@@ -87,18 +95,50 @@ def outputs(task: TaskConfig) -> int:
     return task.classes if task.loss_kind == "cross_entropy" else 1
 
 
-class MultiTaskModel(nn.Module):
-    """One encoder shared by all tasks, one head per task."""
+def _default_scale(task: TaskConfig) -> float:
+    if task.head.kind not in ("cosine", "relu_cosine") or task.loss_kind == "cosine_embedding":
+        return 1.0
+    if task.loss_kind == "bce":
+        return 20.0  # cosines lie close together; 1 / 20 is the temperature of contrastive losses
+    return task.range[1] if task.kind == "pair_regression" else 1.0
 
-    def __init__(self, shape: EncoderShape, encoder: EncoderConfig, tasks: Mapping[str, TaskConfig], seed: int) -> None:
+
+class MultiTaskModel(nn.Module):
+    """One encoder shared by all tasks, one head per task, and layers that some heads have in common (paper B)."""
+
+    def __init__(
+        self,
+        shape: EncoderShape,
+        encoder: EncoderConfig,
+        tasks: Mapping[str, TaskConfig],
+        seed: int,
+        shared_layers: Mapping[str, SharedLayerConfig] | None = None,
+    ) -> None:
         super().__init__()
+        width = shape.hidden_size
+        widths = {name: layer.width or width for name, layer in (shared_layers or {}).items()}
         self.pooling = encoder.pooling
         self.encoder = Encoder(shape, encoder.dropout)
-        self.heads = nn.ModuleDict({name: Head(task, shape.hidden_size) for name, task in tasks.items()})
+        self.shared = nn.ModuleDict({name: nn.Linear(width, out) for name, out in widths.items()})
+        self.layer_of = {name: task.head.shared for name, task in tasks.items()}
+        self.heads = nn.ModuleDict(
+            {name: Head(task, widths[task.head.shared] if task.head.shared else width) for name, task in tasks.items()}
+        )
         initialise(self, seed)
 
     def forward(self, task: str, packed: Packed, generator: Generator | None = None) -> Tensor:
         """The task's answers for a packed batch, fp32. Dropout is on when there is a generator to draw it from."""
-        vectors = self.encoder.sentence_vectors(packed, self.pooling, generator)
-        answers: Tensor = self.heads[task](vectors, generator)
+        return self.answer(task, self.vectors(packed, generator), generator)
+
+    def vectors(self, packed: Packed, generator: Generator | None = None) -> Tensor:
+        """A sentence vector per sequence of the batch, (P, D)."""
+        return self.encoder.sentence_vectors(packed, self.pooling, generator)
+
+    def answer(self, task: str, vectors_PD: Tensor, generator: Generator | None = None) -> Tensor:
+        """The second half of `forward`."""
+        head = self.heads[task]
+        assert isinstance(head, Head)
+        if layer := self.layer_of[task]:
+            vectors_PD = F.relu(self.shared[layer](dropout(vectors_PD, head.dropout, generator)))
+        answers: Tensor = head(vectors_PD, generator)
         return answers

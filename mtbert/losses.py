@@ -31,9 +31,13 @@ def huber(values_B: Tensor, labels_B: Tensor) -> Tensor:
     return F.huber_loss(values_B, labels_B, reduction="none")
 
 
-def cosine_embedding(cosines_B: Tensor, labels_B: Tensor) -> Tensor:
-    """1 − cos for label 1, ReLU(cos) for label 0: torch's CosineEmbeddingLoss with margin 0, given the cosines."""
-    return (1 - cosines_B) * labels_B + F.relu(cosines_B) * (1 - labels_B)
+def cosine_embedding(cosines_B: Tensor, similar_B: Tensor, margin: float = 0.0) -> Tensor:
+    """1 − cos for similar texts, ReLU(cos − margin) for others: torch's CosineEmbeddingLoss, given the cosines.
+
+    A label between 0 and 1 mixes the two by its share of being similar; paper B leaves open how its similarities 0 … 5
+    became the labels ±1 of this loss, and the two ends of the scale are what any way must agree on.
+    """
+    return (1 - cosines_B) * similar_B + F.relu(cosines_B - margin) * (1 - similar_B)
 
 
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -45,13 +49,29 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
+"""By name; `mnrl` is none of them, for it compares the examples of a batch (mtbert/ranking.py)."""
+
+
+def example_losses(task: TaskConfig, answers: Tensor, labels_B: Tensor) -> Tensor:
+    """The loss of each example, (B,); not for loss mnrl, which no example has alone."""
+    if task.loss_kind == "cosine_embedding":
+        if task.kind == "pair_regression":
+            labels_B = (labels_B - task.range[0]) / (task.range[1] - task.range[0])
+        return cosine_embedding(answers, labels_B, task.margin)
+    return LOSSES[task.loss_kind](answers, labels_B)
+
+
 def predict(task: TaskConfig, answers: Tensor) -> Tensor:
     """Class numbers, or values clamped to the task's range; one per example.
 
-    A cosine counts as a paraphrase from 0.5 on, the middle between the targets that `cosine_embedding` pulls to.
+    A cosine counts as a paraphrase from 0.5 on, the middle between the targets that `cosine_embedding` pulls to, and as
+    its share of the highest label. A triplet's class is 1 where the match is nearer than the hard negative.
     """
     if task.kind == "pair_regression":
-        return answers.clamp(*task.range)
+        scale = task.range[1] if task.loss_kind == "cosine_embedding" else 1.0
+        return (scale * answers).clamp(*task.range)
+    if task.kind == "triplets":
+        return (answers > 0).long()
     if task.loss_kind == "cross_entropy":
         return answers.argmax(dim=-1)
-    return (answers >= (0.5 if task.loss_kind == "cosine_embedding" else 0.0)).long()
+    return (answers >= (0.0 if task.loss_kind == "bce" else 0.5)).long()

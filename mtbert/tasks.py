@@ -20,7 +20,8 @@ from torch import Tensor
 from mtbert import synthetic
 from mtbert.config import Config, DataConfig, Generate, TaskConfig, UserError
 from mtbert.data import Batch, Dataset, collate, load_dataset, load_tokenizer, sequence_lengths, special_ids
-from mtbert.losses import LOSSES
+from mtbert.losses import example_losses
+from mtbert.ranking import mnrl
 
 Split = Literal["train", "dev"]
 
@@ -30,28 +31,48 @@ ABANDONED_S = 3600.0
 
 @dataclass(frozen=True)
 class Task:
-    """One task with its two splits open."""
+    """One task with its splits open."""
 
     name: str
     config: TaskConfig
     train: Dataset
-    dev: Dataset
+    dev: Dataset | None  # triplets can do without; such a task is trained and not scored
     specials: tuple[int, int]  # ids of [CLS] and [SEP]
     max_length: int
 
+    def dataset(self, split: Split) -> Dataset:
+        dataset = self.train if split == "train" else self.dev
+        assert dataset is not None, "a task without a development set is not scored"
+        return dataset
+
+    @property
+    def splits(self) -> list[Dataset]:
+        return [self.train] if self.dev is None else [self.train, self.dev]
+
     def tokens_N(self, split: Split) -> NDArray[np.int64]:
         """What each example costs in the encoder, in tokens."""
-        return sequence_lengths(self._of(split), self.config.head.kind == "joint", self.max_length)
+        return sequence_lengths(self.dataset(split), self.config.head.kind == "joint", self.max_length)
 
     def batch(self, split: Split, indices: NDArray[np.int64]) -> Batch:
-        return collate(self._of(split), indices, self.config, self.specials, self.max_length)
+        return collate(self.dataset(split), indices, self.config, self.specials, self.max_length)
 
-    def loss(self, answers: Tensor, labels_B: Tensor) -> Tensor:
-        """The loss of each example, (B,)."""
-        return LOSSES[self.config.loss_kind](answers, labels_B)
+    def example_losses(self, answers: Tensor, labels_B: Tensor) -> Tensor | None:
+        """The loss of each example, (B,); None with loss mnrl, which an example has only in a batch."""
+        return None if self.config.loss_kind == "mnrl" else example_losses(self.config, answers, labels_B)
 
-    def _of(self, split: Split) -> Dataset:
-        return self.train if split == "train" else self.dev
+    def loss(self, vectors_PD: Tensor, answers: Tensor, labels_B: Tensor, epoch: int) -> Tensor:
+        """What is trained on: the sum over a rank's examples, scalar. Collective for tasks that rank.
+
+        Args:
+            vectors_PD, answers: from the model, for the same batch.
+            epoch: from 0 on; the threshold of `mnrl` rises with it.
+        """
+        losses_B = self.example_losses(answers, labels_B)
+        ranking = self.config.ranking
+        total = answers.new_zeros(()) if losses_B is None else losses_B.sum()
+        if ranking is None:
+            return total
+        return total + ranking.weight * mnrl(vectors_PD, labels_B, self.config.texts, ranking, epoch)
 
 
 def load_tasks(config: Config, data: DataConfig, tokenizer: Tokenizer, max_length: int) -> list[Task]:
@@ -62,7 +83,7 @@ def load_tasks(config: Config, data: DataConfig, tokenizer: Tokenizer, max_lengt
             name,
             task,
             load_dataset(task, name, "train", data, tokenizer),
-            load_dataset(task, name, "dev", data, tokenizer),
+            load_dataset(task, name, "dev", data, tokenizer) if task.dev is not None else None,
             specials,
             max_length,
         )

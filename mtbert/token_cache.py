@@ -1,6 +1,6 @@
 """The write side of the token cache: a file's examples as flat arrays in a folder named after what they depend on.
 
-    N examples, S texts of an example (1 or 2)
+    N examples, S texts of an example (1 to 3)
 
 A folder is written aside and renamed when it is whole, so that a reader sees all of it or nothing; `manifest.json`,
 written last, has the length of every array. `data.py` maps the arrays back into memory.
@@ -49,8 +49,9 @@ def ensure(
 
 
 def wanted_columns(task: TaskConfig) -> tuple[list[str], str | None]:
-    """Text columns and label column, and the id column."""
-    return [*task.columns.text, task.columns.label], task.columns.id
+    """Text columns and label column (triplets have none), and the id column."""
+    label = [task.columns.label] if task.kind != "triplets" else []
+    return [*task.columns.text, *label], task.columns.id
 
 
 def _key(task: TaskConfig, path: Path, tokenizer: Tokenizer, cache: Path) -> str:
@@ -161,11 +162,11 @@ class _Writer:
 
     def add(self, row: Row | Quarantined) -> None:
         if isinstance(row, Row):
-            *texts, value = row.values
-            label = self._label(value, row.line)
+            texts, rest = row.values[: self._task.texts], row.values[self._task.texts :]
+            label = self._label(rest[0], row.line) if rest else 1.0  # a triplet's match is to be ranked first
             reason = self._unusable(texts) if label is not None else f"column {self._task.columns.label!r}: no label"
             if label is not None and not reason:
-                self._chunk.append(_Example(row.line, label, tuple(texts), row.id or ""))
+                self._chunk.append(_Example(row.line, label, texts, row.id or ""))
                 self._characters += sum(map(len, texts))
                 if len(self._chunk) >= CHUNK_ROWS or self._characters >= CHUNK_CHARACTERS:
                     self._flush()

@@ -133,7 +133,7 @@ def build(config: Config) -> Built:
             f"encoder.tokenizer: has {tokenizer.get_vocab_size()} entries, the encoder knows {shape.vocab_size}; "
             f"use the tokenizer that the encoder was trained with"
         )
-    model = MultiTaskModel(shape, encoder, config.tasks, config.seed)
+    model = MultiTaskModel(shape, encoder, config.tasks, config.seed, config.shared_layers)
     notes = []
     if weights and model.encoder.load_weights(weights) and encoder.pooling == "pooler":
         notes.append(f"{encoder.pretrained} has no pooler: it starts from scratch (encoder.pooling: mean needs none)")
@@ -192,7 +192,7 @@ class _Run:
         self.total_steps = self.places[-1].last + 1
         self.engine = Engine(
             model,
-            parameter_groups(model, config.optimizer, config.tasks, built.shape.layers),
+            parameter_groups(model, config.optimizer, config.tasks, built.shape.layers, config.shared_layers),
             config.tasks,
             config.engine,
             config.optimizer,
@@ -280,8 +280,10 @@ class _Run:
         generator = addressed_generator(
             self.device, self.config.seed, "dropout", step, self.rank.rank, share.task, number
         )
-        answers = self.engine.model(task.name, batch.packed.to(self.device), generator)
-        return task.loss(answers, batch.labels_B.to(self.device)).sum() / share.examples
+        model, epoch = self.engine.model, step // self.schedule.steps_per_epoch
+        vectors_PD = model.vectors(batch.packed.to(self.device), generator)
+        answers = model.answer(task.name, vectors_PD, generator)
+        return task.loss(vectors_PD, answers, batch.labels_B.to(self.device), epoch) / share.examples
 
     def _count_skips(self, step: int, result: StepResult) -> None:
         self.skips_in_a_row = self.skips_in_a_row + 1 if result.skipped else 0
@@ -321,7 +323,7 @@ class _Run:
         if step < self.first_step:  # of a run that was finished before; logged then
             return
         values = {f"metric/{result.task}/{result.metric}": result.score for result in results}
-        values |= {f"loss/{result.task}/dev": result.loss for result in results}
+        values |= {f"loss/{result.task}/dev": result.loss for result in results if result.loss is not None}
         self.tracker.scalars(step, {**values, "metric/composite": score})
         told = "  ".join(f"{result.task} {result.metric} {result.score:.4f}" for result in results)
         self.tracker.message(f"step {step + 1}: {told}  composite {score:.4f}")
@@ -349,15 +351,15 @@ class _Run:
             f"{sum(p.numel() for p in self.engine.model.parameters()) / 1e6:.1f} M parameters, {self.total_steps} steps"
         )
         for task in self.tasks:
-            left_out = len(task.train.quarantined) + len(task.dev.quarantined)
+            left_out = sum(len(data.quarantined) for data in task.splits)
             tracker.message(
-                f"{task.name}: {len(task.train):,} training and {len(task.dev):,} development examples"
+                f"{task.name}: {len(task.train):,} training and {len(task.dev or ()):,} development examples"
                 + (f", {left_out} rows left out (quarantined.jsonl says which and why)" if left_out else "")
             )
         if self.first_step:
             tracker.message(f"continuing after step {self.first_step}")
         if self.rank.first:
-            rows = [row for task in self.tasks for data in (task.train, task.dev) for row in data.quarantined]
+            rows = [row for task in self.tasks for data in task.splits for row in data.quarantined]
             if rows:
                 lines = "".join(json.dumps(asdict(row)) + "\n" for row in rows)
                 write_atomically(self.run_dir / "quarantined.jsonl", lines)
@@ -418,7 +420,8 @@ class _Run:
             return scores
         rows: list[list[str | float | None]] = []
         record = {}
-        for task, result in zip(self.tasks, self.results, strict=True):
+        scored = [task for task in self.tasks if task.dev is not None]
+        for task, result in zip(scored, self.results, strict=True):
             trivial, words = _baselines(task, result)
             rows.append([task.name, result.metric, result.score, trivial, words])
             record[task.name] = {
@@ -439,7 +442,7 @@ def _baselines(task: Task, result: Evaluation) -> tuple[float, float]:
     # scikit-learn takes a second to import, and the first step does not wait for it
     from mtbert.baselines import bag_of_words_baseline, training_rows, trivial_baseline
 
-    train, dev, kind = task.train, task.dev, task.config.kind
+    train, dev, kind = task.train, task.dataset("dev"), task.config.kind
     metric = METRICS[result.metric]
     trivial = trivial_baseline(kind, train.labels_N, dev.labels_N)
     rows = training_rows(len(train))

@@ -54,6 +54,12 @@ def test_bag_of_words_is_symmetric_in_the_pair(kind: str) -> None:
     assert forwards[0] > 0.5 > forwards[1]
 
 
+def test_triplets_are_guessed_or_told_by_their_words() -> None:
+    dev = [("a b c", "a b", "d e"), ("a b c", "d e", "c b a"), ("a b", "x", "y")]
+    assert bag_of_words_baseline("triplets", [("a b c", "d", "e")], [1.0], dev).tolist() == [1.0, 0.0, 0.0]
+    assert trivial_baseline("triplets", [1.0], [1.0] * 4).mean() == 0.5
+
+
 def test_regression_stays_within_the_labels_seen() -> None:
     train = [("a b", "a b"), ("a b", "c d")] * 10
     predictions = bag_of_words_baseline("pair_regression", train, [5.0, 1.0] * 10, [("", "x"), ("a b c d", "a b c d")])

@@ -125,10 +125,10 @@ def test_without_a_file_there_are_the_defaults_and_the_overrides() -> None:
 
 def test_what_kinds_take_by_default() -> None:
     tasks = load_config(QUICKSTART).tasks
-    assert [(task.pair, task.loss_kind, task.metric_kind) for task in tasks.values()] == [
-        (False, "cross_entropy", "accuracy"),
-        (True, "bce", "accuracy"),
-        (True, "mse", "pearson"),
+    assert [(task.texts, task.loss_kind, task.metric_kind) for task in tasks.values()] == [
+        (1, "cross_entropy", "accuracy"),
+        (2, "bce", "accuracy"),
+        (2, "mse", "pearson"),
     ]
 
 
@@ -163,6 +163,8 @@ def test_what_is_written_out_is_read_back(
 # ------------------------------------------------------------------------------------------- mistakes
 
 PAIR = "tasks.p={kind: pair_classification, train: a, dev: b, columns: {text: [a, b]}, head: {kind: joint}}"
+COSINE = "tasks.c={kind: pair_regression, train: a, dev: b, columns: {text: [a, b]}, head: {kind: cosine}}"
+TRIPLETS = "tasks.t={kind: triplets, train: a, columns: {text: [a, b, c]}, head: {kind: cosine}}"
 REGRESSION = "tasks.r={kind: pair_regression, train: a, dev: b, columns: {text: [a, b]}, head: {kind: joint}}"
 
 
@@ -220,7 +222,7 @@ REGRESSION = "tasks.r={kind: pair_regression, train: a, dev: b, columns: {text: 
         (["tasks.a.b=x"], "tasks.a.b: unknown key; valid keys: kind, train, dev"),
         (["tasks.new.train=x"], "tasks.new.kind: missing; it has no default"),
         (["tasks.a b={kind: classification, train: a, dev: b}"], "a task's name is made of letters, digits, - and _"),
-        (["tasks.sst.kind=sentiment"], "tasks.sst.kind: input should be 'classification', 'pair_classification' or"),
+        (["tasks.sst.kind=sentiment"], "tasks.sst.kind: input should be 'classification', 'pair_classification', 'p"),
         # what does not fit together
         (
             ["tasks.sst.kind=pair_regression"],
@@ -243,13 +245,60 @@ REGRESSION = "tasks.r={kind: pair_regression, train: a, dev: b, columns: {text: 
         ),
         ([PAIR, "tasks.p.classes=3"], "tasks.p: loss bce needs classes 2, not 3; use loss cross_entropy"),
         (
-            [PAIR, "tasks.p.head.kind=cosine"],
-            "tasks.p: head.kind 'cosine' does not fit loss bce; use loss cosine_embedding",
+            [PAIR, "tasks.p.head.kind=cosine", "tasks.p.loss=cross_entropy"],
+            "tasks.p: loss cross_entropy does not fit head.kind 'cosine'; valid: bce, cosine_embedding, mnrl",
         ),
         (
             [PAIR, "tasks.p.loss=cosine_embedding"],
-            "head.kind 'joint' does not fit loss cosine_embedding; use head.kind cosine",
+            "loss cosine_embedding does not fit head.kind 'joint'; valid: head.kind cosine or relu_cosine",
         ),
+        ([REGRESSION, "tasks.r.loss=mnrl"], "loss mnrl does not fit head.kind 'joint'; valid: head.kind cosine"),
+        ([REGRESSION, "tasks.r.margin=0.1"], "tasks.r: margin belongs to loss cosine_embedding, not mse"),
+        (
+            [COSINE, "tasks.c.loss=cosine_embedding", "tasks.c.head.scale=5"],
+            "tasks.c: loss cosine_embedding works on plain cosines; leave head.scale out",
+        ),
+        # ranking
+        ([REGRESSION, "tasks.r.mnrl={}"], "tasks.r: mnrl ranks texts that are encoded one by one; valid: a pair task"),
+        (["tasks.sst.mnrl={}"], "tasks.sst: mnrl ranks texts that are encoded one by one; valid: a pair task"),
+        ([COSINE, "tasks.c.mnrl={threshold: label}"], "tasks.c.mnrl: threshold label needs start"),
+        ([COSINE, "tasks.c.mnrl={rise: 0.1}"], "tasks.c.mnrl: start and rise need threshold: label or cosine"),
+        ([COSINE, "tasks.c.mnrl={threshold: cosine, start: 4.4}"], "tasks.c.mnrl: start 4.4 is no cosine"),
+        (
+            [COSINE, "tasks.c.mnrl={threshold: label, start: 5.1}"],
+            "tasks.c: mnrl.start 5.1 is above the highest label, 5",
+        ),
+        (
+            [COSINE, "tasks.c.loss=mnrl", "tasks.c.head.hidden=[3]"],
+            "tasks.c: loss mnrl trains the encoder alone; leave head.hidden and head.shared out, or add a loss",
+        ),
+        ([COSINE, "tasks.c.mnrl={}", "schedule.batch_size=1"], "tasks.c: mnrl cannot rank within a batch of 1; use"),
+        ([TRIPLETS, "tasks.t.batch_size=1"], "tasks.t: mnrl cannot rank within a batch of 1; use batch_size 2 or more"),
+        (
+            [TRIPLETS, "tasks.t.batch_size=7", "engine.accumulation=4"],
+            "within a batch of 7 cut into 4 micro-batches; lower engine.accumulation or use batch_size 8 or more",
+        ),
+        ([TRIPLETS, "tasks.t.head.kind=linear"], "head.kind 'linear' does not fit kind triplets; valid: cosine"),
+        ([TRIPLETS, "tasks.t.loss=bce"], "tasks.t: loss 'bce' does not fit kind triplets; valid: mnrl"),
+        ([TRIPLETS, "tasks.t.columns.text=[a, b]"], "kind triplets takes 3 text column(s), columns.text names 2"),
+        (
+            [TRIPLETS, "tasks.t.mnrl={threshold: label, start: 1}"],
+            "tasks.t: mnrl.threshold: every triplet is a positive; leave it out",
+        ),
+        ([TRIPLETS, "tasks.sst=null"], "tasks: none has a dev file, so nothing would be scored; give one to at least"),
+        (["tasks.sst.dev=null"], "tasks.sst: dev: missing; only triplets can do without a development file"),
+        # layers that heads share
+        (["tasks.sst.head.shared=p"], "tasks.sst.head.shared: no 'p' in shared_layers; there: none; define it there"),
+        (
+            ["tasks.sst.head.shared=p", "shared_layers={pair: {}, other: {}}"],
+            "tasks.sst.head.shared: no 'p' in shared_layers; there: pair, other",
+        ),
+        (["shared_layers={pair: {}}"], "shared_layers.pair: no head uses it; name it in tasks.TASK.head.shared"),
+        (
+            ["tasks.sst.head.shared=sst", "shared_layers={sst: {}}"],
+            "shared_layers.sst: a layer's name is made of letters, digits, - and _, and is no task's",
+        ),
+        (["tasks.sst.head.scale=0"], "tasks.sst.head.scale: input should be greater than 0 (got 0)"),
         ([REGRESSION, "tasks.r.range=[5, 0]"], "tasks.r: range [5.0, 0.0] is upside down; give [lowest, highest]"),
         ([REGRESSION, "tasks.r.range=[0, .nan]"], "tasks.r.range.1: input should be a finite number"),
         ([REGRESSION, "tasks.r.range=[-5, 0]", "tasks.r.head.kind=cosine"], "the highest label, which must be above 0"),
@@ -350,16 +399,20 @@ def test_the_page_has_every_key_and_says_what_each_means() -> None:
     assert all(len(row) == 3 and row[0] and row[2] for row in rows().values())
 
 
+WITHOUT_DEFAULT = ("phases[]", "data.generate.", "tasks.<name>.mnrl.", "shared_layers.<name>.")
+"""Sections that are not there unless asked for."""
+
+
 def test_the_defaults_in_the_page_are_the_defaults() -> None:
     plain = load_config(None, ["tasks.x={kind: classification, train: t, dev: d}", "encoder.shape={}"])
     tried = 0
     for key, (_, default, _) in rows().items():
-        if not default.startswith("`") or key.startswith(("phases[]", "data.generate.")):
+        if not default.startswith("`") or key.startswith(WITHOUT_DEFAULT):
             continue
         value: Any = plain
         for part in key.replace("<name>", "x").split("."):
             value = value[part] if isinstance(value, dict) else getattr(value, part)
-        if key != "encoder.shape":
+        if key not in ("encoder.shape", "tasks.<name>.dev"):  # both are given above
             dumped = json.loads(json.dumps(value, default=lambda section: section.model_dump(mode="json")))
             assert dumped == yaml.safe_load(default.strip("`")), key
             tried += 1

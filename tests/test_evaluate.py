@@ -84,7 +84,7 @@ def one_by_one(config: Config) -> dict[str, tuple[NDArray[np.float64], NDArray[n
             with torch.no_grad():
                 answers = model(task.name, batch.packed)
             predictions.append(float(predict(task.config, answers)[0]))
-            losses.append(float(task.loss(answers, batch.labels_B)[0]))
+            losses.append(float(task.example_losses(answers, batch.labels_B)[0]))
         found[task.name] = np.array(predictions), np.array(losses)
     return found
 

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mtbert.config import EncoderConfig, HeadKind, TaskConfig, TaskKind
+from mtbert.config import EncoderConfig, HeadKind, SharedLayerConfig, TaskConfig, TaskKind
 from mtbert.encoder import EncoderShape
 from mtbert.heads import HEADS, Head, MultiTaskModel
-from mtbert.losses import LOSSES
+from mtbert.losses import example_losses
 from mtbert.packing import pack
 
 D = 6
@@ -29,11 +29,12 @@ PAIRED = (*HEADS, *COMPARING)
 
 
 def make_task(kind: str, head: str, hidden: list[int] | None = None, **over: Any) -> TaskConfig:
-    """A task of this kind with a loss that fits its head; the head's dropout is off unless given."""
-    texts = ["a"] if kind == "classification" else ["a", "b"]
+    """A task of this kind with a loss that fits its head; the head's dropout is off."""
+    texts = ["a", "b", "c"][: {"classification": 1, "triplets": 3}.get(kind, 2)]
     loss = "cosine_embedding" if kind == "pair_classification" and head in COMPARING else None
+    settings = {"kind": head, "hidden": hidden or [], "dropout": 0.0, "scale": over.pop("scale", None)}
     values = {"loss": loss, "train": "t.csv", "dev": "d.csv", "columns": {"text": texts}, **over}
-    return TaskConfig(kind=kind, head={"kind": head, "hidden": hidden or [], "dropout": 0.0}, **values)
+    return TaskConfig(kind=kind, head=settings, **values)
 
 
 def make_head(task: TaskConfig, width: int = D, seed: int = 0) -> Head:
@@ -77,13 +78,18 @@ def expected(head: Head, task: TaskConfig, x: Array) -> Array:
         return x
 
     kind = task.head.kind
+    if task.kind == "triplets":
+        u, v, w = np.split(through_hidden(x), 3)
+        return cosine(u, v) - cosine(u, w)
     if kind in COMPARING:
-        highest = task.range[1] if task.kind == "pair_regression" else 1.0
         u, v = np.split(through_hidden(x), 2)
-        return highest * FORMULAS[kind](u, v)
+        if task.loss_kind == "bce":
+            return (task.head.scale or 20) * (FORMULAS[kind](u, v) - 0.5)
+        highest = task.range[1] if task.kind == "pair_regression" and task.loss_kind != "cosine_embedding" else 1.0
+        return (task.head.scale or highest) * FORMULAS[kind](u, v)
     joined = FORMULAS[kind](*np.split(x, 2)) if kind in FORMULAS else x
     assert head.output is not None
-    scores = linear(head.output, through_hidden(joined))
+    scores = (task.head.scale or 1) * linear(head.output, through_hidden(joined))
     return scores if scores.shape[1] > 1 else scores[:, 0]
 
 
@@ -99,11 +105,18 @@ TASKS = [
     make_task("pair_classification", "concat", classes=3, loss="cross_entropy"),
     make_task("pair_regression", "cosine", range=(-1, 1)),
     make_task("pair_regression", "relu_cosine", range=(1, 3)),
+    make_task("pair_regression", "concat", scale=5),  # paper C, iteration 1
+    make_task("pair_regression", "cosine", scale=1),  # paper C, iteration 2
+    make_task("pair_regression", "cosine", loss="cosine_embedding"),
+    make_task("pair_regression", "relu_cosine", loss="mnrl"),
+    *(make_task("pair_classification", "cosine", scale=scale, loss="bce") for scale in (None, 7)),
+    make_task("triplets", "cosine"),
 ]
 
 
 def told(task: TaskConfig) -> str:
-    return f"{task.kind}-{task.head.kind}-{'x'.join(map(str, task.head.hidden)) or 'plain'}-{task.loss_kind}"
+    hidden = "x".join(map(str, task.head.hidden)) or "plain"
+    return f"{task.kind}-{task.head.kind}-{hidden}-{task.loss_kind}-{task.head.scale}"
 
 
 def test_every_head_and_kind_is_tried() -> None:
@@ -114,7 +127,7 @@ def test_every_head_and_kind_is_tried() -> None:
 @pytest.mark.parametrize("task", TASKS, ids=told)
 def test_against_the_formula(task: TaskConfig) -> None:
     head = make_head(task)
-    x = vectors(10 if task.head.kind in PAIRED else 5)
+    x = vectors(5 * (task.texts if task.head.kind in PAIRED else 1))
     answers = head(x)
     np.testing.assert_allclose(answers.detach().numpy(), expected(head, task, x.double().numpy()), rtol=1e-5, atol=2e-6)
     assert answers.dtype == torch.float32
@@ -129,7 +142,8 @@ def test_no_example_is_no_trouble_and_no_gradient(task: TaskConfig) -> None:
     answers = head(x, torch.Generator().manual_seed(0))
     assert answers.shape == ((0, task.classes) if task.loss_kind == "cross_entropy" else (0,))
     dtype = torch.float32 if task.kind == "pair_regression" else torch.int64
-    LOSSES[task.loss_kind](answers, torch.zeros(0, dtype=dtype)).sum().backward()
+    losses = answers if task.loss_kind == "mnrl" else example_losses(task, answers, torch.zeros(0, dtype=dtype))
+    losses.sum().backward()
     for parameter in head.parameters():
         assert parameter.grad is None or not parameter.grad.any()
 
@@ -138,9 +152,9 @@ def test_no_example_is_no_trouble_and_no_gradient(task: TaskConfig) -> None:
 def test_an_example_s_answer_does_not_depend_on_its_neighbours(task: TaskConfig) -> None:
     head = make_head(task)
     if task.head.kind in PAIRED:
-        first, second = vectors(5, seed=1), vectors(5, seed=2)
-        whole = head(torch.cat([first, second]))
-        alone = torch.cat([head(torch.stack([u, v])) for u, v in zip(first, second, strict=True)])
+        parts = [vectors(5, seed=seed) for seed in range(task.texts)]
+        whole = head(torch.cat(parts))
+        alone = torch.cat([head(torch.stack(example)) for example in zip(*parts, strict=True)])
     else:
         x = vectors(5)
         whole, alone = head(x), torch.cat([head(row[None]) for row in x])
@@ -242,6 +256,33 @@ def test_the_model_is_its_encoder_and_the_task_s_head() -> None:
         assert len(model(task, packed)) == answers
     for task in model.heads:
         assert len(model(task, pack([]))) == 0
+
+
+def test_a_layer_shared_between_heads() -> None:
+    """Its answer is the head's on ReLU(W·vector), both texts of a pair through the same layer."""
+    tasks = {name: make_task("pair_regression", kind) for name, kind in [("one", "joint"), ("two", "cosine")]}
+    tasks = {
+        name: task.model_copy(update={"head": task.head.model_copy(update={"shared": "pair"})})
+        for name, task in tasks.items()
+    } | {"own": make_task("classification", "linear")}
+    for width in (None, 5):
+        layers = {"pair": SharedLayerConfig(width=width)}
+        model = MultiTaskModel(SHAPE, EncoderConfig(pooling="mean"), tasks, 0, layers)
+        with torch.no_grad():
+            for parameter in model.shared.parameters():
+                parameter.normal_(generator=torch.Generator().manual_seed(1))
+        packed = pack(SEQUENCES)
+        vectors_PD = model.vectors(packed)
+        layer = model.shared["pair"]
+        common = torch.from_numpy(np.maximum(linear(layer, vectors_PD.detach().double().numpy()), 0)).float()
+        assert common.shape == (4, width or SHAPE.hidden_size)
+        for name in ("one", "two"):
+            torch.testing.assert_close(model(name, packed), model.heads[name](common))
+        torch.testing.assert_close(model("own", packed), model.heads["own"](vectors_PD))
+    halved = tasks["one"].model_copy(update={"head": tasks["one"].head.model_copy(update={"dropout": 0.5})})
+    model = MultiTaskModel(SHAPE, EncoderConfig(dropout=0), tasks | {"one": halved}, 0, layers)
+    dropped, kept = (model.answer("one", vectors_PD, g) for g in (torch.Generator().manual_seed(0), None))
+    assert not torch.equal(dropped, kept)
 
 
 def test_the_encoder_is_shared_and_a_head_is_not() -> None:

@@ -19,7 +19,7 @@ FLOORS = [
     ["config"],
     ["runs", "randomness", "baselines", "reference"],
     ["packing", "encoder", "schedule", "surgery", "metrics", "tracking", "synthetic", "readers"],
-    ["heads", "losses", "pretrained"],
+    ["heads", "losses", "ranking", "pretrained"],
     ["tasks", "data", "token_cache"],
     ["engine", "evaluate", "checkpoint"],
     ["trainer", "export", "predict"],

@@ -11,9 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import log_loss
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mtbert.config import LossKind, TaskConfig
-from mtbert.losses import LOSSES, predict
+from mtbert.heads import Head
+from mtbert.losses import LOSSES, example_losses, predict
 
 COUNT = 64
 
@@ -34,7 +36,8 @@ def make_task(kind: str, **over: Any) -> TaskConfig:
 
 
 def test_names_are_those_of_the_configuration() -> None:
-    assert set(LOSSES) == set(get_args(LossKind))
+    """Ranking is in test_ranking.py: no example has it alone."""
+    assert {*LOSSES, "mnrl"} == set(get_args(LossKind))
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -75,16 +78,43 @@ def test_huber_is_quadratic_up_to_one_unit() -> None:
     np.testing.assert_allclose(LOSSES["huber"](values, labels).numpy(), by_hand, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_cosine_embedding(seed: int) -> None:
-    """Torch's takes the two vectors and labels ±1."""
-    first, second, labels = draw(COUNT, 4, seed=seed), draw(COUNT, 4, seed=seed + 9), classes(2)
-    theirs = nn.CosineEmbeddingLoss(reduction="none")(first, second, 2 * labels - 1)
-    ours = LOSSES["cosine_embedding"](torch.cosine_similarity(first, second), labels)
+@pytest.mark.parametrize("margin", [0.0, 0.3, -0.2])
+def test_cosine_embedding(margin: float) -> None:
+    """Torch's takes the two vectors and labels ±1; ours what a cosine head answers and labels 0, 1."""
+    task = make_task("pair_classification", head={"kind": "cosine"}, loss="cosine_embedding", margin=margin)
+    first, second, labels = draw(COUNT, 4), draw(COUNT, 4, seed=9), classes(2)
+    theirs = nn.CosineEmbeddingLoss(margin=margin, reduction="none")(first, second, 2 * labels - 1)
+    ours = example_losses(task, Head(task, 4)(torch.cat([first, second])), labels)
     torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("kind", get_args(LossKind))
+def test_cosine_embedding_of_similarities() -> None:
+    """At the ends of the scale it is torch's with labels ±1, between them their mixture; predictions use the scale."""
+    values = {"head": {"kind": "cosine"}, "loss": "cosine_embedding", "margin": 0.1, "range": (1.0, 5.0)}
+    task = make_task("pair_regression", **values)
+    first, second = draw(COUNT, 4), draw(COUNT, 4, seed=9)
+    answers = Head(task, 4)(torch.cat([first, second]))
+    loss = nn.CosineEmbeddingLoss(margin=0.1, reduction="none")
+    similar, other = (loss(first, second, torch.full((COUNT,), sign)) for sign in (1.0, -1.0))
+    for label, wanted in ((5.0, similar), (1.0, other), (2.0, 0.25 * similar + 0.75 * other)):
+        torch.testing.assert_close(example_losses(task, answers, torch.full((COUNT,), label)), wanted)
+    torch.testing.assert_close(predict(task, answers), (5 * F.cosine_similarity(first, second)).clamp(1, 5))
+
+
+def test_bce_of_a_cosine_head_is_indifferent_at_one_half() -> None:
+    """So that cosine and linear heads can be compared with the loss, and the cosine that counts, the same."""
+    first, second, labels = draw(COUNT, 4), draw(COUNT, 4, seed=9), classes(2)
+    cosines = F.cosine_similarity(first, second)
+    for scale in (None, 7.0):
+        task = make_task("pair_classification", head={"kind": "cosine", "scale": scale})
+        answers = Head(task, 4)(torch.cat([first, second]))
+        probabilities = torch.sigmoid((scale or 20) * (cosines - 0.5)).double()
+        theirs = log_loss(labels.numpy(), probabilities.numpy())
+        assert example_losses(task, answers, labels).mean().item() == pytest.approx(theirs, rel=1e-5)
+        assert predict(task, answers).tolist() == (cosines >= 0.5).long().tolist()
+
+
+@pytest.mark.parametrize("kind", LOSSES)
 def test_one_loss_per_example_and_none_for_no_example(kind: str) -> None:
     """Unreduced, so that an example weighs the same whatever rank it lands on: gradients of a split batch add up."""
     shape = (COUNT, 5) if kind == "cross_entropy" else (COUNT,)
@@ -116,8 +146,9 @@ def test_a_logit_counts_as_a_paraphrase_from_probability_one_half_on() -> None:
 
 
 def test_a_cosine_counts_as_a_paraphrase_from_one_half_on() -> None:
-    task = make_task("pair_classification", head={"kind": "cosine"}, loss="cosine_embedding")
-    assert predict(task, torch.tensor([-1.0, 0.0, 0.499, 0.5, 1.0])).tolist() == [0, 0, 0, 1, 1]
+    for loss in ("cosine_embedding", "mnrl"):
+        task = make_task("pair_classification", head={"kind": "cosine"}, loss=loss)
+        assert predict(task, torch.tensor([-1.0, 0.0, 0.499, 0.5, 1.0])).tolist() == [0, 0, 0, 1, 1]
 
 
 @given(st.floats(-1e6, 1e6, width=32))

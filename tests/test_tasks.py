@@ -108,7 +108,7 @@ def test_a_fourth_task_needs_no_code(
     shape = EncoderShape(tokenizer.get_vocab_size(), 8, 1, 2, 16, 32)
     model = MultiTaskModel(shape, config.encoder, config.tasks, seed=0)
     answers = model(name, batch.packed)
-    losses = fourth.loss(answers, batch.labels_B)
+    losses = fourth.example_losses(answers, batch.labels_B)
     assert losses.shape == (batch.count,)
     if name == "topics":
         torch.testing.assert_close(losses, F.cross_entropy(answers, batch.labels_B, reduction="none"))
