@@ -1,4 +1,4 @@
-"""A generated corpus for runs without files: sentiment, paraphrase and similarity in a small English.
+"""A generated corpus for runs without files: sentiment, paraphrase, similarity and inference in a small English.
 
 A first run must show learning within a minute or two, from scratch, on something that a bag of words cannot read.
 So the words are few and the meaning lies in how they are put together:
@@ -8,12 +8,15 @@ So the words are few and the meaning lies in how they are put together:
 - **paraphrase**, **similarity**: each sentence tells an `Event`: agent, action, object, place, negated or not.
   Synonyms, voice and word order vary freely; swapped roles, another number or a "never" keep nearly all words and
   change the meaning.
+- **reviews**: many clauses on one film, most of them for or most of them against it; longer than the other texts.
+- **triplets**: an event, the same told anew, and one that differs in one part.
 
 Templates, compound nouns and (action, object) pairs are combinations of numbered parts, and one combination in four is
 kept for the development files (`kept_for_dev`), as are a few nouns (`DEV_PEOPLE`, `DEV_THINGS`). So every development
 sentence is new as a whole and readable in its parts.
 
-The files have the CS224N format: tab-separated, `"` quoting, LF, an unnamed row number, `id`, texts, label.
+The files have the CS224N format: tab-separated, `"` quoting, LF, an unnamed row number, `id`, texts, label. Triplets
+have that of SimCSE: comma-separated, three texts.
 """
 
 from __future__ import annotations
@@ -232,6 +235,14 @@ def paraphrase(draw: Draw, dev: bool) -> tuple[str, str, str]:
     return *_tell_pair(first, second, draw, dev), "1.0" if duplicate else "0.0"
 
 
+def triplet(draw: Draw, dev: bool) -> tuple[str, str, str]:
+    """A sentence, another that says the same, and one that differs in who, what, whom, where or whether."""
+    first = draw_event(draw, dev)
+    other = change(first, draw.pick(SLOTS), draw, dev)
+    one, two = _tell_pair(first, first, draw, dev)
+    return one, two, tell(other, draw.pick(templates(dev)), draw, one if draw.chance(FRESH_SHARE) else "")
+
+
 def _swappable(event: Event, dev: bool) -> bool:
     return event.number is None and (dev or not _kept(swap_roles(event)))
 
@@ -329,6 +340,20 @@ def sentiment(draw: Draw, dev: bool) -> tuple[str, str]:
             return joined.format(*clauses), str(target + 2)
 
 
+def review(draw: Draw, dev: bool) -> tuple[str, str]:
+    """Six clauses and more, and whether they speak for the film (1) or against it (0): their values add up to ±3 or
+    more, though up to a third of them say the opposite."""
+    target = draw.pick([-1, 1])
+    length, total = 6 + draw.below(9), 0
+    clauses: list[str] = []
+    while len(clauses) < length or target * total < 3:
+        text, value = clause(draw.below(len(FRAMES)), int(draw.chance(0.4)), draw, dev)
+        if target * value > 0 or draw.chance(0.5):
+            clauses.append(text)
+            total += value
+    return " , ".join(clauses), "1" if target > 0 else "0"
+
+
 # ----------------------------------------------------------------------------------------------------------- files
 
 Sampler = Callable[[Draw, bool], tuple[str, ...]]
@@ -336,14 +361,18 @@ FILES: list[tuple[str, tuple[str, ...], Sampler]] = [
     ("ids-sst", ("sentence", "sentiment"), sentiment),
     ("quora", ("sentence1", "sentence2", "is_duplicate"), paraphrase),
     ("sts", ("sentence1", "sentence2", "similarity"), similarity),
+    ("ids-cfimdb", ("sentence", "sentiment"), review),
 ]
+VOCABULARY = ["ids-sst", "quora", "sts"]
+"""Their training files hold every word that the others use."""
 
 
 def generate(directory: Path, seed: int = 0, train: int = 4000, dev: int = 600) -> Path:
     """Write `train` and `dev` rows per task into `directory` (made if need be) and return it.
 
-    Six files, `{ids-sst,quora,sts}-{train,dev}.csv`, byte for byte the same for the same arguments. No text or pair
-    occurs twice. A smaller corpus of the same seed is the beginning of a larger one.
+    `{ids-sst,quora,sts,ids-cfimdb}-{train,dev}.csv` and `nli-triplets.csv` (training rows only), byte for byte the same
+    for the same arguments. No text, pair or triplet occurs twice. A smaller corpus of the same seed is the beginning of
+    a larger one.
     """
     directory.mkdir(parents=True, exist_ok=True)
     for number, (name, columns, sample) in enumerate(FILES):
@@ -360,7 +389,17 @@ def generate(directory: Path, seed: int = 0, train: int = 4000, dev: int = 600) 
                 for row, (key, label) in enumerate(rows.items()):
                     digest = hashlib.sha256("\t".join((name, split, *key)).encode()).hexdigest()
                     writer.writerow([row, digest[:25], *key, label])
+    _write_triplets(directory / "nli-triplets.csv", Draw(seed, 2 * len(FILES)), train)
     return directory
+
+
+def _write_triplets(path: Path, draw: Draw, size: int) -> None:
+    rows: dict[tuple[str, ...], None] = {}
+    while len(rows) < size:
+        rows.setdefault(triplet(draw, False))
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerows([("sent0", "sent1", "hard_neg"), *rows])
 
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]

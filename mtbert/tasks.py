@@ -121,7 +121,8 @@ def _generated(wanted: Generate, cache: Path) -> Path:
 
 def _generate(wanted: Generate, folder: Path) -> None:
     synthetic.generate(folder, wanted.seed, wanted.train, wanted.dev)
-    texts = (path.read_text(encoding="utf-8") for path in sorted(folder.glob("*-train.csv")))
+    paths = (folder / f"{name}-train.csv" for name in synthetic.VOCABULARY)
+    texts = (path.read_text(encoding="utf-8") for path in paths)
     lines = (column for text in texts for line in text.splitlines()[1:] for column in line.split("\t")[2:-1])
     synthetic.train_tokenizer(lines, folder / "tokenizer.json")
 

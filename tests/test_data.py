@@ -48,6 +48,12 @@ def make_task(file: str = "rows.tsv", **over: Any) -> TaskConfig:
     return TaskConfig(train=file, dev=file, **(defaults | over))
 
 
+def triplet_task(file: str = "rows.csv") -> TaskConfig:
+    return TaskConfig(
+        kind="triplets", train=file, columns={"text": ["sent0", "sent1", "hard_neg"]}, head={"kind": "cosine"}
+    )
+
+
 def pair_task(
     file: str = "rows.tsv", head: str = "joint", kind: str = "pair_classification", **over: Any
 ) -> TaskConfig:
@@ -202,6 +208,33 @@ def test_rows_nothing_can_be_learnt_from_are_set_aside(home: Home) -> None:
         (5, "x4", "3 fields instead of 4"),
     ]
     assert dataset.quarantined == home.load(content, pair_task()).quarantined
+
+
+def test_triplets_have_three_texts_and_no_label(home: Home) -> None:
+    content = 'sent0,sent1,hard_neg\n"a, b",a,c\nd,,e\nf,g\nh,i,j k\n'
+    dataset = home.load(content, triplet_task())
+    assert dataset.raw([0, 1]) == [("a, b", "a", "c"), ("h", "i", "j k")]
+    assert [(row.line, row.reason) for row in dataset.quarantined] == [
+        (3, "column 'sent1': the text is empty"),
+        (4, "2 fields instead of 3"),
+    ]
+    batch = collate(dataset, np.array([1, 0]), triplet_task(), special_ids(home.tokenizer), 512)
+    expected = [home.tokenizer.encode(text).ids for text in ("h", "a, b", "i", "a", "j k", "c")]
+    assert sequences(batch.packed.ids_T, batch.packed.lengths_B, batch.packed.first_B) == expected
+    assert batch.labels_B.tolist() == [1, 1]
+    assert sequence_lengths(dataset, False, 512).tolist() == [11, 10]
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("sent0,sent1\na,b\n", "rows.csv: no column 'hard_neg'; columns present: 'sent0', 'sent1'"),
+        ("sent0,sent1,hard_neg\na,b,c\n" + "a,,c\n" * 6, "6 of 7 rows are malformed, more than 1 %: is this the right"),
+        ("sent0,sent1,hard_neg\na, ,c\n", "The first is line 2: column 'sent1': the text is empty"),
+    ],
+)
+def test_a_bad_file_of_triplets_is_an_error(home: Home, content: str, told: str) -> None:
+    assert told in home.error(content, triplet_task())
 
 
 @pytest.mark.parametrize(
@@ -634,6 +667,13 @@ def test_counts_of_the_real_data(data_dir: Path, home: Home) -> None:
             assert dataset.lines_N.tolist() == list(range(2, count + 2))
             assert len(set(dataset.ids)) == count
             assert math.isfinite(dataset.labels_N.sum())
+
+
+@pytest.mark.data
+def test_every_real_triplet_is_read(data_dir: Path, home: Home) -> None:
+    config = DataConfig(dir=str(data_dir), cache=str(home.cache))
+    dataset = load_dataset(triplet_task("nli-triplets.csv"), "nli", "train", config, home.tokenizer)
+    assert (len(dataset), dataset.quarantined, dataset.texts) == (27_275, [], 3)
 
 
 @pytest.mark.data

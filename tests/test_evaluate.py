@@ -30,11 +30,15 @@ FEW = 2
 
 @pytest.fixture(scope="module")
 def config(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """Three kinds of head: joint, two encodings compared, one text."""
+    """Four kinds of head: joint, two encodings compared, three, one text; and a task that is not scored."""
     folder = tmp_path_factory.mktemp("evaluate")
     tokenizer = train_tokenizer([path.read_text() for path in sorted(corpus.glob("*-train.csv"))], folder / "t.json")
     data = ["data.generate=null", f"data.dir={corpus}", f"data.cache={folder}", f"encoder.tokenizer={tokenizer}"]
-    return load_config(QUICKSTART, [*data, "encoder.dropout=0.5", "tasks.sts.head.kind=relu_cosine"])
+    triplets = (
+        "{kind: triplets, train: nli-triplets.csv, columns: {text: [sent0, sent1, hard_neg]}, head: {kind: cosine}}"
+    )
+    tasks = [f"tasks.nli={triplets}", "tasks.nli.dev=nli-triplets.csv", f"tasks.unscored={triplets}"]
+    return load_config(QUICKSTART, [*data, *tasks, "encoder.dropout=0.5", "tasks.sts.head.kind=relu_cosine"])
 
 
 def build(config: Config) -> tuple[MultiTaskModel, list[Task]]:
@@ -53,6 +57,8 @@ def build(config: Config) -> tuple[MultiTaskModel, list[Task]]:
 def first(task: Task, count: int) -> Task:
     """The task with only the first examples of its development set."""
     data = task.dev
+    if data is None:
+        return task
     few = replace(data, labels_N=data.labels_N[:count], lengths_NS=data.lengths_NS[:count])
     assert len(few) == count
     return replace(task, dev=few)
@@ -79,12 +85,13 @@ def one_by_one(config: Config) -> dict[str, tuple[NDArray[np.float64], NDArray[n
     found = {}
     for task in tasks:
         predictions, losses = [], []
-        for index in range(len(task.dev)):
+        for index in range(len(task.dev or ())):
             batch = task.batch("dev", np.array([index]))
             with torch.no_grad():
                 answers = model(task.name, batch.packed)
             predictions.append(float(predict(task.config, answers)[0]))
-            losses.append(float(task.example_losses(answers, batch.labels_B)[0]))
+            each = task.example_losses(answers, batch.labels_B)
+            losses.append(float(answers[0] if each is None else each[0]))
         found[task.name] = np.array(predictions), np.array(losses)
     return found
 
@@ -100,14 +107,16 @@ def test_any_number_of_ranks_gives_the_plain_loop_s_predictions(
     plain = one_by_one(config)
     for which, count in enumerate([None, FEW]):
         results, score = answers[0][which]
-        for task, result in zip(tasks, results, strict=True):
+        scored = [task for task in tasks if task.name != "unscored"]
+        for task, result in zip(scored, results, strict=True):
             predictions_N, losses_N = (values[:count] for values in plain[task.name])
             np.testing.assert_allclose(result.predictions_N, predictions_N, rtol=1e-5, atol=1e-5)
-            assert result.loss == pytest.approx(losses_N.mean(), rel=1e-5)
+            assert result.loss == (None if task.name == "nli" else pytest.approx(losses_N.mean(), rel=1e-5))
             assert (result.task, result.metric) == (task.name, task.config.metric_kind)
             wanted = METRICS[result.metric](predictions_N, task.dev.labels_N[:count])
             assert result.score == pytest.approx(wanted, abs=1e-6)
-        assert score == pytest.approx(np.mean([results[0].score, results[1].score, (results[2].score + 1) / 2]))
+        sst, para, sts, nli = (result.score for result in results)
+        assert score == pytest.approx(np.mean([sst, para, (sts + 1) / 2, nli]))
         for others in answers[1:]:
             same, again = others[which]
             assert again == score
@@ -118,7 +127,9 @@ def test_any_number_of_ranks_gives_the_plain_loop_s_predictions(
 
 def test_the_plain_loop_tells_examples_apart(config: Config) -> None:
     """Else the test above could not fail."""
-    for predictions, losses in one_by_one(config).values():
+    plain = one_by_one(config)
+    assert len(plain.pop("unscored")[0]) == 0
+    for predictions, losses in plain.values():
         assert len(np.unique(predictions)) > 1
         assert len(np.unique(losses.round(4))) > 50
 

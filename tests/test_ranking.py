@@ -3,8 +3,10 @@ difference."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,16 @@ from harness import Ranks
 from torch import Tensor
 from torch.nn import functional as F
 
-from mtbert.config import EncoderConfig, EngineConfig, MnrlConfig, OptimizerConfig, SharedLayerConfig, TaskConfig
+from mtbert.checkpoint import load_weights, open_checkpoint
+from mtbert.config import (
+    Config,
+    EncoderConfig,
+    EngineConfig,
+    MnrlConfig,
+    OptimizerConfig,
+    SharedLayerConfig,
+    TaskConfig,
+)
 from mtbert.encoder import EncoderShape
 from mtbert.engine import Engine, Group, parameter_groups
 from mtbert.heads import MultiTaskModel
@@ -22,9 +33,11 @@ from mtbert.losses import example_losses
 from mtbert.packing import Packed, pack
 from mtbert.randomness import addressed_rng
 from mtbert.ranking import mnrl
-from mtbert.runs import Rank
+from mtbert.runs import Rank, create_run
 from mtbert.surgery import Surgery
+from mtbert.synthetic import train_tokenizer
 from mtbert.tasks import Task
+from mtbert.trainer import build, train
 
 N, D = 8, 6
 
@@ -278,3 +291,62 @@ def test_any_number_of_ranks_trains_what_one_process_does(ranks: Ranks, world: i
                     worst = max(worst, float((expected[name].flatten()[start:stop] - values).abs().max()))
         assert seen == {name: parameter.numel() for name, parameter in expected.items()}
         assert worst < 1e-6, (zero, accumulation, worst)
+
+
+# -------------------------------------------------------------------------------------------------- a whole run
+
+
+def test_a_run_with_triplets_rising_thresholds_a_shared_layer_and_long_texts(corpus: Path, tmp_path: Path) -> None:
+    """From YAML to scores: two epochs of two steps, then the heads alone."""
+    tokenizer = train_tokenizer([path.read_text() for path in sorted(corpus.glob("*-train.csv"))], tmp_path / "t.json")
+    text, pair = ["sentence"], ["sentence1", "sentence2"]
+    tasks = {
+        "cfimdb": {"kind": "classification", "columns": {"text": text, "label": "sentiment"}},
+        "para": {
+            "kind": "pair_classification", "columns": {"text": pair, "label": "is_duplicate"},
+            "head": {"kind": "joint", "shared": "pair"},
+        },
+        "sts": {  # the cosine head of a task of its own next to MNRL alone, whose second threshold lies above 5
+            "kind": "pair_regression", "columns": {"text": pair, "label": "similarity"}, "loss": "mnrl",
+            "head": {"kind": "cosine"}, "mnrl": {"threshold": "label", "start": 1, "rise": 4.5},
+        },
+        "again": {
+            "kind": "pair_regression", "columns": {"text": pair, "label": "similarity"},
+            "head": {"kind": "cosine", "shared": "pair"}, "loss": "cosine_embedding", "margin": 0.2,
+        },
+        "nli": {"kind": "triplets", "columns": {"text": ["sent0", "sent1", "hard_neg"]}, "head": {"kind": "cosine"}},
+    }  # fmt: skip
+    for name, file in (("cfimdb", "ids-cfimdb"), ("para", "quora"), ("sts", "sts"), ("again", "sts")):
+        tasks[name] |= {"train": f"{file}-train.csv", "dev": f"{file}-dev.csv"}
+    tasks["nli"]["train"] = "nli-triplets.csv"
+    shape = {"hidden_size": 16, "layers": 1, "heads": 2, "intermediate_size": 32, "max_positions": 48}
+    values = {
+        "data": {"dir": str(corpus), "cache": str(tmp_path / "cache")},
+        "encoder": {"shape": shape, "tokenizer": str(tokenizer), "pooling": "mean"},
+        "tasks": tasks,
+        "shared_layers": {"pair": {"lr": 0.01}},
+        "schedule": {"length": 2, "batch_size": 8},
+        "phases": [{"epochs": 2}, {"steps": 1, "trainable": "heads"}],
+        "run": {"dir": str(tmp_path / "runs"), "name": "run", "log_every": 1, "evaluate_every": 5},
+        "checkpoint": {"every_steps": 4, "keep": 9},
+        "engine": {"precision": "fp32", "threads": 1, "accumulation": 2},
+    }
+    config = Config.model_validate(values)
+    built = build(config)
+    long = built.tasks[0]
+    assert long.tokens_N("train").max() == 48 < long.train.lengths_NS.max() + 2  # truncated
+    run = create_run(config, None, [])
+    outcome = train(run, Rank(), quiet=True)
+    assert outcome.status == "finished" and set(outcome.metrics) == set(tasks) - {"nli"}
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    told = [[line[f"loss/{name}"] for line in lines if f"loss/{name}" in line] for name in ("sts", "nli")]
+    assert [value > 0 for value in told[0]] == [True, True, False, False, False]  # above every label: 0, not a stop
+    assert all(value > 0 for value in told[1])
+    assert {f"loss/{name}/dev" for name in tasks if f"loss/{name}/dev" in lines[-1]} == {
+        "loss/cfimdb/dev", "loss/para/dev", "loss/again/dev"
+    }  # fmt: skip
+    shapes = {name: parameter.shape for name, parameter in built.model.named_parameters()}
+    four, five = (load_weights(open_checkpoint(run / "checkpoints" / f"step-0000000{n}"), shapes) for n in (4, 5))
+    moved = {name for name in shapes if not torch.equal(four[name], five[name])}
+    assert moved == {name for name in shapes if name.startswith(("heads.", "shared."))}
+    assert "shared.pair.weight" in moved and lines[-2]["learning_rate/pair"] <= 0.01

@@ -15,12 +15,14 @@ import pytest
 from tokenizers import Tokenizer
 
 from mtbert import synthetic
+from mtbert.baselines import bag_of_words_baseline
 
 TRAIN, DEV = 1500, 400
 COLUMNS = {
     "ids-sst": ["sentence", "sentiment"],
     "quora": ["sentence1", "sentence2", "is_duplicate"],
     "sts": ["sentence1", "sentence2", "similarity"],
+    "ids-cfimdb": ["sentence", "sentiment"],
 }
 
 
@@ -46,8 +48,9 @@ def sentences(folder: Path, *names: str) -> set[str]:
     return {sentence for name in names for row in texts(folder, name) for sentence in row}
 
 
-def digest(folder: Path) -> str:
-    files = sorted(folder.glob("*.csv"))
+def digest(folder: Path, *names: str) -> str:
+    files = sorted(folder / f"{name}-{split}.csv" for name in names for split in ("train", "dev"))
+    files = files or sorted(folder.glob("*.csv"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
@@ -63,7 +66,9 @@ def test_same_seed_same_bytes_in_another_process(folder: Path, tmp_path: Path) -
 
 def test_bytes_are_the_ones_published(tmp_path: Path) -> None:
     """A change here changes every published quickstart figure: measure them anew."""
-    assert digest(synthetic.generate(tmp_path, seed=0, train=50, dev=20))[:16] == "26442e44ca35136f"
+    folder = synthetic.generate(tmp_path, seed=0, train=50, dev=20)
+    assert digest(folder, "ids-sst", "quora", "sts")[:16] == "26442e44ca35136f"
+    assert len(list(folder.iterdir())) == 9
 
 
 def test_another_seed_gives_another_corpus_and_a_smaller_one_is_the_beginning(folder: Path, tmp_path: Path) -> None:
@@ -86,7 +91,8 @@ def test_files_have_the_cs224n_format(folder: Path, name: str, split: str, size:
     assert len({tuple(row[2:-1]) for row in rows}) == size
     assert b"\r" not in (folder / f"{name}-{split}.csv").read_bytes()
     words = [len(sentence.split()) for row in rows for sentence in row[2:-1]]
-    assert min(words) >= 4 and max(words) <= 20
+    shortest, longest = (24, 160) if name == "ids-cfimdb" else (4, 20)
+    assert min(words) >= shortest and max(words) <= longest
 
 
 @pytest.mark.parametrize("split", ["train", "dev"])
@@ -101,6 +107,9 @@ def test_labels_are_in_range_and_balanced(folder: Path, split: str) -> None:
     similarity = Counter(labels(folder, f"sts-{split}"))
     assert set(similarity) <= {str(half / 2) for half in range(11)}
     assert all(similarity[f"{score}.0"] / size > 0.08 for score in range(6))
+    review = Counter(labels(folder, f"ids-cfimdb-{split}"))
+    assert set(review) == set("01")
+    assert all(0.42 < count / size < 0.58 for count in review.values())
 
 
 def test_no_development_sentence_occurs_in_training(folder: Path) -> None:
@@ -108,6 +117,18 @@ def test_no_development_sentence_occurs_in_training(folder: Path) -> None:
         train = sentences(folder, *(f"{name}-train" for name in task))
         dev = sentences(folder, *(f"{name}-dev" for name in task))
         assert not train & dev
+
+
+def test_triplets(folder: Path) -> None:
+    """The match is told in other words more often than the hard negative, so that common words do not tell it."""
+    with (folder / "nli-triplets.csv").open(encoding="utf-8", newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header == ["sent0", "sent1", "hard_neg"]
+    assert len(rows) == len({tuple(row) for row in rows}) == TRAIN
+    assert all(len(set(row)) == 3 for row in rows)
+    told = bag_of_words_baseline("triplets", rows[:500], np.ones(500), rows)
+    assert 0.4 < told.mean() < 0.65
+    assert not {text for row in rows for text in row} & sentences(folder, "quora-dev", "sts-dev")
 
 
 def test_templates_are_disjoint_and_every_part_of_them_is_trained() -> None:
