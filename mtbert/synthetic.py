@@ -342,13 +342,13 @@ def sentiment(draw: Draw, dev: bool) -> tuple[str, str]:
 
 def review(draw: Draw, dev: bool) -> tuple[str, str]:
     """Six clauses and more, and whether they speak for the film (1) or against it (0): their values add up to ±3 or
-    more, though up to a third of them say the opposite."""
+    more, though one in five says the opposite."""
     target = draw.pick([-1, 1])
     length, total = 6 + draw.below(9), 0
     clauses: list[str] = []
     while len(clauses) < length or target * total < 3:
         text, value = clause(draw.below(len(FRAMES)), int(draw.chance(0.4)), draw, dev)
-        if target * value > 0 or draw.chance(0.5):
+        if target * value > 0 or draw.chance(0.25):
             clauses.append(text)
             total += value
     return " , ".join(clauses), "1" if target > 0 else "0"

@@ -228,7 +228,7 @@ def test_triplets_have_three_texts_and_no_label(home: Home) -> None:
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        ("sent0,sent1\na,b\n", "rows.csv: no column 'hard_neg'; columns present: 'sent0', 'sent1'"),
+        ("sent0,sent1\na,b\n", "rows.csv: no column 'hard_neg'; columns present: 'sent1', 'sent0'"),
         ("sent0,sent1,hard_neg\na,b,c\n" + "a,,c\n" * 6, "6 of 7 rows are malformed, more than 1 %: is this the right"),
         ("sent0,sent1,hard_neg\na, ,c\n", "The first is line 2: column 'sent1': the text is empty"),
     ],

@@ -20,7 +20,7 @@ from mtbert.heads import MultiTaskModel
 from mtbert.losses import predict
 from mtbert.metrics import METRICS
 from mtbert.runs import Rank
-from mtbert.synthetic import train_tokenizer
+from mtbert.synthetic import VOCABULARY, train_tokenizer
 from mtbert.tasks import Task, load_tasks, locate_tokenizer
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
@@ -32,7 +32,7 @@ FEW = 2
 def config(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
     """Four kinds of head: joint, two encodings compared, three, one text; and a task that is not scored."""
     folder = tmp_path_factory.mktemp("evaluate")
-    tokenizer = train_tokenizer([path.read_text() for path in sorted(corpus.glob("*-train.csv"))], folder / "t.json")
+    tokenizer = train_tokenizer([(corpus / f"{name}-train.csv").read_text() for name in VOCABULARY], folder / "t.json")
     data = ["data.generate=null", f"data.dir={corpus}", f"data.cache={folder}", f"encoder.tokenizer={tokenizer}"]
     triplets = (
         "{kind: triplets, train: nli-triplets.csv, columns: {text: [sent0, sent1, hard_neg]}, head: {kind: cosine}}"
