@@ -3,8 +3,9 @@ PYTHON ?= python3
 PIP := DS_BUILD_OPS=0 .venv/bin/python -m pip install --quiet --constraint constraints.txt
 TRAIN_READY := .venv/.ready-to-train
 TEST_READY := .venv/.ready-to-test
+BROWSER_READY := .venv/.ready-to-browse
 
-.PHONY: help train test check bench clean slurm-up slurm-down test-slurm
+.PHONY: help train test check bench clean slurm-up slurm-down test-slurm test-browser
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,6 +38,12 @@ slurm-down: ## stop it and undo what slurm-up did
 test-slurm: $(TEST_READY) ## the tests on a real Slurm, brought up and taken down (Debian, root)
 	@MTBERT_SLURM=1 OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests/slurm $(ARGS)
 
+test-browser: ## TensorBoard and our pages in a browser, pictures into docs/ (Debian: chromium); RUN=runs/NAME takes that run
+	@command -v chromium chromium-browser google-chrome >/dev/null || { \
+		echo "test-browser needs Chromium; on Debian: apt-get install chromium" >&2; exit 1; }
+	@$(MAKE) --no-print-directory $(BROWSER_READY)
+	@MTBERT_BROWSER=1 RUN=$(RUN) .venv/bin/python -m pytest tests/browser $(ARGS)
+
 # A stamp is older than what it was made from only when something has to be installed.
 $(TRAIN_READY): setup.py constraints.txt
 	$(call install,.)
@@ -45,6 +52,10 @@ $(TRAIN_READY): setup.py constraints.txt
 $(TEST_READY): setup.py constraints.txt
 	$(call install,.[dev])
 	@touch $@ $(TRAIN_READY)
+
+$(BROWSER_READY): setup.py constraints.txt
+	$(call install,.[browser])
+	@touch $@ $(TEST_READY) $(TRAIN_READY)
 
 # torch first and alone: later requirements then find the wheel the index has for this machine (a CPU one where offered).
 # DeepSpeed compiles nothing (DS_BUILD_OPS=0): the engine uses none of its operators.

@@ -29,6 +29,7 @@ setup(
     description="Multi-task BERT with sharded gradient surgery",
     license="Apache-2.0",
     packages=find_packages(include=["mtbert", "mtbert.*", "launch", "launch.*", "tune", "tune.*"]),
+    package_data={"mtbert": ["templates/*.html"]},
     python_requires=">=3.10,<3.14",
     install_requires=[
         # narrow on purpose: the engine needs Tensor.grad_dtype of this torch and private names of this DeepSpeed
@@ -46,6 +47,8 @@ setup(
         "scikit-learn>=1.5.2",
         "submitit>=1.5.2",
         "tensorboard>=2.18",
+        "matplotlib>=3.10",
+        "jinja2>=3.1.5",
         "rich>=13.9",
     ],
     extras_require={
@@ -53,6 +56,7 @@ setup(
         "surgery": SURGERY,
         "parquet": PARQUET,
         "dev": DEV + TUNE + SURGERY + PARQUET,
+        "browser": [*DEV, *TUNE, *SURGERY, *PARQUET, "playwright>=1.50"],
     },
     entry_points={"console_scripts": ["mtbert = mtbert.cli:main"]},
 )

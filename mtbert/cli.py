@@ -1,11 +1,16 @@
-"""`python -m mtbert train | evaluate | show-config`. Nothing heavy is imported before a command needs it."""
+"""`python -m mtbert COMMAND`. Nothing heavy is imported before a command needs it."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
+import shlex
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,14 +22,21 @@ if TYPE_CHECKING:
     from mtbert.evaluate import Evaluation
 
 
+STOPPED = 130
+"""Exit code after Ctrl-C or SIGTERM, as shells have it."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 2 a user's mistake (one line on stderr); our own bug raises."""
+    """Exit code: 0 done, 2 a user's mistake (one line on stderr), 130 stopped; our own bug raises."""
     options = _parser().parse_args(arguments)
     try:
         status: int = options.run(options)
     except UserError as error:
         print(f"mtbert: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("mtbert: interrupted", file=sys.stderr)
+        return STOPPED
     return status
 
 
@@ -36,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_config(command)
     command.add_argument("--resume", metavar="RUN", help="continue this run folder instead of starting a new one")
     command.add_argument("--quiet", action="store_true", help="nothing on stdout")
+    command.add_argument("--json", action="store_true", help="nothing on stdout but one JSON object at the end")
     command.set_defaults(run=_train)
 
     command = commands.add_parser("evaluate", help="score a run on its development sets")
@@ -43,6 +56,22 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--checkpoint", choices=["best", "latest"], default="best")
     command.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     command.set_defaults(run=_evaluate)
+
+    command = commands.add_parser("compare", help="several runs side by side; those that differ in seed are one group")
+    command.add_argument(
+        "folders", metavar="RUN", nargs="+", help="run folders; the first is what others are held against"
+    )
+    command.add_argument("--checkpoint", choices=["best", "latest"], default="latest", help="which evaluation counts")
+    command.add_argument("--resamples", type=int, default=1000, metavar="N", help="of the paired bootstrap (1000)")
+    command.add_argument("--html", metavar="FILE", help="also write a page with the tables and overlaid curves")
+    command.add_argument("--json", action="store_true", help="one JSON object instead of tables")
+    command.set_defaults(run=_compare)
+
+    command = commands.add_parser("report", help="a run as one HTML page: tables, curves, worst errors")
+    command.add_argument("folder", metavar="RUN", help="run folder")
+    command.add_argument("--checkpoint", choices=["best", "latest"], default="best", help="which evaluation")
+    command.add_argument("--output", metavar="FILE", help="default: report.html in the run folder")
+    command.set_defaults(run=_report)
 
     command = commands.add_parser("show-config", help="the whole configuration, defaults written out")
     _add_config(command)
@@ -85,12 +114,47 @@ def _train(options: argparse.Namespace) -> int:
     from mtbert.trainer import train
 
     try:
-        train(folder, Rank(), quiet=options.quiet)
-    except UserError:
+        with _stop_on_signals() as stop:
+            outcome = train(folder, Rank(), stop, quiet=options.quiet or options.json)
+    except (UserError, KeyboardInterrupt) as error:
         if not options.resume:
             discard_unstarted(folder)
+        if isinstance(error, KeyboardInterrupt) and folder.is_dir():
+            print(_continue(folder), file=sys.stderr)
         raise
+    if options.json:
+        record = {"run": str(folder), "status": outcome.status, "step": outcome.step, "scores": outcome.metrics}
+        print(json.dumps(record))
+    if outcome.status == "stopped":
+        print(f"stopped after step {outcome.step}; {_continue(folder)}", file=sys.stderr)
+        return STOPPED
     return 0
+
+
+def _continue(folder: Path) -> str:
+    return f"continue with: python -m mtbert train --resume {shlex.quote(str(folder))}"
+
+
+@contextlib.contextmanager
+def _stop_on_signals() -> Iterator[Callable[[], bool]]:
+    """Whether Ctrl-C or SIGTERM asked for a stop. The second one does what it does by default."""
+    asked = threading.Event()
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}  # as under nohup
+
+    def ask(number: int, _: object) -> None:
+        asked.set()
+        signal.signal(number, before[signal.Signals(number)])
+        # not print: the signal may have come in the middle of one
+        os.write(2, b"stopping: this step is finished and saved first (again: at once)\n")
+
+    for number in before:
+        signal.signal(number, ask)
+    try:
+        yield asked.is_set
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def existing_run(name: str) -> Path:
@@ -108,15 +172,49 @@ def _evaluate(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps({"step": step, "composite": composite, "tasks": _as_records(results)}))
     else:
-        for result in results:
-            loss = f"   loss {result.loss:.4f}" if result.loss is not None else ""
-            print(f"{result.task:<12} {result.metric:<10} {result.score:.4f}{loss}")
-        print(f"{'composite':<23} {composite:.4f}   after step {step} ({options.checkpoint} checkpoint)")
+        from mtbert.tracking import print_table
+
+        rows: list[list[str | float | None]] = [[r.task, r.metric, r.score, r.loss] for r in results]
+        rows.append(["composite", None, composite, None])
+        title = f"Development scores after step {step} ({options.checkpoint} checkpoint)"
+        print_table(title, ["task", "metric", "score", "loss"], rows)
     return 0
 
 
 def _as_records(results: Sequence[Evaluation]) -> dict[str, dict[str, str | float | None]]:
     return {result.task: {"metric": result.metric, "score": result.score, "loss": result.loss} for result in results}
+
+
+def _compare(options: argparse.Namespace) -> int:
+    if options.resamples < 100:
+        raise UserError(f"--resamples {options.resamples}: an interval takes at least 100; 1000 is usual")
+    folders = [existing_run(name) for name in options.folders]
+    from mtbert import compare
+    from mtbert.tracking import print_table
+
+    comparison = compare.compare(folders, options.checkpoint, options.resamples)
+    if options.html:
+        compare.write_page(comparison, Path(options.html))
+    if options.json:
+        print(json.dumps(compare.as_json(comparison)))
+        return 0
+    print_table(f"Development scores ({options.checkpoint} evaluation)", *compare.score_table(comparison))
+    if comparison.differences:
+        title = f"\nDifferences to {comparison.groups[0].label} (paired bootstrap, p Holm-adjusted)"
+        print_table(title, *compare.difference_table(comparison))
+    for note in comparison.notes:
+        print(note)
+    if options.html:
+        print(f"page: {options.html}")
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    folder = existing_run(options.folder)
+    from mtbert.report import write_report
+
+    print(f"page: {write_report(folder, options.checkpoint, Path(options.output) if options.output else None)}")
+    return 0
 
 
 def _show_config(options: argparse.Namespace) -> int:

@@ -98,6 +98,7 @@ class Columns(Section):
     )
     label: str = Field("label", description="column with the label; triplets have none")
     id: str | None = Field(None, description="column that names the row in predictions and reports")
+    source: str | None = Field(None, description="column that says where a row comes from; reports score each apart")
 
 
 HeadKind = Literal["linear", "joint", "concat", "difference", "weighted_dot", "cosine", "relu_cosine"]
@@ -361,6 +362,12 @@ class EngineConfig(Section):
     )
     accumulation: int = Field(1, ge=1, description="micro-batches a rank cuts its share of a batch into")
     clip_norm: float | None = Field(1.0, gt=0, description="largest norm of the combined gradient; null: no clipping")
+    peak_tflops: float | None = Field(
+        None,
+        gt=0,
+        description="what one rank's device computes at best at this precision, in TFLOP/s, to draw speed/mfu against; "
+        "default: the data sheet's of a few NVIDIA GPUs in bf16, elsewhere no speed/mfu",
+    )
     threads: int | None = Field(None, ge=1, description="torch threads per rank; default: cores / ranks on the host")
 
     @field_validator("zero", mode="before")

@@ -155,7 +155,7 @@ def load_dataset(
     """
     file = task.train if split == "train" else task.dev
     assert file is not None, "only asked for where the task has one"
-    shown, path = _locate(file, f"tasks.{name}.{split}", config)
+    shown, path = locate_file(file, f"tasks.{name}.{split}", config)
     cache = Path(config.cache).expanduser() / "tokens"
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -164,7 +164,7 @@ def load_dataset(
     return _open(ensure(cache, path, shown, task, tokenizer, progress), shown)
 
 
-def _locate(file: str, where: str, config: DataConfig) -> tuple[str, Path]:
+def locate_file(file: str, where: str, config: DataConfig) -> tuple[str, Path]:
     """What messages call a task's file, and where it lies on this machine; downloads `hub:owner/name/path`."""
     if not file.startswith("hub:"):
         path = Path(config.dir or ".").expanduser() / Path(file).expanduser()
@@ -335,6 +335,7 @@ __all__ = [
     "collate",
     "load_dataset",
     "load_tokenizer",
+    "locate_file",
     "prefetch",
     "sequence_lengths",
     "special_ids",

@@ -1,6 +1,6 @@
 """Scores on the development sets, sharded over ranks, every example exactly once.
 
-Shapes: N examples of a split.
+Shapes: N examples of a split, C classes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mtbert.heads import MultiTaskModel
-from mtbert.losses import predict
+from mtbert.losses import predict, probabilities
 from mtbert.metrics import METRICS, composite
 from mtbert.runs import Rank
 from mtbert.tasks import Task
@@ -33,31 +33,38 @@ class Evaluation:
     score: float
     loss: float | None  # mean over the examples; loss mnrl exists only within training batches
     predictions_N: NDArray[np.float64]
+    losses_N: NDArray[np.float64]  # not a number where there is no loss of one example
+    probabilities_NC: NDArray[np.float64]  # no column where the task has none
 
 
 @torch.no_grad()  # not inference_mode: ZeRO-3 keeps the weights it gathers here for the next backward
 def evaluate(model: MultiTaskModel, task: Task, rank: Rank, device: torch.device) -> Evaluation:
     """Predict a task's development set and score it. Collective: every rank calls it."""
     tokens_N = task.tokens_N("dev")
-    # row 0: prediction, 1: loss, 2: how often the example was seen. Each rank fills in its own examples; the sum over
-    # ranks is exact because all other ranks hold zeros there.
-    answers_3N = torch.zeros(3, len(tokens_N), dtype=torch.float64)
+    # column 0: prediction, 1: loss, 2: how often the example was seen, then the probability of each class. Each rank
+    # fills in its own examples; the sum over ranks is exact because all other ranks hold zeros there.
+    classes = task.config.classes if task.config.loss_kind in ("cross_entropy", "bce") else 0
+    said_NA = torch.zeros(len(tokens_N), 3 + classes, dtype=torch.float64)
     for batch_indices in _batches(tokens_N):
         # every rank makes the same number of forward passes, were it with no example: ZeRO-3 gathers weights in each
         mine = batch_indices[rank.rank :: rank.world]
         batch = task.batch("dev", mine)
         answers = model(task.name, batch.packed.to(device))
-        answers_3N[0, mine] = predict(task.config, answers).double().cpu()
+        said_NA[mine, 0] = predict(task.config, answers).double().cpu()
         losses_B = task.example_losses(answers, batch.labels_B.to(device))
         if losses_B is not None:
-            answers_3N[1, mine] = losses_B.double().cpu()
-        answers_3N[2, mine] += 1
-    answers_3N = _sum_over_ranks(answers_3N, device)
-    assert bool((answers_3N[2] == 1).all()), "an example was evaluated twice or not at all"
-    predictions_N = answers_3N[0].numpy()
-    score = METRICS[task.config.metric_kind](predictions_N, task.dataset("dev").labels_N)
-    loss = float(answers_3N[1].mean()) if task.config.loss_kind != "mnrl" else None
-    return Evaluation(task.name, task.config.metric_kind, score, loss, predictions_N)
+            said_NA[mine, 1] = losses_B.double().cpu()
+        said_NA[mine, 2] += 1
+        said_NA[mine, 3:] = probabilities(task.config, answers).double().cpu()
+    said_NA = _sum_over_ranks(said_NA, device)
+    assert bool((said_NA[:, 2] == 1).all()), "an example was evaluated twice or not at all"
+    if task.config.loss_kind == "mnrl":
+        said_NA[:, 1] = torch.nan
+    predictions_N, losses_N = said_NA[:, 0].numpy(), said_NA[:, 1].numpy()
+    metric = task.config.metric_kind
+    score = METRICS[metric](predictions_N, task.dataset("dev").labels_N)
+    loss = float(losses_N.mean()) if task.config.loss_kind != "mnrl" else None
+    return Evaluation(task.name, metric, score, loss, predictions_N, losses_N, said_NA[:, 3:].numpy())
 
 
 def evaluate_all(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -75,3 +76,16 @@ def predict(task: TaskConfig, answers: Tensor) -> Tensor:
     if task.loss_kind == "cross_entropy":
         return answers.argmax(dim=-1)
     return (answers >= (0.0 if task.loss_kind == "bce" else 0.5)).long()
+
+
+def probabilities(task: TaskConfig, answers: Tensor) -> Tensor:
+    """The probability of every class, (B, C) fp32; no column where the task has none.
+
+    Similarities are values, and a cosine is no probability either: nothing pulls it towards a frequency.
+    """
+    if task.loss_kind == "cross_entropy":
+        return answers.softmax(dim=-1)
+    if task.loss_kind == "bce":
+        positive_B = answers.sigmoid()
+        return torch.stack([1 - positive_B, positive_B], dim=-1)
+    return answers.new_zeros(len(answers), 0)

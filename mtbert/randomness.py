@@ -5,8 +5,12 @@ So a killed run continues bit for bit, and no rank's draws depend on what anothe
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 
 def addressed_rng(seed: int, purpose: str, *address: int) -> np.random.Generator:
@@ -16,5 +20,7 @@ def addressed_rng(seed: int, purpose: str, *address: int) -> np.random.Generator
 
 def addressed_generator(device: torch.device, seed: int, purpose: str, *address: int) -> torch.Generator:
     """The same for torch, on the device."""
+    import torch  # takes seconds, and a comparison of runs needs none of it
+
     state = int(addressed_rng(seed, purpose, *address).integers(2**63))
     return torch.Generator(device).manual_seed(state)

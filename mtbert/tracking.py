@@ -13,26 +13,50 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from mtbert.figures import pixels
+from mtbert.record import METRICS_FILE
 from mtbert.runs import NO_ROOM, Rank, write_atomically
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-METRICS_FILE = "metrics.jsonl"
+    from mtbert.figures import Figure
+
 PLAIN_LINE_EVERY_S = 10.0
 PLAIN_WIDTH = 160  # characters; log files have no width of their own
-LAYOUT = {"gradient": {"cosine between tasks": ["Multiline", [r"gradient/cosine/.*"]]}}
-"""TensorBoard's custom scalars: one chart for all pairs of tasks, whose tags are gradient/cosine/a~b."""
+LAYOUT = {
+    category: {title: ["Multiline", [pattern]] for title, pattern in charts.items()}
+    for category, charts in {
+        "does it learn": {
+            "score on the development sets": r"metric/.*",
+            "training loss": r"loss/[^/]+$",
+            "development loss": r"loss/.*/dev$",
+        },
+        "do the tasks fight": {
+            "cosine between tasks": r"gradient/cosine/.*",
+            "share of pairs in conflict": r"gradient/conflict_rate$",
+            "weights of surgery": r"gradient/weight/.*",
+            "gradient norms": r"gradient/norm/.*",
+        },
+        "is it fast": {
+            "tokens per second": r"speed/tokens_per_second$",
+            "model FLOPs utilisation, or TFLOP/s of a rank": r"speed/(mfu|model_tflops)$",
+            "share of padding avoided, of time spent waiting for data": r"speed/(padding_avoided|waiting_for_data)$",
+        },
+        "where it is": {"learning rates": r"learning_rate/.*", "passes over each dataset": r"passes/.*"},
+    }.items()
+}
+"""TensorBoard's custom scalars: the questions one comes with, and what shares a chart."""
 
 
 class Tracker:
@@ -75,6 +99,35 @@ class Tracker:
         if self._lines:
             self._writer().add_text(tag, markdown, self._first_step)
 
+    def figures(self, step: int, draw: Callable[[], Mapping[str, Figure]]) -> None:
+        """Pictures by tag; `draw` is called on rank 0 alone, and first imports what it draws with."""
+        if self._lines:
+            with self._no_room_survived():
+                for tag, figure in draw().items():
+                    self._writer().add_image(tag, pixels(figure), step, dataformats="HWC")
+
+    def settings(self, values: Mapping[str, Any]) -> None:
+        """The run's row of TensorBoard's HParams tab; numbers and texts as they are, anything else as text.
+
+        No experiment summary: one run's would fix the columns of all, and without it TensorBoard takes the union.
+        """
+        if self._lines:
+            from torch.utils.tensorboard.summary import hparams
+
+            plain = {key: value if isinstance(value, (int, float)) else str(value) for key, value in values.items()}
+            _, start, _ = hparams(plain, {})
+            with self._no_room_survived():
+                self._writer()._get_file_writer().add_summary(start)
+
+    def finished(self) -> None:
+        """The HParams tab then calls the run a success."""
+        if self._lines:
+            from torch.utils.tensorboard.summary import hparams
+
+            _, _, end = hparams({}, {})
+            with self._no_room_survived():
+                self._writer()._get_file_writer().add_summary(end)
+
     def phase(self, name: str, first: int, last: int) -> None:
         """A phase of steps `first` to `last`, both included, begins or is continued."""
         if self._display:
@@ -91,15 +144,8 @@ class Tracker:
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str | float | None]]) -> None:
         """Aligned on stdout: numbers to the right, floats with four decimals, None as a dash."""
-        if not self._display:
-            return
-        table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
-        for number, column in enumerate(columns):
-            words = any(isinstance(row[number], str) for row in rows)
-            table.add_column(column, justify="left" if words else "right", no_wrap=True)
-        for row in rows:
-            table.add_row(*map(_cell, row))
-        self._display.console.print(table, markup=False, highlight=False)
+        if self._display:
+            print_table(title, columns, rows, self._display.console)
 
     def flush(self) -> None:
         """Before a checkpoint: events that a killed run leaves unwritten would be a gap in the resumed curve."""
@@ -181,6 +227,28 @@ def _continue(path: Path, first_step: int) -> _Lines:
     return _Lines(path)
 
 
+def print_table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str | float | None]], console: Console | None = None
+) -> None:
+    """Aligned on stdout: numbers to the right, floats with four decimals, None as a dash. No colours off a terminal."""
+    table = Table(title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for number, column in enumerate(columns):
+        words = any(isinstance(row[number], str) for row in rows)
+        table.add_column(column, justify="left" if words else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*map(_cell, row))
+    (console or _console()).print(table, markup=False, highlight=False)
+
+
+def _console() -> Console:
+    # not Console.is_terminal, which FORCE_COLOR turns on in log files
+    return (
+        Console(file=sys.stdout)
+        if sys.stdout.isatty()
+        else Console(file=sys.stdout, width=PLAIN_WIDTH, force_terminal=False)
+    )
+
+
 def _cell(value: str | float | None) -> str:
     if value is None:
         return "-"
@@ -195,10 +263,10 @@ def _named(losses: Mapping[str, float]) -> str:
 
 
 class _Bar:
-    """A live bar on a terminal."""
+    """A live line per phase, on a terminal."""
 
-    def __init__(self, first_step: int, total_steps: int) -> None:
-        self.console = Console(file=sys.stdout)
+    def __init__(self, first_step: int) -> None:
+        self.console = _console()
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
@@ -210,16 +278,22 @@ class _Bar:
             refresh_per_second=4,
             expand=True,
         )
-        self._task: TaskID = self._bar.add_task("train", total=total_steps, completed=first_step, losses="", speed="")
+        self._first_step = first_step
+        self._phase: TaskID | None = None
+        self._begins = 0
 
     def phase(self, name: str, first: int, last: int) -> None:
-        self._bar.update(self._task, description=name)
+        if self._phase is not None:
+            self._bar.stop_task(self._phase)
+        done = max(self._first_step - first, 0)
+        self._phase = self._bar.add_task(name, total=last - first + 1, completed=done, losses="", speed="")
+        self._begins = first
         self._bar.start()
 
     def progress(self, step: int, losses: Mapping[str, float], examples_per_second: float) -> None:
-        self._bar.start()
+        assert self._phase is not None, "a phase begins before its first step"
         speed = f"{examples_per_second:.0f} examples/s"
-        self._bar.update(self._task, completed=step + 1, losses=_named(losses), speed=speed)
+        self._bar.update(self._phase, completed=step + 1 - self._begins, losses=_named(losses), speed=speed)
 
     def close(self) -> None:
         self._bar.stop()
@@ -229,7 +303,7 @@ class _Plain:
     """A plain line now and then, for log files and pipes."""
 
     def __init__(self, first_step: int, total_steps: int) -> None:
-        self.console = Console(file=sys.stdout, width=PLAIN_WIDTH, force_terminal=False)
+        self.console = _console()
         self._first_step = first_step
         self._total_steps = total_steps
         self._phase = "train"
@@ -258,8 +332,7 @@ class _Plain:
 
 
 def _display(first_step: int, total_steps: int) -> _Bar | _Plain:
-    # not Console.is_terminal, which FORCE_COLOR turns on in log files
-    return (_Bar if sys.stdout.isatty() else _Plain)(first_step, total_steps)
+    return _Bar(first_step) if sys.stdout.isatty() else _Plain(first_step, total_steps)
 
 
 def _clock(seconds: float) -> str:

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import json
 import math
+import resource
+import shlex
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -36,15 +39,21 @@ from mtbert.engine import (
     parameter_groups,
 )
 from mtbert.evaluate import Evaluation, evaluate_all
+from mtbert.figures import cosine_map, evaluation_figures
+from mtbert.flops import encoder_flops, peak_flops
 from mtbert.heads import MultiTaskModel
 from mtbert.metrics import METRICS
 from mtbert.pretrained import load_pretrained
 from mtbert.randomness import addressed_generator
-from mtbert.runs import Outcome, Rank, Stopwatch, check_format, write_atomically
+from mtbert.record import RunRecord, Said, settings, write_predictions
+from mtbert.runs import NO_ROOM, Outcome, Rank, Stopwatch, check_format, write_atomically
 from mtbert.schedule import Schedule, Share
 from mtbert.surgery import Surgery, conflicts
 from mtbert.tasks import Task, load_tasks, locate_data, locate_tokenizer
 from mtbert.tracking import Tracker
+
+if TYPE_CHECKING:
+    from mtbert.figures import Figure
 
 SKIPS_IN_A_ROW = 10
 """Steps without a finite loss or gradient after which a run stops: it will not recover by itself."""
@@ -216,7 +225,11 @@ class _Run:
             self.tracker.message(note)
         self.results: list[Evaluation] = []
         self.skips_in_a_row = 0
-        self.window = _Window([task.name for task in built.tasks])
+        self.work = partial(encoder_flops, built.shape, only_first=config.encoder.pooling != "mean")
+        peak = config.engine.peak_tflops
+        self.peak = 1e12 * peak if peak else peak_flops(self.device, self.engine.dtype)
+        self.window = _Window([task.name for task in built.tasks], self.peak)
+        self.cosines: dict[tuple[str, str], list[float]] = {}  # since the last evaluation
 
     # --------------------------------------------------------------------------------------------- the loop
 
@@ -234,7 +247,7 @@ class _Run:
                 data = next(steps)
                 waited = time.monotonic() - started
                 result = self._step(step, place, data, save=self.rank.first and self.checkpointer.due())
-                self.window.add(data, result, waited, time.monotonic() - started)
+                self.window.add(data, result, waited, time.monotonic() - started, self._flops(place, data))
                 self._record(step, place, data, result)
                 if step == self.first_step:
                     self._tell_launch(launch)
@@ -302,6 +315,11 @@ class _Run:
                 f"or set engine.precision to fp32"
             )
 
+    def _flops(self, place: _Place, data: _StepData) -> float:
+        """This rank's model FLOPs of a step."""
+        trained = place.phase.trainable == "all"
+        return sum(self.work(batch.packed.lengths_B, trained=trained) for batches in data.batches for batch in batches)
+
     def _place(self, step: int) -> _Place:
         return next(place for place in self.places if step <= place.last)
 
@@ -329,6 +347,33 @@ class _Run:
         self.tracker.message(f"step {step + 1}: {told}  composite {score:.4f}")
         if math.isfinite(score) and (self.best is None or score > self.best["score"]):
             self.best = {"step": step + 1, "score": score}
+        if self.rank.first:
+            self._show(step, results)
+
+    def _show(self, step: int, results: Sequence[Evaluation]) -> None:
+        """Keeps what was said of every example, and draws it."""
+        tasks = {task.name: task for task in self.tasks}
+        said = {result.task: _said(tasks[result.task], result) for result in results}
+        try:
+            write_predictions(self.run_dir, step + 1, said, int(self.best["step"]) if self.best else None)
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+            self.tracker.message(f"predictions were not kept: {error.strerror}")
+        cosines = {pair: float(np.mean(values)) for pair, values in self.cosines.items()}
+        self.cosines.clear()
+
+        def draw() -> dict[str, Figure]:
+            figures = {
+                f"{name}/{kind}": figure
+                for name, one in said.items()
+                for kind, figure in evaluation_figures(name, tasks[name].config, one).items()
+            }
+            if cosines:
+                figures["gradient/cosines"] = cosine_map(list(tasks), cosines)
+            return figures
+
+        self.tracker.figures(step, draw)
 
     def _save(self, step: int) -> None:
         self.tracker.flush()
@@ -365,6 +410,10 @@ class _Run:
                 write_atomically(self.run_dir / "quarantined.jsonl", lines)
         if not self.first_step:
             tracker.text("config", f"```yaml\n{to_yaml(config)}```")
+            environment = RunRecord(self.run_dir).document("environment.json")
+            tracker.text("command", f"```\n{shlex.join(environment.pop('command', []))}\n```")
+            tracker.text("environment", f"```json\n{json.dumps(environment, indent=2)}\n```")
+            tracker.settings({key: value for key, value in settings(config).items() if value is not None})
 
     def _tell_launch(self, launch: Stopwatch) -> None:
         launch.lap("first step")
@@ -388,7 +437,8 @@ class _Run:
             values[f"gradient/norm/{name}"] = float(result.gram_KK[k, k].sqrt())
             values[f"gradient/weight/{name}"] = float(result.weights_K[k])
             for other in range(k + 1, len(names)):
-                values[f"gradient/cosine/{name}~{names[other]}"] = float(cosine_KK[k, other])
+                cosine = values[f"gradient/cosine/{name}~{names[other]}"] = float(cosine_KK[k, other])
+                self.cosines.setdefault((name, names[other]), []).append(cosine)
         values |= {
             "gradient/conflict_rate": conflict_rate,
             "gradient/norm/combined": result.norm,
@@ -399,6 +449,7 @@ class _Run:
             batches = self.schedule.batches_per_pass[share.task]
             ordinal = max(ordinal for task, ordinal in self.schedule.batches_at(step) if task == share.task)
             values[f"passes/{self.tasks[share.task].name}"] = (ordinal + 1) / batches
+        values["memory/peak_gib"] = _peak_memory(self.device) / 2**30
         self.tracker.scalars(step, values)
 
     def _learning_rates(self, step: int, place: _Place) -> dict[str, float]:
@@ -431,10 +482,31 @@ class _Run:
                 "bag_of_words": words,
             }
         write_atomically(self.run_dir / "result.json", json.dumps({"step": self.total_steps, "tasks": record}) + "\n")
+        self.tracker.finished()
         self.tracker.table("Development scores", ["task", "metric", "mtbert", "trivial", "bag of words"], rows)
         self.tracker.message(f"run folder: {self.run_dir}")
         self.tracker.message(f"curves: tensorboard --logdir {self.run_dir.parent}")
         return scores
+
+
+def _said(task: Task, result: Evaluation) -> Said:
+    dev = task.dataset("dev")
+    return Said(
+        ids_N=np.array(dev.ids[:], dtype=np.str_),
+        lines_N=np.array(dev.lines_N),
+        tokens_N=task.tokens_N("dev"),
+        labels_N=dev.labels_N.astype(np.float64),
+        predictions_N=result.predictions_N,
+        losses_N=result.losses_N,
+        probabilities_NC=result.probabilities_NC,
+    )
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Bytes: on a GPU what tensors took at most, elsewhere the process as a whole, its libraries included."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _baselines(task: Task, result: Evaluation) -> tuple[float, float]:
@@ -481,19 +553,21 @@ def learning_rate_factor(config: OptimizerConfig, phase: PhaseConfig, step: int,
 class _Window:
     """What is summed up between two lines of the log."""
 
-    def __init__(self, names: Sequence[str]) -> None:
+    def __init__(self, names: Sequence[str], peak: float | None) -> None:
         self.names = names
+        self.peak = peak  # FLOP/s of a rank's device, where known
         self.losses: dict[str, float] = {}  # the last means known of every task
         self._open()
 
     def _open(self) -> None:
-        self.seconds = self.waited = 0.0
+        self.seconds = self.waited = self.flops = 0.0
         self.examples = self.tokens = self.padded = self.skipped = 0
         self.sums: dict[str, list[float]] = {}
 
-    def add(self, data: _StepData, result: StepResult, waited: float, seconds: float) -> None:
+    def add(self, data: _StepData, result: StepResult, waited: float, seconds: float, flops: float) -> None:
         """`seconds` a step took, `waited` of them for its data; evaluations and saves count for neither."""
         self.waited += waited
+        self.flops += flops
         self.seconds += seconds
         self.skipped += result.skipped
         for share, batches in zip(data.shares, data.batches, strict=True):
@@ -510,9 +584,12 @@ class _Window:
             "speed/examples_per_second": self.examples / seconds,
             # this rank's tokens; the schedule gives every rank the same number to within a few per cent
             "speed/tokens_per_second": world * self.tokens / seconds,
+            "speed/model_tflops": self.flops / seconds / 1e12,  # of this rank; `encoder_flops` says what is counted
             "speed/padding_avoided": 1 - self.tokens / max(self.padded, 1),
             "speed/waiting_for_data": self.waited / seconds,
             "skipped_steps": float(self.skipped),
         }
+        if self.peak:
+            values["speed/mfu"] = self.flops / seconds / self.peak
         self._open()
         return values

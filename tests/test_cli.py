@@ -5,8 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
+import signal
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +19,7 @@ import torch
 import yaml
 
 from mtbert import __version__
-from mtbert.cli import main
+from mtbert.cli import _stop_on_signals, main
 from mtbert.config import load_config
 
 ROOT = Path(__file__).parent.parent
@@ -30,7 +35,7 @@ TINY = [
     "schedule.batch_size=4",
     "engine.threads=1",
 ]
-HEAVY = ("torch", "deepspeed", "numpy", "tokenizers", "sklearn", "ray", "submitit", "tensorboard")
+HEAVY = ("torch", "deepspeed", "numpy", "tokenizers", "sklearn", "ray", "submitit", "tensorboard", "matplotlib")
 
 
 def mtbert(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
@@ -62,6 +67,8 @@ def imported(*arguments: str) -> set[str]:
         ["train", "--config", "nowhere.yaml"],
         ["train", "--resume", "nowhere"],
         ["evaluate", "nowhere"],
+        ["compare", "nowhere"],
+        ["report", "nowhere"],
         ["show-config"],
         ["show-config", "--schema"],
         ["show-config", "--reference"],
@@ -75,7 +82,7 @@ def test_help_configuration_and_typos_come_without_torch(arguments: list[str]) -
 def test_help_names_the_commands() -> None:
     done = mtbert("--help")
     assert done.returncode == 0
-    for command in ("train", "evaluate", "show-config"):
+    for command in ("train", "evaluate", "compare", "report", "show-config"):
         assert command in done.stdout
         assert mtbert(command, "--help").returncode == 0
 
@@ -165,6 +172,65 @@ def test_train_then_evaluate(tmp_path: Path) -> None:
     assert (again.returncode, again.stdout) == (2, "")
     assert re.fullmatch(r"mtbert: run\.name first: runs/first exists already; .*\n", again.stderr)
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()} == before
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """A shell starts what it runs in the background, tests too, with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_ctrl_c_saves_and_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny = [*TINY, f"engine.threads={torch.get_num_threads()}", f"data.cache={tmp_path}", "run.log_every=1"]
+    steps = ["phases=[{steps: 60}]", "run.evaluate_every=60", "run.name=first run"]
+
+    def interrupt() -> None:
+        lines = tmp_path / "runs" / "first run" / "metrics.jsonl"
+        until = time.monotonic() + 60
+        while not lines.exists() or len(lines.read_text().splitlines()) < 5:
+            time.sleep(0.002)
+            if time.monotonic() > until:
+                return
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    assert main(["train", "--quiet", "--set", *tiny, *steps]) == 130
+    thread.join()
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    told = re.search(r"^stopped after step (\d+); continue with: python -m mtbert (.*)$", printed.err, re.MULTILINE)
+    assert told and 5 <= int(told[1]) < 60
+    assert (tmp_path / "runs" / "first run" / "checkpoints" / f"step-{int(told[1]):08d}").is_dir()
+
+    assert main([*shlex.split(told[2]), "--json"]) == 0
+    printed = capsys.readouterr()
+    record = json.loads(printed.out)
+    assert (record["run"], record["status"], record["step"]) == ("runs/first run", "finished", 60)
+    result = json.loads((tmp_path / "runs" / "first run" / "result.json").read_text())
+    assert record["scores"] == {name: task["score"] for name, task in result["tasks"].items()}
+    steps_logged = [json.loads(line)["step"] for line in Path("runs/first run/metrics.jsonl").read_text().splitlines()]
+    assert steps_logged == [*range(60), 59]  # and the evaluation's
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_a_second_ctrl_c_ends_at_once(capfd: pytest.CaptureFixture[str]) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with _stop_on_signals() as stop:
+        assert not stop()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop()
+        assert "again: at once" in capfd.readouterr().err
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_run_that_cannot_start_leaves_its_name_free(

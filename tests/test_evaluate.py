@@ -79,12 +79,12 @@ def alone(config: Config, folder: Path) -> list[tuple[list[Evaluation], float]]:
         dist.destroy_process_group()
 
 
-def one_by_one(config: Config) -> dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]:
-    """Predictions and losses of each task's development set, an example at a time."""
+def one_by_one(config: Config) -> dict[str, tuple[NDArray[np.float64], NDArray[np.float64], list[list[float]]]]:
+    """Predictions, losses and probabilities of each task's development set, an example at a time."""
     model, tasks = build(config)
     found = {}
     for task in tasks:
-        predictions, losses = [], []
+        predictions, losses, probabilities = [], [], []
         for index in range(len(task.dev or ())):
             batch = task.batch("dev", np.array([index]))
             with torch.no_grad():
@@ -92,7 +92,10 @@ def one_by_one(config: Config) -> dict[str, tuple[NDArray[np.float64], NDArray[n
             predictions.append(float(predict(task.config, answers)[0]))
             each = task.example_losses(answers, batch.labels_B)
             losses.append(float(answers[0] if each is None else each[0]))
-        found[task.name] = np.array(predictions), np.array(losses)
+            positive = float(answers.flatten()[-1].sigmoid())
+            shares = {"sst": answers[0].softmax(-1).tolist(), "para": [1 - positive, positive]}
+            probabilities.append(shares.get(task.name, []))
+        found[task.name] = np.array(predictions), np.array(losses), probabilities
     return found
 
 
@@ -109,8 +112,13 @@ def test_any_number_of_ranks_gives_the_plain_loop_s_predictions(
         results, score = answers[0][which]
         scored = [task for task in tasks if task.name != "unscored"]
         for task, result in zip(scored, results, strict=True):
-            predictions_N, losses_N = (values[:count] for values in plain[task.name])
+            predictions_N, losses_N, probabilities = (values[:count] for values in plain[task.name])
             np.testing.assert_allclose(result.predictions_N, predictions_N, rtol=1e-5, atol=1e-5)
+            np.testing.assert_allclose(result.probabilities_NC, probabilities, atol=1e-5)
+            if task.name == "nli":
+                assert np.isnan(result.losses_N).all()
+            else:
+                np.testing.assert_allclose(result.losses_N, losses_N, rtol=1e-4, atol=1e-5)
             assert result.loss == (None if task.name == "nli" else pytest.approx(losses_N.mean(), rel=1e-5))
             assert (result.task, result.metric) == (task.name, task.config.metric_kind)
             wanted = METRICS[result.metric](predictions_N, task.dev.labels_N[:count])
@@ -129,7 +137,7 @@ def test_the_plain_loop_tells_examples_apart(config: Config) -> None:
     """Else the test above could not fail."""
     plain = one_by_one(config)
     assert len(plain.pop("unscored")[0]) == 0
-    for predictions, losses in plain.values():
+    for predictions, losses, _ in plain.values():
         assert len(np.unique(predictions)) > 1
         assert len(np.unique(losses.round(4))) > 50
 

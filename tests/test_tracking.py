@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -12,11 +13,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2
 
 from mtbert import tracking
+from mtbert.figures import cosine_map
 from mtbert.runs import Rank
 from mtbert.tracking import Tracker
 
@@ -99,16 +104,46 @@ def test_values_that_are_not_finite(tmp_path: Path) -> None:
     assert math.isnan(curve(tmp_path, "a")[0][1])
 
 
-def test_all_cosines_share_one_chart(tmp_path: Path) -> None:
-    tags = ["gradient/cosine/quora~sst", "gradient/cosine/sst~sts"]
+def test_the_layout_puts_pairs_in_one_chart_and_finds_every_question_s_curves(tmp_path: Path) -> None:
+    pairs = ["gradient/cosine/quora~sst", "gradient/cosine/sst~sts"]
+    tags = ["gradient/norm/sst", "loss/sst", "loss/sst/dev", "metric/sst/accuracy", "speed/mfu", "passes/sst"]
     with Tracker(tmp_path, Rank(), 0, 10, quiet=True) as tracker:
-        tracker.scalars(0, dict.fromkeys([*tags, "gradient/norm/sst"], 0.1))
+        tracker.scalars(0, dict.fromkeys([*pairs, *tags], 0.1))
     events = EventAccumulator(str(tmp_path)).Reload()
     [event] = events.Tensors("custom_scalars__config__")
     layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
-    [chart] = [chart for category in layout.category for chart in category.chart]
-    [pattern] = chart.multiline.tag
-    assert [tag for tag in events.Tags()["scalars"] if re.search(pattern, tag)] == tags
+    charts = {chart.title: chart.multiline.tag[0] for category in layout.category for chart in category.chart}
+    # as TensorBoard's plugin matches them: from the beginning of the tag
+    shown = {title: [tag for tag in [*pairs, *tags] if re.match(regex, tag)] for title, regex in charts.items()}
+    assert shown["cosine between tasks"] == pairs
+    assert shown["training loss"] == ["loss/sst"]
+    assert shown["development loss"] == ["loss/sst/dev"]
+    assert {tag for found in shown.values() for tag in found} == {*pairs, *tags}
+    assert [category.title for category in layout.category][:3] == [
+        *["does it learn", "do the tasks fight", "is it fast"],
+    ]
+
+
+def test_settings_are_hparams_and_pictures_are_pixels(tmp_path: Path) -> None:
+    with Tracker(tmp_path, Rank(), 0, 10, quiet=True) as tracker:
+        tracker.settings({"optimizer.lr": 0.5, "surgery.method": "pcgrad", "encoder.shape": [1, 2]})
+        tracker.figures(3, lambda: {"gradient/cosines": cosine_map(["a", "b"], {("a", "b"): -0.5})})
+        tracker.finished()
+    events = EventAccumulator(str(tmp_path)).Reload()
+    content = {
+        tag: plugin_data_pb2.HParamsPluginData.FromString(events.SummaryMetadata(tag).plugin_data.content)
+        for tag in events.summary_metadata
+        if tag.startswith("_hparams_/session")
+    }
+    start = content["_hparams_/session_start_info"].session_start_info.hparams
+    assert start["optimizer.lr"].number_value == 0.5
+    assert (start["surgery.method"].string_value, start["encoder.shape"].string_value) == ("pcgrad", "[1, 2]")
+    assert content["_hparams_/session_end_info"].session_end_info.status == api_pb2.STATUS_SUCCESS
+    [image] = events.Images("gradient/cosines")
+    picture = np.asarray(Image.open(io.BytesIO(image.encoded_image_string)).convert("RGB")).reshape(-1, 3)
+    assert image.step == 3 and image.width > 200
+    red, _, blue = picture[(np.ptp(picture.astype(int), axis=1) > 100)].mean(axis=0)  # −0.5 is red, 1 blue
+    assert len(np.unique(picture, axis=0)) > 20 and red != blue
 
 
 def test_text_is_kept(tmp_path: Path) -> None:

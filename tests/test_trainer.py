@@ -6,21 +6,26 @@ import json
 import os
 import signal
 import time
+from dataclasses import fields
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.multiprocessing
 import yaml
 from harness import forking_context
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mtbert import checkpoint
 from mtbert.checkpoint import Checkpointer, _Reader, find_checkpoint, load_weights, open_checkpoint
 from mtbert.config import CheckpointConfig, Config, OptimizerConfig, PhaseConfig, UserError, load_config
 from mtbert.engine import Span
+from mtbert.metrics import METRICS
 from mtbert.randomness import addressed_rng
+from mtbert.record import RunRecord, Said
 from mtbert.runs import Rank, create_run
 from mtbert.trainer import build, evaluate_run, learning_rate_factor, train
 
@@ -96,10 +101,17 @@ def weights(config: Config, run_dir: Path) -> dict[str, torch.Tensor]:
     return load_weights(find_checkpoint(run_dir, "latest"), shapes)
 
 
-def logged(run_dir: Path) -> list[dict[str, object]]:
+def logged(run_dir: Path, timing: tuple[str, ...] = ("time", "speed/", "memory/")) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    timing = ("time", "speed/")
     return [{tag: value for tag, value in line.items() if not tag.startswith(timing)} for line in lines]
+
+
+def equal(some: dict[str, Said], others: dict[str, Said]) -> bool:
+    return some.keys() == others.keys() and all(
+        np.array_equal(getattr(some[task], field.name), getattr(others[task], field.name))
+        for task in some
+        for field in fields(Said)
+    )
 
 
 @pytest.mark.ranks
@@ -121,6 +133,8 @@ def test_killed_and_resumed_ends_with_the_same_bits(config: Config, world: int, 
     assert finished(killed, world) == ("finished", STEPS)
     assert digests(killed) == digests(undisturbed), f"killed after {kill_at} lines"
     assert logged(killed) == logged(undisturbed)
+    for which in ("best", "latest"):
+        assert equal(RunRecord(killed).said(which), RunRecord(undisturbed).said(which))
 
 
 @pytest.mark.ranks
@@ -173,21 +187,41 @@ def test_scores_are_those_of_the_averaged_weights(config: Config) -> None:
 
 
 def test_run_leaves_a_complete_record(config: Config) -> None:
+    config = config.model_copy(update={"engine": config.engine.model_copy(update={"peak_tflops": 0.5})})
     run = new_run(config, "record")
     outcome = train(run, Rank(), quiet=True)
     assert outcome.status == "finished" and set(outcome.metrics) == {"sst", "para", "sts"}
     result = json.loads((run / "result.json").read_text())
     assert set(result["tasks"]["sst"]) == {"metric", "score", "trivial", "bag_of_words"}
-    tags = set().union(*logged(run))
+    tags = set().union(*logged(run, timing=()))
     for tag in (
         *["loss/sst", "metric/sts/pearson", "metric/composite", "learning_rate/encoder", "learning_rate/sst"],
         *["gradient/cosine/sst~para", "gradient/weight/sst", "gradient/norm/para", "gradient/conflict_rate"],
+        *["speed/model_tflops", "speed/mfu", "memory/peak_gib", "passes/sst"],
     ):
         assert tag in tags, tag
+    line = logged(run, timing=())[0]
+    assert line["speed/mfu"] == pytest.approx(line["speed/model_tflops"] / 0.5)
+    assert 0.05 < line["memory/peak_gib"] < 50
     assert load_config(run / "config.yaml") == config.model_copy(
         update={"run": config.run.model_copy(update={"name": "record"})}
     )
     assert len(list((run / "checkpoints").glob("step-*"))) <= config.checkpoint.keep + 1
+
+    record, tasks = RunRecord(run), {task.name: task for task in build(config).tasks}
+    step, scores = record.scores("latest")
+    assert step == STEPS and scores["sst"] == result["tasks"]["sst"]["score"] == outcome.metrics["sst"]
+    for name, said in record.said("latest").items():
+        dev, metric = tasks[name].dev, METRICS[tasks[name].config.metric_kind]
+        assert said.ids_N.tolist() == list(dev.ids) and said.lines_N.tolist() == dev.lines_N.tolist()
+        assert said.labels_N.tolist() == dev.labels_N.tolist()
+        assert metric(said.predictions_N, said.labels_N) == scores[name]
+
+    shown = EventAccumulator(str(run)).Reload()
+    assert set(shown.Tags()["images"]) == {
+        *["sst/confusion", "sst/reliability", "para/confusion", "para/reliability", "sts/scatter", "gradient/cosines"],
+    }
+    assert {"config/text_summary", "command/text_summary", "environment/text_summary"} <= set(shown.Tags()["tensors"])
 
 
 def test_a_damaged_checkpoint_is_passed_over(config: Config) -> None:

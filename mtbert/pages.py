@@ -1,0 +1,63 @@
+"""Self-contained HTML: no script, no network, and text from data is text (Jinja escapes whatever is filled in)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from mtbert.config import UserError
+from mtbert.figures import COSINE, conflict_curves, curves_of, data_uri, panels
+from mtbert.record import RunRecord
+from mtbert.runs import write_atomically
+
+Table = tuple[list[str], list[list[str | float | None]]]
+"""Columns and rows."""
+
+
+def render(template: str, **values: Any) -> str:
+    """One of `mtbert/templates`, filled in."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("mtbert"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["shown"] = _shown
+    return environment.get_template(template).render(**values)
+
+
+def write_page_at(path: Path, page: str) -> None:
+    """Raises `UserError` where nothing can be written."""
+    try:
+        write_atomically(path, page)
+    except OSError as error:
+        raise UserError(f"{path}: cannot write it: {error.strerror}") from None
+
+
+def run_pictures(runs: Sequence[RunRecord], labels: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """The curves of one run or several, by title, each an image's `src`."""
+    tags = list(dict.fromkeys(tag for run in runs for tag in run.curves))
+    questions = {
+        "Scores": [tag for tag in tags if tag.startswith("metric/")],
+        "Training loss": [tag for tag in tags if tag.startswith("loss/") and not tag.endswith("/dev")],
+        "Development loss": [tag for tag in tags if tag.startswith("loss/") and tag.endswith("/dev")],
+        "Surgery": [tag for tag in tags if tag.startswith(("gradient/weight/", "gradient/conflict_rate"))],
+        "Speed": [tag for tag in tags if tag in ("speed/tokens_per_second", "speed/mfu", "memory/peak_gib")],
+    }
+    for title, wanted in questions.items():
+        drawn = {tag.partition("/")[2].removesuffix("/dev"): curves_of(runs, tag, labels) for tag in wanted}
+        if drawn:
+            yield title, data_uri(panels(drawn))
+    if any(tag.startswith(COSINE) for tag in tags):
+        yield "Cosines of task gradients", data_uri(conflict_curves(runs, labels))
+
+
+def _shown(value: str | float | None) -> str:
+    """A cell of a table, as the terminal shows it."""
+    if value is None:
+        return "–"
+    return f"{value:.4f}" if isinstance(value, float) else str(value)

@@ -1,0 +1,179 @@
+"""What a run folder tells afterwards: its configuration, its curves, and what it said of every development example.
+
+    N examples, C classes
+
+    predictions/step-00001200.npz    of the newest and the best evaluation: one array TASK/FIELD per field of `Said`
+
+No torch in here: reading a run is a matter of a moment, on any machine.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mtbert.config import Config, UserError, load_config
+from mtbert.runs import write_atomically
+
+METRICS_FILE = "metrics.jsonl"
+PREDICTIONS = "predictions"
+Which = Literal["best", "latest"]
+
+
+@dataclass(frozen=True)
+class Said:
+    """One task's development examples in the order of their file, and what the model said of each."""
+
+    ids_N: NDArray[np.str_]  # of the id column, else the line
+    lines_N: NDArray[np.int64]  # of the file
+    tokens_N: NDArray[np.int64]  # what the example costs in the encoder
+    labels_N: NDArray[np.float64]
+    predictions_N: NDArray[np.float64]
+    losses_N: NDArray[np.float64]
+    probabilities_NC: NDArray[np.float64]  # no column where the task has none
+
+    def __len__(self) -> int:
+        return len(self.labels_N)
+
+
+def write_predictions(run_dir: Path, step: int, said: Mapping[str, Said], best: int | None) -> None:
+    """Keep what an evaluation after `step` steps said; of earlier evaluations only that after `best` steps stays."""
+    arrays = {f"{task}/{field.name}": getattr(one, field.name) for task, one in said.items() for field in fields(one)}
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, allow_pickle=False, **arrays)
+    folder = run_dir / PREDICTIONS
+    folder.mkdir(exist_ok=True)
+    written = _predictions(folder, step)
+    write_atomically(written, buffer.getvalue())
+    for path in folder.glob("step-*.npz"):
+        if path != written and (best is None or path != _predictions(folder, best)):
+            path.unlink()
+
+
+def _predictions(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:08d}.npz"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One tag of `metrics.jsonl`. Not a number where the run met one."""
+
+    steps: NDArray[np.int64]
+    values: NDArray[np.float64]
+
+    @property
+    def last(self) -> float:
+        return float(self.values[-1])
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run folder, read when asked. Raises `UserError` for a folder that is no run's."""
+
+    folder: Path
+
+    def __post_init__(self) -> None:
+        if not (self.folder / "config.yaml").is_file():
+            raise UserError(f"{self.folder}: no run folder (it holds no config.yaml); give one that training made")
+
+    @property
+    def name(self) -> str:
+        return self.folder.resolve().name
+
+    @cached_property
+    def config(self) -> Config:
+        return load_config(self.folder / "config.yaml")
+
+    @cached_property
+    def curves(self) -> dict[str, Curve]:
+        """Every tag's curve. The last line may still be in the writing; it is then left out."""
+        path = self.folder / METRICS_FILE
+        points: dict[str, list[tuple[int, float]]] = {}
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else ():
+            if not line.endswith("\n"):
+                continue
+            record = json.loads(line)
+            step, _, broken = record.pop("step"), record.pop("time"), record.pop("not_finite", {})
+            for tag, value in record.items():
+                points.setdefault(tag, []).append((step, float(broken.get(tag, value))))
+        return {
+            tag: Curve(np.array([step for step, _ in pairs]), np.array([value for _, value in pairs]))
+            for tag, pairs in points.items()
+        }
+
+    @property
+    def evaluated(self) -> list[str]:
+        """The tasks that have scores."""
+        tasks = self.config.tasks.items()
+        return [name for name, task in tasks if f"metric/{name}/{task.metric_kind}" in self.curves]
+
+    def scores(self, which: Which) -> tuple[int, dict[str, float]]:
+        """Steps done, and the score of each task that is evaluated and the `composite` there. Raises `UserError` before
+        the first evaluation.
+
+        best: the evaluation with the highest composite, the first of equals, as training itself chooses it.
+        """
+        composite = self.curves.get("metric/composite")
+        if composite is None:
+            raise UserError(f"{self.folder}: nothing was evaluated yet; run.evaluate_every says when it is")
+        finite_E = np.where(np.isfinite(composite.values), composite.values, -math.inf)
+        at = int(finite_E.argmax()) if which == "best" else len(finite_E) - 1
+        step = int(composite.steps[at])
+        scores = {}
+        for name in self.evaluated:
+            curve = self.curves[f"metric/{name}/{self.config.tasks[name].metric_kind}"]
+            scores[name] = float(curve.values[curve.steps == step][0])
+        return step + 1, {**scores, "composite": float(composite.values[at])}
+
+    def said(self, which: Which) -> dict[str, Said]:
+        """What the best or the latest evaluation said of every development example, by task."""
+        step, _ = self.scores(which)
+        path = _predictions(self.folder / PREDICTIONS, step)
+        if not path.is_file():
+            raise UserError(
+                f"{path}: no such file; runs of earlier versions kept no predictions, and --resume of a finished run "
+                f"writes none"
+            )
+        with np.load(path, allow_pickle=False) as arrays:
+            return {
+                task: Said(**{field.name: arrays[f"{task}/{field.name}"] for field in fields(Said)})
+                for task in self.evaluated
+            }
+
+    def document(self, name: str) -> dict[str, Any]:
+        """`environment.json`, `result.json`; empty where it is not there (yet)."""
+        path = self.folder / name
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return values
+
+
+def settings(config: Config) -> dict[str, Any]:
+    """Every key of a configuration that bears on what is learnt, dotted, with its value; lists as they are."""
+    values = config.model_dump(mode="json")
+    for section in ("run", "checkpoint"):
+        del values[section]
+    del values["data"]["cache"]
+    values["engine"].pop("threads")
+    return dict(_flat(values))
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    pairs: list[tuple[str, Any]] = []
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            pairs += _flat(value, f"{prefix}{key}.")
+        else:
+            pairs.append((f"{prefix}{key}", value))
+    return pairs
+
+
+__all__ = ["Curve", "RunRecord", "Said", "Which", "settings", "write_predictions"]

@@ -1,0 +1,181 @@
+"""Comparisons of runs whose predictions are known, so that what is a difference is known too."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from mtbert.cli import main
+from mtbert.compare import bootstrap, compare, grouped, holm
+from mtbert.config import UserError, load_config, to_yaml
+from mtbert.metrics import METRICS
+from mtbert.record import RunRecord, Said, write_predictions
+from mtbert.runs import Rank
+from mtbert.tracking import Tracker
+
+QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
+N = 300
+METRIC = {"sst": "accuracy", "sts": "pearson"}
+
+
+def said(seed: int, right: float) -> dict[str, Said]:
+    """Labels that depend on no seed; answers of which about that share is right."""
+    labels = np.random.default_rng(7)
+    classes_N, values_N = labels.integers(0, 5, N), labels.random(N) * 5
+    rng = np.random.default_rng(seed)
+    guesses_N = np.where(rng.random(N) < right, classes_N, (classes_N + 1) % 5)
+    common = {"ids_N": np.arange(N).astype(str), "lines_N": np.arange(N) + 2, "tokens_N": rng.integers(4, 30, N)}
+    shares_NC = np.eye(5)[guesses_N] * 0.6 + 0.08
+    losses_N = -np.log(shares_NC[np.arange(N), classes_N])
+    noisy_N = values_N * right + rng.random(N) * 5 * (1 - right)
+    sst = Said(**common, labels_N=classes_N, predictions_N=guesses_N, losses_N=losses_N, probabilities_NC=shares_NC)
+    errors_N = (values_N - noisy_N) ** 2
+    none_N0 = np.zeros((N, 0))
+    sts = Said(**common, labels_N=values_N, predictions_N=noisy_N, losses_N=errors_N, probabilities_NC=none_N0)
+    return {"sst": sst, "sts": sts}
+
+
+def score(task: str, one: Said) -> float:
+    return METRICS[METRIC[task]](one.predictions_N, one.labels_N)
+
+
+def make(folder: Path, right: float, seed: int, *overrides: str, answers: dict[str, Said] | None = None) -> Path:
+    """A run folder as training leaves it, with those answers."""
+    answers = answers or said(seed, right)
+    folder.mkdir()
+    config = load_config(QUICKSTART, ["tasks.para=null", f"seed={seed}", f"run.name={folder.name}", *overrides])
+    (folder / "config.yaml").write_text(to_yaml(config))
+    scores = {f"metric/{task}/{METRIC[task]}": score(task, one) for task, one in answers.items()}
+    with Tracker(folder, Rank(), 0, 10, quiet=True) as tracker:
+        for step in range(9):
+            tracker.scalars(step, {"loss/sst": 1 / (step + 1), "gradient/cosine/sst~sts": 0.1 - step / 50})
+        tracker.scalars(9, {**scores, "metric/composite": float(np.mean(list(scores.values())))})
+    write_predictions(folder, 10, answers, None)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """pcgrad on three seeds, a clearly better sum, and a lr that changes nothing one could tell."""
+    folder = tmp_path_factory.mktemp("runs")
+    return [
+        *(make(folder / f"pcgrad-{seed}", 0.6, seed) for seed in range(3)),
+        *(make(folder / f"sum-{seed}", 0.85, seed + 10, "surgery.method=sum") for seed in range(2)),
+        make(folder / "lr", 0.6, 20, "optimizer.lr=0.5"),
+    ]
+
+
+def test_groups_are_runs_that_differ_in_seed_alone(runs: list[Path]) -> None:
+    groups = grouped([RunRecord(folder) for folder in runs])
+    assert [len(group.runs) for group in groups] == [3, 2, 1]
+    assert [group.label for group in groups] == [
+        "optimizer.lr=0.001 surgery.method=pcgrad",
+        "optimizer.lr=0.001 surgery.method=sum",
+        "optimizer.lr=0.5 surgery.method=pcgrad",
+    ]
+
+
+def test_what_is_a_difference_is_told_and_what_is_none_is_not(runs: list[Path]) -> None:
+    comparison = compare(runs, "latest", 400)
+    told = {(d.group, d.task): d.verdict for d in comparison.differences}
+    better, same = comparison.groups[1].label, comparison.groups[2].label
+    assert {told[better, task] for task in ("sst", "sts", "composite")} == {"better"}
+    assert {told[same, task] for task in ("sst", "sts", "composite")} == {"not told apart"}
+    for difference in comparison.differences:
+        assert difference.low < difference.difference < difference.high
+    own = [
+        METRICS["accuracy"](RunRecord(r).said("latest")["sst"].predictions_N, said(0, 1)["sst"].labels_N) for r in runs
+    ]
+    first, second = comparison.scores[0]["sst"], comparison.scores[1]["sst"]
+    assert (first.mean, first.deviation) == pytest.approx((np.mean(own[:3]), np.std(own[:3], ddof=1)))
+    assert comparison.differences[0].difference == pytest.approx(second.mean - first.mean)
+    assert comparison.scores[2]["sst"].deviation is None
+
+
+def test_a_worse_run_is_told_from_the_other_side(runs: list[Path]) -> None:
+    comparison = compare([runs[3], runs[0]], "best", 200)
+    assert [d.verdict for d in comparison.differences] == ["worse"] * 3
+
+
+def test_the_interval_is_scipy_s() -> None:
+    """Against scipy.stats.bootstrap on one run each, with resamples of its own: equal up to their noise."""
+    one, other = said(1, 0.6)["sst"], said(2, 0.7)["sst"]
+    resampled = bootstrap([[{"sst": one}], [{"sst": other}]], {"sst": "accuracy"}, 4000)
+    delta_R = resampled[1]["sst"] - resampled[0]["sst"]
+    wins_N = (other.predictions_N == other.labels_N).astype(float) - (one.predictions_N == one.labels_N)
+    wanted = stats.bootstrap((wins_N,), np.mean, n_resamples=4000, method="percentile", rng=np.random.default_rng(0))
+    low, high = wanted.confidence_interval
+    assert np.quantile(delta_R, [0.025, 0.975]) == pytest.approx([low, high], abs=0.006)
+    assert delta_R.std() == pytest.approx(wanted.standard_error, rel=0.05)
+
+
+def test_seeds_widen_the_interval() -> None:
+    """Two runs that disagree: which of them is drawn is part of the uncertainty."""
+    steady = [{"sst": said(1, 0.7)["sst"]}] * 2
+    apart = [{"sst": said(1, 0.5)["sst"]}, {"sst": said(1, 0.9)["sst"]}]
+    spread = [bootstrap([runs], {"sst": "accuracy"}, 500)[0]["sst"].std() for runs in (steady, apart)]
+    assert spread[1] > 3 * spread[0]
+
+
+def test_holm_s_adjustment() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.5]) == pytest.approx([0.04, 0.09, 0.09, 0.5])
+    assert holm([0.6, 0.7]) == [1.0, 1.0]
+
+
+def test_runs_of_other_examples_or_tasks_are_listed_but_not_compared(runs: list[Path], tmp_path: Path) -> None:
+    answers = said(3, 0.9)
+    sst = answers["sst"]
+    shifted = Said(**{**vars(sst), "ids_N": np.arange(1, N + 1).astype(str)})
+    other = make(tmp_path / "shifted", 0.9, 3, "surgery.method=mean", answers={**answers, "sst": shifted})
+    comparison = compare([runs[0], other], "latest", 100)
+    assert comparison.notes == ["sst: shifted was scored on other examples than pcgrad-0; not compared"]
+    assert {difference.task for difference in comparison.differences} == {"sts", "composite"}
+    less = make(tmp_path / "less", 0.9, 3, "tasks.sts=null", answers={"sst": sst})
+    assert compare([runs[0], less], "latest", 100).notes == ["sts: less has no such task; not compared"]
+
+
+def test_at_the_command_line(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "page.html"
+    names = [str(run) for run in runs]
+    assert main(["compare", *names, "--resamples", "100", "--html", str(page)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("Development scores") and lines[1].split() == [
+        "run",
+        "seeds",
+        "step",
+        "sst",
+        "sts",
+        "composite",
+    ]
+    assert lines[2].startswith("optimizer.lr=0.001 surgery.method=pcgrad") and lines[2].count("±") == 3
+    assert "\x1b" not in "".join(lines) and lines[-1] == f"page: {page}"
+    text = page.read_text()
+    assert "surgery.method=sum" in text and text.count("data:image/svg+xml;base64,") >= 3
+    assert main(["compare", *names[:2], "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["groups"][0]["runs"] == names[:2] and record["differences"] == []
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda names: [names[0], names[0]], "named twice"),
+        (lambda names: [names[0], "nowhere"], "nowhere: no run folder"),
+        (lambda names: [*names, "--resamples", "10"], "--resamples 10: an interval takes at least 100"),
+        (lambda names: [names[0], "--html", "/proc/nothing/page.html"], "cannot write it"),
+    ],
+)
+def test_mistakes(runs: list[Path], change, told: str, capsys: pytest.CaptureFixture[str]) -> None:  # type: ignore[no-untyped-def]
+    assert main(["compare", *change([str(run) for run in runs[:2]])]) == 2
+    error = capsys.readouterr().err
+    assert told in error and error.count("\n") == 1
+
+
+def test_an_unfinished_run_is_no_crash(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(to_yaml(load_config(QUICKSTART)))
+    with pytest.raises(UserError, match="nothing was evaluated yet"):
+        compare([tmp_path], "latest", 100)

@@ -1,0 +1,154 @@
+"""The page is read back as a browser's parser reads it, and its numbers are counted again."""
+
+from __future__ import annotations
+
+import html.parser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mtbert.cli import main
+from mtbert.config import load_config, to_yaml
+from mtbert.record import Said, write_predictions
+from mtbert.runs import Rank, write_atomically
+from mtbert.tracking import Tracker
+
+QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
+N = 40
+EVIL = '<script>alert("no")</script> & <img src=x onerror=alert(1)>'
+
+
+class Page(html.parser.HTMLParser):
+    """Elements with their attributes, and the cells of every table."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.tables: list[list[list[str]]] = []
+        self._inside = ""
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        self._inside = tag
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+
+    def handle_data(self, data: str) -> None:
+        if self._inside in ("td", "th"):
+            self.tables[-1][-1][-1] += data
+
+    def handle_endtag(self, tag: str) -> None:
+        self._inside = ""
+
+    def table(self, *header: str) -> list[list[str]]:
+        """The rows of the one table whose header begins so."""
+        [rows] = [rows for rows in self.tables if rows[0][: len(header)] == list(header)]
+        return rows[1:]
+
+
+def said() -> Said:
+    """Of sources web (even lines) and news, whose examples are right and wrong."""
+    right_N = np.arange(N) % 2 == 0
+    lengths_N = np.repeat([5, 9, 20, 21], N // 4)
+    shares_NC = np.where(right_N[:, None], [0.1, 0.9], [0.8, 0.2])
+    ids = np.array([f"r{n}" for n in range(N)])
+    losses_N = np.where(right_N, 0.1, 1.0 + np.arange(N))
+    lines_N = np.arange(N) + 3  # line 2 was left out
+    return Said(ids, lines_N, lengths_N, np.ones(N), right_N.astype(float), losses_N, shares_NC)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """One task whose last sentence, the worst error, would be a script if it were not escaped."""
+    rows = ["\tid\tsentence\tsentiment\tsource", "0\tbroken"]
+    for n in range(N):
+        text = EVIL if n == N - 1 else f"sentence {n}"
+        quoted = '"' + text.replace('"', '""') + '"'
+        rows.append(f"{n}\tr{n}\t{quoted}\t1\t{'news' if n % 2 else 'web'}")
+    (tmp_path / "dev.csv").write_text("\n".join(rows) + "\n")
+    overrides = ["data.generate=null", f"data.dir={tmp_path}", "tasks.para=null", "tasks.sts=null"]
+    overrides += ["tasks.sst.dev=dev.csv", "tasks.sst.classes=2", "tasks.sst.columns.source=source"]
+    folder = tmp_path / "<b>run"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(to_yaml(load_config(QUICKSTART, overrides)))
+    write_atomically(folder / "environment.json", '{"command": ["train", "a b"], "host": "<host>", "packages": {}}')
+    with Tracker(folder, Rank(), 0, 10, quiet=True) as tracker:
+        for step in range(9):
+            tracker.scalars(step, {"loss/sst": 1.0})
+        tracker.scalars(9, {"metric/sst/accuracy": 0.5, "metric/composite": 0.5, "loss/sst/dev": 1.0})
+    write_predictions(folder, 10, {"sst": said()}, 10)
+    return folder
+
+
+def test_text_is_text_and_nothing_is_fetched_or_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(run)]) == 0
+    assert capsys.readouterr().out == f"page: {run / 'report.html'}\n"
+    page = Page(run / "report.html")
+    allowed = {"html", "head", "meta", "title", "style", "body", "h1", "h2", "h3", "p", "div", "img", "pre"}
+    allowed |= {"table", "tr", "th", "td"}
+    assert {tag for tag, _ in page.elements} <= allowed
+    for tag, attributes in page.elements:
+        assert attributes.keys() <= {"lang", "charset", "http-equiv", "content", "name", "class", "alt", "src"}, tag
+        assert (attributes.get("src") or "data:").startswith("data:")
+    policy = next(attributes["content"] for _, attributes in page.elements if "http-equiv" in attributes)
+    assert policy == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    worst = page.table("id", "sentence", "true")
+    assert worst[0] == ["r39", EVIL, "1", "0", "0.2000", "40.0000"]
+    assert (
+        sum(tag == "img" for tag, _ in page.elements) == 5
+    )  # scores, losses, development loss, confusion, reliability
+
+
+def test_slices_errors_and_classes_are_counted_right(run: Path, tmp_path: Path) -> None:
+    output = tmp_path / "page.html"
+    assert main(["report", str(run), "--output", str(output), "--checkpoint", "latest"]) == 0
+    page = Page(output)
+    wrong = 1.0 + np.arange(1, N, 2)
+    assert page.table("source") == [
+        ["news", "20", "0.0000", f"{wrong.mean():.4f}"],
+        ["web", "20", "1.0000", "0.1000"],
+    ]
+    lengths = page.table("tokens")
+    halves = [["5 … 5", "10", "0.5000"], ["9 … 9", "10", "0.5000"], ["20 … 21", "20", "0.5000"]]
+    assert [row[:3] for row in lengths] == halves
+    assert page.table("class") == [
+        ["0", "0", "0.0000", "0.0000", "0.0000"],
+        ["1", "40", "1.0000", "0.5000", f"{2 / 3:.4f}"],
+    ]
+    errors = page.table("id", "sentence")
+    assert [row[0] for row in errors] == [f"r{n}" for n in range(39, 0, -2)]
+    assert [row[1] for row in errors[1:]] == [f"sentence {n}" for n in range(37, 0, -2)]
+
+
+def test_without_the_data_it_says_so_and_does_without(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "dev.csv").unlink()
+    assert main(["report", str(run)]) == 0
+    page = Page(run / "report.html")
+    assert "without texts and sources, for" in (run / "report.html").read_text()
+    assert [row[0] for row in page.table("id", "true")][:2] == ["r39", "r37"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["nowhere"], "nowhere: no run folder"),
+        (["RUN", "--output", "/proc/nothing/page.html"], "/proc/nothing/page.html: cannot write it"),
+        (["EMPTY"], "nothing was evaluated yet"),
+    ],
+)
+def test_mistakes(
+    run: Path, tmp_path: Path, arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "config.yaml").write_text((run / "config.yaml").read_text())
+    places = {"RUN": str(run), "EMPTY": str(empty)}
+    assert main(["report", *(places.get(word, word) for word in arguments)]) == 2
+    error = capsys.readouterr().err
+    assert told in error and error.count("\n") == 1
