@@ -24,7 +24,8 @@ from mtbert.runs import create_run
 ROOT = Path(__file__).parent.parent.parent
 WANTED = os.environ.get("MTBERT_BROWSER") == "1"
 PICTURES = ROOT / "docs" / "pictures"
-SIZE = {"width": 1400, "height": 900}
+SOFTWARE_GL = ["--enable-unsafe-swiftshader"]
+"""TensorBoard's time series are drawn by WebGL, which no GPU is here for."""
 
 collect_ignore_glob = [] if WANTED else ["test_*.py"]
 
@@ -80,6 +81,7 @@ def tensorboard(run: Path) -> Iterator[str]:
     finally:
         server.kill()
         server.wait()
+        server.stderr.close()
 
 
 @pytest.fixture(scope="session")
@@ -89,7 +91,7 @@ def browser() -> Iterator[object]:
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     assert chromium, "no Chromium here; on Debian: apt-get install chromium"
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, chromium_sandbox=False)
+        browser = playwright.chromium.launch(executable_path=chromium, chromium_sandbox=False, args=SOFTWARE_GL)
         yield browser
         browser.close()
 
