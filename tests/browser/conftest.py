@@ -66,9 +66,13 @@ train(run, Rank(), stop, quiet=True)
 @pytest.fixture(scope="session")
 def tensorboard(run: Path) -> Iterator[str]:
     """Its address, while it shows the folder that the run lies in."""
-    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(run.parent)]
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", run.parent.name, "--host", "127.0.0.1"]
     server = subprocess.Popen(
-        [*command, "--host", "127.0.0.1", "--port", "0"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        [*command, "--port", "0"],
+        cwd=run.parent.parent,  # the page shows the folder as it was given
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     assert server.stderr
     try:
