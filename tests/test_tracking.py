@@ -19,6 +19,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2
+from tensorboard.summary.writer import event_file_writer
 
 from mtbert import tracking
 from mtbert.figures import cosine_map
@@ -55,7 +56,9 @@ def test_both_sinks_hold_the_same(tmp_path: Path) -> None:
     )
 
 
-def test_resume_continues_the_same_curve(tmp_path: Path) -> None:
+def test_resume_continues_the_same_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # files of one second and one process are told apart by a counter, and read in the order of their names: 10 before 9
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
     write(tmp_path, 0, 10)
     write(tmp_path, 6, 9, offset=100)
     write(tmp_path, 8, 10, offset=200)
