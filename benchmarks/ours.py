@@ -37,7 +37,7 @@ def engine(shape: EncoderShape, method: str, size: int) -> Callable[[int], objec
     model = MultiTaskModel(shape, EncoderConfig(pooling="pooler"), TASKS, seed=0)
     groups = parameter_groups(model, OPTIMIZER, TASKS, shape.layers)
     host = Engine(model, groups, TASKS, EngineConfig(), OPTIMIZER, Surgery(method, {}, 0), Rank())
-    return lambda number: host.step(number, losses_of(host.model, size, number), 1.0)
+    return lambda number: host.step(number, losses_of(host.model, size, number))
 
 
 class BareLoop:

@@ -65,7 +65,7 @@ def _rank(number: int, world: int, folder: Path) -> None:
             return loss_of(task, engine.model(task, packed), batch.labels[task][mine]) / world
 
         losses = {k: [lambda task=task: build(task)] for k, task in enumerate(TASKS)}
-        engine.step(step, losses, 1.0)  # type: ignore[arg-type]
+        engine.step(step, losses)  # type: ignore[arg-type]
 
     step(0)
     waiting = _Waiting()

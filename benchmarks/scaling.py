@@ -226,7 +226,7 @@ def _rank(number: int, world: int, folder: Path, shape_name: str, rounds: int) -
             return value
 
         engine._host.backward = timed  # type: ignore[method-assign]
-        engine.step(step, {k: [lambda task=task: build(task)] for k, task in enumerate(TASKS)}, 1.0)  # type: ignore[misc]
+        engine.step(step, {k: [lambda task=task: build(task)] for k, task in enumerate(TASKS)})  # type: ignore[misc]
         engine._host.backward = backward  # type: ignore[method-assign]
         totals.append(time.perf_counter() - started)
         passes.append(spent)

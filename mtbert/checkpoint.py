@@ -4,8 +4,9 @@
         rank-0-of-2.safetensors     tensors "name|start|stop|master" (exp_avg, exp_avg_sq, average): a rank's spans
         rank-1-of-2.safetensors
         surgery.safetensors         state of the surgery method, where it has one
+        weighting.safetensors       what the weighting of the losses has learnt, where it learns
         manifest.json               format, step, AdamW's step counts, steps in the average of the weights, best score
-                                    so far, size and SHA-256 of each file
+                                    so far, how tasks were drawn (adaptive schedule), size and SHA-256 of each file
 
 A save copies the state and returns; a thread of every rank writes it, under another name, fsyncs, and the first rank
 renames it when all are done: a checkpoint is there whole or not at all, and training hardly waits. Loading intersects
@@ -22,7 +23,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -38,6 +39,8 @@ from torch import Tensor
 from mtbert.config import UserError
 from mtbert.engine import Engine, Span
 from mtbert.runs import Rank, write_atomically
+from mtbert.surgery import Surgery
+from mtbert.weighting import Weighting
 
 FORMAT = 1
 
@@ -60,6 +63,7 @@ class Checkpoint:
     adam_steps: list[int]
     averaged_steps: int
     best: dict[str, float] | None  # step and score of the best evaluation so far
+    histories: list[Any]  # `Schedule.history` of every schedule of the run
     shapes: dict[str, list[int]]  # of the whole parameters
     files: dict[str, dict[str, Any]]
 
@@ -97,7 +101,14 @@ class Checkpointer:
         """Whether this rank finds it is time for a save: by the clock, or again after one that failed."""
         return time.monotonic() >= self._due_at and (self._writing is None or self._writing.done())
 
-    def save(self, engine: Engine, step: int, best: dict[str, float] | None, message: Callable[[str], None]) -> None:
+    def save(
+        self,
+        engine: Engine,
+        step: int,
+        best: dict[str, float] | None,
+        message: Callable[[str], None],
+        histories: Sequence[Any] = (),
+    ) -> None:
         """Collective. Copies this rank's state, and has it written in the background once the save before is done.
 
         A save that fails leaves the older checkpoints as they are; `message` says so, and soon one is `due` again.
@@ -111,18 +122,22 @@ class Checkpointer:
             for span, states in engine.state()
             for state, tensor in states.items()
         }
-        surgery = {name: tensor.to("cpu", copy=True) for name, tensor in engine.surgery.state_dict().items()}
+        states = {
+            file: {name: tensor.to("cpu", copy=True) for name, tensor in part.state_dict().items()}
+            for file, part in _stateful(engine).items()
+        }
         manifest = {
             "format": FORMAT,
             "step": step,
             "adam_steps": engine.steps_taken(),
             "averaged_steps": engine.averaged_steps,
             "best": best,
+            "histories": histories,
             "shapes": {name: list(shape) for name, shape in engine.shapes.items()},
         }
         self._due_at = time.monotonic() + self.every_s
         self._writing_best = best
-        self._writing = self._thread.submit(self._write, shard, surgery, manifest, message)
+        self._writing = self._thread.submit(self._write, shard, states, manifest, message)
 
     def wait(self) -> str | None:
         """Collective. Until the save under way, if any, is over; why the last one failed, None if it did not."""
@@ -136,7 +151,7 @@ class Checkpointer:
     def _write(
         self,
         shard: dict[str, Tensor],
-        surgery: dict[str, Tensor],
+        states: dict[str, dict[str, Tensor]],
         manifest: dict[str, Any],
         message: Callable[[str], None],
     ) -> None:
@@ -147,9 +162,7 @@ class Checkpointer:
             self._on_every_rank(lambda: _make_empty(aside) if self.rank.first else None)
             files = dict(self._on_every_rank(lambda: (name, _save(shard, aside / name))))
             self._on_every_rank(
-                lambda: (
-                    self._complete(aside, target, surgery, {**manifest, "files": files}) if self.rank.first else None
-                )
+                lambda: self._complete(aside, target, states, {**manifest, "files": files}) if self.rank.first else None
             )
         except OSError as error:
             self._trouble = f"step {manifest['step']} could not be saved: {error}"
@@ -178,10 +191,13 @@ class Checkpointer:
             raise OSError(troubles[0])
         return [result for result, _ in answers]
 
-    def _complete(self, aside: Path, target: Path, surgery: dict[str, Tensor], manifest: dict[str, Any]) -> None:
+    def _complete(
+        self, aside: Path, target: Path, states: dict[str, dict[str, Tensor]], manifest: dict[str, Any]
+    ) -> None:
         """The manifest, when every shard is on disk; then the name that makes it a checkpoint."""
-        if surgery:
-            manifest["files"]["surgery.safetensors"] = _save(surgery, aside / "surgery.safetensors")
+        for file, state in states.items():
+            if state:
+                manifest["files"][file] = _save(state, aside / file)
         write_atomically(aside / "manifest.json", json.dumps(manifest, indent=1) + "\n")
         _fsync_folder(aside)
         if target.exists():  # damaged: else the run would have continued from it
@@ -224,9 +240,14 @@ class Checkpointer:
         _check_shapes(checkpoint, engine.shapes)
         with _Reader(checkpoint.folder) as reader:
             engine.load_state(reader.span, checkpoint.adam_steps, checkpoint.averaged_steps)
-        surgery = checkpoint.folder / "surgery.safetensors"
-        engine.surgery.load_state_dict(load_file(surgery) if surgery.exists() else {})
+        for file, part in _stateful(engine).items():
+            path = checkpoint.folder / file
+            part.load_state_dict(load_file(path) if path.exists() else {})
         self.best = checkpoint.best
+
+
+def _stateful(engine: Engine) -> dict[str, Surgery | Weighting]:
+    return {"surgery.safetensors": engine.surgery, "weighting.safetensors": engine.weighting}
 
 
 def find_checkpoint(run_dir: Path, which: Literal["best", "latest"]) -> Checkpoint:
@@ -273,6 +294,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         manifest["adam_steps"],
         manifest.get("averaged_steps", 0),  # a run from before there were averages
         manifest["best"],
+        manifest.get("histories", []),
         manifest["shapes"],
         manifest["files"],
     )

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
+
+ENCODER = "encoder"  # what the shared part of the model is called among parts
 
 
 class UserError(ValueError):
@@ -279,24 +282,33 @@ class TaskConfig(Section):
 
 
 class ScheduleConfig(Section):
-    kind: Literal["round_robin", "sequential", "sampled"] = Field(
+    kind: Literal["round_robin", "sequential", "sampled", "adaptive"] = Field(
         "round_robin",
         description="round_robin: every task in every step. sequential: each dataset to its end, one after "
-        "another. sampled: tasks drawn with probability ∝ N^alpha",
+        "another. sampled: tasks drawn with probability ∝ N^alpha. adaptive: more often the lower their score lies "
+        "under its target",
     )
     length: Literal["shortest", "longest", "unbalanced"] | Annotated[int, Field(ge=1)] = Field(
         "longest",
-        description="steps per epoch of round_robin and sampled: when the shortest or the longest "
+        description="steps per epoch of all but sequential: when the shortest or the longest "
         "dataset ends, unbalanced (a task stops when its data end), or σ, a number of steps; shorter "
         "datasets start again",
     )
-    alpha: float = Field(1.0, ge=0, description="sampled: 1 is proportional to size, 0 is uniform")
+    alpha: float = Field(
+        1.0,
+        ge=0,
+        description="sampled: 1 is proportional to size, 0 is uniform. adaptive: probability ∝ 1 / (min(1, score / "
+        "target)^alpha + 0.1), with the scores of the last evaluation; 0 is uniform",
+    )
+    targets: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        {}, description="adaptive: by task, the score it is measured against (what it reaches alone); default 1"
+    )
     anneal: float = Field(
         0.0,
         ge=0,
         description="sampled: alpha falls linearly by this much from the first epoch to the last (PALs: 0.8)",
     )
-    tasks_per_step: int = Field(1, ge=1, description="sampled: draws per step")
+    tasks_per_step: int = Field(1, ge=1, description="sampled, adaptive: draws per step")
     batch_size: int = Field(32, ge=1, description="examples per task and step, over all ranks and micro-batches")
     bucket: int = Field(
         64, ge=1, description="batches sorted by length together: larger wastes less, 1 is a plain shuffle"
@@ -310,23 +322,66 @@ class ScheduleConfig(Section):
             raise ValueError("length unbalanced belongs to kind round_robin")
         if self.anneal > self.alpha:
             raise ValueError(f"anneal {self.anneal} would take alpha {self.alpha} below 0")
+        if self.anneal and self.kind != "sampled":
+            raise ValueError("anneal belongs to kind sampled")
+        if self.targets and self.kind != "adaptive":
+            raise ValueError("targets belong to kind adaptive")
         return self
 
 
+class Milestones(Section):
+    """A learning rate that falls in steps (torch's MultiStepLR)."""
+
+    milestones: list[Annotated[int, Field(ge=1)]] = Field(
+        min_length=1, description="epochs of the run after which every rate is multiplied by gamma"
+    )
+    gamma: float = Field(gt=0, le=1, description="factor of each step down")
+
+
+Decay = Literal["constant", "linear", "cosine"] | Milestones
+Scale = Annotated[float, Field(gt=0)]
+
+
 class PhaseConfig(Section):
-    """A stretch of training with its own trainable parts, length and learning-rate scale."""
+    """A stretch of training with its own tasks, trainable parts, length and learning rates.
+
+    A part is the encoder, the head of a task, or a layer that heads share, by name.
+    """
 
     name: str = Field("train", description="shown while it runs")
     epochs: int | None = Field(None, ge=1, description="epochs of the schedule; give this or steps")
     steps: int | None = Field(None, ge=1, description="steps; give this or epochs")
-    trainable: Literal["all", "heads"] = Field("all", description="heads: the encoder is frozen (linear probing)")
-    lr_scale: float = Field(1.0, gt=0, description="multiplies every learning rate during this phase")
+    tasks: list[str] | None = Field(None, min_length=1, description="names of the tasks that it trains; default: all")
+    trainable: Literal["all", "heads"] | Annotated[list[str], Field(min_length=1)] = Field(
+        "all", description="heads: the encoder is frozen (linear probing); or names of parts, such as [encoder, sst]"
+    )
+    leave_out: list[str] = Field(
+        [], description="tasks whose loss trains their heads and does not reach the encoder (leave one task out)"
+    )
+    lr: float | None = Field(None, ge=0, description="learning rate of the encoder; default optimizer.lr")
+    head_lr: float | None = Field(
+        None, ge=0, description="learning rate of heads that have none of their own; default optimizer.head_lr"
+    )
+    lr_scale: Scale | dict[str, Scale] = Field(
+        1.0, description="multiplies every learning rate during this phase; or by part, such as {encoder: 0.5, sst: 2}"
+    )
+    warmup: float | None = Field(None, ge=0, lt=1, description="default optimizer.warmup")
+    decay: Decay | None = Field(None, description="default optimizer.decay")
 
     @model_validator(mode="after")
     def _one_length(self) -> PhaseConfig:
         if (self.epochs is None) == (self.steps is None):
             raise ValueError(f"phase {self.name!r} needs either epochs or steps")
         return self
+
+    def trains(self, part: str) -> bool:
+        """Whether the part named so moves in this phase, should a task that uses it be trained."""
+        if isinstance(self.trainable, str):
+            return self.trainable == "all" or part != ENCODER
+        return part in self.trainable
+
+    def scale(self, part: str) -> float:
+        return self.lr_scale.get(part, 1.0) if isinstance(self.lr_scale, dict) else self.lr_scale
 
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -340,7 +395,11 @@ class OptimizerConfig(Section):
     eps: float = Field(1e-8, gt=0, description="AdamW: added to the root of the second average")
     weight_decay: float = Field(0.01, ge=0, description="AdamW; biases and LayerNorm are spared")
     warmup: float = Field(0.06, ge=0, lt=1, description="share of each phase in which the rates rise from 0")
-    decay: Literal["constant", "linear", "cosine"] = Field("linear", description="course after the warm-up, to 0")
+    decay: Decay = Field(
+        "linear",
+        description="course after the warm-up: constant, over each phase to 0 (linear, cosine), or in steps, such as "
+        "{milestones: [5, 25], gamma: 0.7}",
+    )
     ema: float | None = Field(
         None,
         gt=0,
@@ -348,6 +407,13 @@ class OptimizerConfig(Section):
         description="decay of a moving average of the weights (0.999: about the last 1000 steps), which evaluation and "
         "exported weights use instead of the last step's; null: no average",
     )
+
+
+class WeightingConfig(Section):
+    method: str = Field(
+        "fixed", description="of the losses, after λ: fixed, homoscedastic, dwa, famo, imtl_l, … (mtbert/weighting.py)"
+    )
+    options: dict[str, Any] = Field({}, description="of the method, e.g. lr: 0.01 for homoscedastic")
 
 
 class SurgeryConfig(Section):
@@ -409,6 +475,7 @@ class Config(Section):
         [PhaseConfig(epochs=3)], min_length=1, description="stretches of training, one after another"
     )
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="AdamW and its learning rates")
+    weighting: WeightingConfig = Field(default_factory=WeightingConfig, description="how much each task's loss counts")
     surgery: SurgeryConfig = Field(default_factory=SurgeryConfig, description="how task gradients become one")
     engine: EngineConfig = Field(default_factory=EngineConfig, description="how a step is computed")
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="when the run is saved")
@@ -421,11 +488,16 @@ class Config(Section):
         for name in self.tasks:
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
                 raise ValueError(f"tasks.{name}: a task's name is made of letters, digits, - and _")
+            if name == ENCODER:
+                raise ValueError(f"tasks.{name}: this name belongs to the part that all tasks share; choose another")
         if all(task.dev is None for task in self.tasks.values()):
             raise ValueError("tasks: none has a dev file, so nothing would be scored; give one to at least one task")
         self._layers_exist()
         for name, task in self.tasks.items():
             self._can_rank(name, task)
+        _known("schedule.targets", self.schedule.targets, self.tasks)
+        for number, phase in enumerate(self.phases):
+            self._check_phase(f"phases.{number}", phase)
         return self
 
     def _layers_exist(self) -> None:
@@ -435,7 +507,7 @@ class Config(Section):
                 valid = ", ".join(self.shared_layers) or "none; define it there"
                 raise ValueError(f"tasks.{name}.head.shared: no {layer!r} in shared_layers; there: {valid}")
         for layer in self.shared_layers:
-            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", layer) or layer in self.tasks:
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", layer) or layer in (ENCODER, *self.tasks):
                 raise ValueError(
                     f"shared_layers.{layer}: a layer's name is made of letters, digits, - and _, and is no task's"
                 )
@@ -451,6 +523,55 @@ class Config(Section):
                 if cuts > 1
                 else f"{where}; use batch_size 2 or more"
             )
+
+    def _check_phase(self, where: str, phase: PhaseConfig) -> None:
+        users = self.part_users
+        _known(f"{where}.tasks", phase.tasks or (), self.tasks)
+        _known(f"{where}.leave_out", phase.leave_out, self.tasks)
+        if not isinstance(phase.trainable, str):
+            _known(f"{where}.trainable", phase.trainable, [*users, "all", "heads"], "a list names parts")
+        _known(f"{where}.lr_scale", phase.lr_scale if isinstance(phase.lr_scale, dict) else (), users)
+        trained = set(phase.tasks or self.tasks)
+        moved = [
+            part
+            for part, tasks in users.items()
+            if phase.trains(part)
+            and self.rate(phase, part) > 0
+            and trained & set(tasks) - (set(phase.leave_out) if part == ENCODER else set())
+        ]
+        if not moved:
+            useful = [part for part, tasks in users.items() if trained & set(tasks)]
+            raise ValueError(
+                f"{where}: phase {phase.name!r} trains nothing: what is trainable has no parameters, a rate of 0, or "
+                f"no loss that reaches it; valid parts for trainable: {', '.join(useful)}, with a rate above 0"
+            )
+
+    @property
+    def part_users(self) -> dict[str, list[str]]:
+        """Parts of the model that have parameters → the tasks that use them."""
+        users = {ENCODER: list(self.tasks)}
+        for name, task in self.tasks.items():
+            if task.head.kind not in _COSINE_HEADS or task.head.hidden:
+                users[name] = [name]
+        for layer in self.shared_layers:
+            users[layer] = [name for name, task in self.tasks.items() if task.head.shared == layer]
+        return users
+
+    def rate(self, phase: PhaseConfig, part: str) -> float:
+        """The part's learning rate in a phase, before warm-up, decay and `layer_decay`."""
+        if part == ENCODER:
+            rate = self.optimizer.lr if phase.lr is None else phase.lr
+        else:
+            own = self.tasks[part].head.lr if part in self.tasks else self.shared_layers[part].lr
+            head_lr = self.optimizer.head_lr if phase.head_lr is None else phase.head_lr
+            rate = head_lr if own is None else own
+        return rate * phase.scale(part)
+
+
+def _known(where: str, names: Iterable[str], valid: Iterable[str], hint: str = "") -> None:
+    for name in names:
+        if name not in valid:
+            raise ValueError(f"{where}: no {name!r} here; valid: {', '.join(valid)}" + (f"; {hint}" if hint else ""))
 
 
 # ---------------------------------------------------------------------------------- reading and merging
@@ -564,6 +685,14 @@ _INSTEAD = {
 }
 """What users are told where pydantic would speak of its own classes."""
 
+_UNIONS = {
+    "length": "expected shortest, longest, unbalanced or a number of steps from 1 on",
+    "decay": "expected constant, linear, cosine or steps such as {milestones: [5, 25], gamma: 0.7}",
+    "trainable": "expected all, heads or a list of parts such as [encoder, sst]",
+    "lr_scale": "expected a number above 0, or one for each part such as {encoder: 0.5}",
+}
+"""Keys of several types: pydantic adds each type's name, and complains of each."""
+
 
 def _explain(error: ValidationError) -> str:
     """The first complaint in one line: dotted key, what is wrong, what would be right.
@@ -574,8 +703,11 @@ def _explain(error: ValidationError) -> str:
     first = next((each for each in errors if each["type"] in ("extra_forbidden", "invalid_key")), errors[0])
     parts = [str(part) for part in first["loc"] if part != "[key]"]
     message = _INSTEAD.get(first["type"]) or first["msg"].removeprefix("Value error, ")
-    if parts[:2] == ["schedule", "length"]:  # a union: pydantic adds the branch's name, and complains of each branch
-        parts, message = parts[:2], "expected shortest, longest, unbalanced or a number of steps from 1 on"
+    given = first.get("input")
+    shown = f" (got {given!r})" if isinstance(given, str | int | float | bool | type(None)) else ""
+    for union, wanted in _UNIONS.items():
+        if union in parts:
+            return f"{'.'.join(parts[: parts.index(union) + 1])}: {wanted}{shown}"
     key = ".".join(parts)
     if first["type"] == "extra_forbidden":
         valid = _valid_keys(parts[:-1])
@@ -587,8 +719,6 @@ def _explain(error: ValidationError) -> str:
     if first["type"] == "boolean":
         return f"{key}.{message}" if key else message
     message = message[0].lower() + message[1:]
-    given = first.get("input")
-    shown = f" (got {given!r})" if isinstance(given, str | int | float | bool | type(None)) else ""
     return f"{key}: {message}{shown}" if key else message
 
 

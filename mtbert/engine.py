@@ -1,12 +1,13 @@
 """The only file that knows DeepSpeed: task gradients as ZeRO shards, their Gram matrix, the combination, the step.
 
     K losses → K backwards → K shards of reduced gradients → G = S Sᵀ (one all-reduce of K² numbers)
-             → surgery: K weights → Σ w_k·S_k → DeepSpeed's optimizer step
+             → weighting: K factors f → surgery on f_i·f_j·G_ij: K weights w → Σ w_k·f_k·S_k → DeepSpeed's step
 
-Shapes: K tasks in the step, P shared parameters, W ranks, S = P/W numbers of a rank's shard.
+Shapes: K tasks in the step, M of them reach the encoder, P encoder parameters, W ranks, S = P/W numbers of a rank's
+shard.
 
-A rank holds a whole task gradient only during that task's backward (and the next one's, while it travels). Parameters
-that all tasks share get surgery; a head belongs to one task and gets that task's gradient as it is.
+A rank holds a whole task gradient only during that task's backward (and the next one's, while it travels). The encoder
+gets surgery; what heads are made of gets the gradients of the tasks that use it, times their factors, summed.
 
 What we rest on inside DeepSpeed (private names; the version range in setup.py is narrow and tests/test_engine.py fails
 when a gradient goes missing): stage 1 `bit16_groups`, `bit16_groups_flat`, `single_partition_of_fp32_groups`,
@@ -22,19 +23,19 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mtbert.config import EngineConfig, OptimizerConfig, SharedLayerConfig, TaskConfig
+from mtbert.config import ENCODER, EngineConfig, OptimizerConfig, SharedLayerConfig, TaskConfig
 from mtbert.runs import Rank
 from mtbert.surgery import Surgery
+from mtbert.weighting import Weighting
 
 Loss = Callable[[], Tensor]
 """Builds one micro-batch's loss: this rank's sum over its examples, divided by those of the global batch."""
@@ -52,7 +53,13 @@ class Group:
     names: tuple[str, ...]
     lr: float
     weight_decay: float
-    users: tuple[str, ...]
+    users: tuple[str, ...] = ()
+    layer_scale: float = 1.0  # what `layer_decay` makes of the encoder's rate here; part of `lr`
+
+    @property
+    def part(self) -> str:
+        """Its name in `phases[].trainable`."""
+        return self.task or ENCODER
 
 
 @dataclass(frozen=True)
@@ -83,9 +90,11 @@ class StepResult:
     """What a step did, the same on every rank. All on the CPU."""
 
     tasks: tuple[int, ...]
-    losses_K: Tensor
-    gram_KK: Tensor  # of the shared gradients, λ included
-    weights_K: Tensor
+    losses_K: Tensor  # without λ
+    factors_K: Tensor  # what each task's gradients were multiplied by: λ times the factor of `weighting`
+    through: tuple[int, ...]  # the tasks that reach the encoder
+    gram_MM: Tensor  # of their gradients there, factors included
+    weights_M: Tensor  # what surgery multiplied these by
     head_norm: float  # of all heads' gradients together
     norm: float  # of the combined gradient, before clipping
     skipped: bool  # a loss or gradient was not finite: nothing was updated
@@ -125,16 +134,19 @@ def parameter_groups(
         parts = name.split(".")
         decay = config.weight_decay if parameter.dim() > 1 else 0.0
         if parts[0] in ("heads", "shared"):
-            own_lr = own_rates[parts[1]]
-            key = (parts[1], config.head_lr if own_lr is None else own_lr, decay)
+            key = (parts[1], 1.0, decay)
         else:
-            key = (None, config.lr * config.layer_decay ** _depth_below_top(parts, layers), decay)
+            key = (None, config.layer_decay ** _depth_below_top(parts, layers), decay)
         members.setdefault(key, []).append(name)
-    ordered = sorted(members.items(), key=lambda item: item[0][0] is not None)
-    users: dict[str | None, tuple[str, ...]] = {
-        name: tuple(task for task, config in tasks.items() if name in (task, config.head.shared)) for name in own_rates
-    }
-    return [Group(name, tuple(names), lr, decay, users.get(name, ())) for (name, lr, decay), names in ordered]
+    groups = []
+    for (part, scale, decay), names in sorted(members.items(), key=lambda item: item[0][0] is not None):
+        if part is None:
+            groups.append(Group(None, tuple(names), config.lr * scale, decay, layer_scale=scale))
+            continue
+        own_lr = own_rates[part]
+        users = tuple(name for name, task in tasks.items() if part in (name, task.head.shared))
+        groups.append(Group(part, tuple(names), config.head_lr if own_lr is None else own_lr, decay, users))
+    return groups
 
 
 def _depth_below_top(parts: Sequence[str], layers: int) -> int:
@@ -161,14 +173,18 @@ class _AdamW(torch.optim.AdamW):
         return super().step(closure)
 
 
+Own = dict[int, Tensor]
+"""A task's gradient outside the encoder on this rank: partition number → shard, for the groups that the task uses."""
+
+
 class _Host(Protocol):
-    """Where gradients become shards. Partitions (and so shards) hold shared groups first, then the heads'."""
+    """Where gradients become shards. Partitions (and so shards) hold the encoder's groups first, then the heads'."""
 
     partitions: list[Partition]
 
-    def begin(self, tasks: int) -> None: ...
-    def backward(self, slot: int, losses: Sequence[Loss]) -> Tensor: ...
-    def shards(self) -> tuple[Tensor, Tensor]: ...
+    def begin(self, through: int) -> None: ...
+    def backward(self, task: int, slot: int | None, losses: Sequence[Loss]) -> Tensor: ...
+    def shards(self) -> tuple[Tensor, dict[int, Own]]: ...
     def apply(self, gradients: Sequence[Tensor]) -> None: ...
     def publish_masters(self) -> None: ...
 
@@ -178,7 +194,7 @@ class Engine:
 
     Args:
         groups: from `parameter_groups`; tasks are numbered in the order of `tasks`.
-        weights: λ of each task, multiplied into its loss.
+        weighting: of the tasks' losses, after λ.
     """
 
     def __init__(
@@ -190,11 +206,13 @@ class Engine:
         optimizer: OptimizerConfig,
         surgery: Surgery,
         rank: Rank,
+        weighting: Weighting | None = None,
     ) -> None:
         self.groups = list(groups)
         self.tasks = list(tasks)
-        self.loss_weights = [task.weight for task in tasks.values()]
+        self.loss_weights = torch.tensor([task.weight for task in tasks.values()], dtype=torch.float64)
         self.surgery = surgery
+        self.weighting = weighting or Weighting("fixed", {}, [False] * len(self.tasks), 0)
         self.clip_norm = config.clip_norm
         self.device = local_device(rank)
         self.dtype = _lowest_common(choose_precision(config.precision, self.device), self.device)
@@ -203,7 +221,14 @@ class Engine:
         self._deepspeed = _initialise_deepspeed(model, self.groups, config, optimizer, self.dtype, self.device)
         self.model = self._deepspeed.module
         host = _Stage1 if config.zero == 1 else _Stage3
-        self._host: _Host = host(self._deepspeed, self.groups, masters, config.accumulation)
+        users = {
+            index: [number for number, task in enumerate(self.tasks) if task in group.users]
+            for index, group in enumerate(self.groups)
+            if group.task is not None
+        }
+        self._host: _Host = host(self._deepspeed, users, masters, config.accumulation)
+        parameters = dict(self.model.named_parameters())
+        self._encoder = [parameters[name] for group in self.groups if group.task is None for name in group.names]
         self.partitions = self._host.partitions
         self.ema = optimizer.ema
         self.averaged_steps = 0  # steps in the average
@@ -218,86 +243,126 @@ class Engine:
         self,
         step: int,
         losses: Mapping[int, Sequence[Loss]],
-        lr_factor: float,
-        frozen: bool = False,
+        rates: Sequence[float | None] | None = None,
+        heads_only: Collection[int] = (),
+        epoch: int = 0,
+        rate_factor: float = 1.0,
         stop: bool = False,
         save: bool = False,
     ) -> StepResult:
         """One optimizer step on the tasks in `losses` (task number → micro-batches, the same tasks on all ranks).
 
         Args:
-            lr_factor: multiplies every group's learning rate.
-            frozen: only heads are trained; the encoder's gradients are still measured.
+            rates: learning rate of every group, None for a group that is frozen; default: each group's own. Where the
+                encoder is frozen, no gradient is computed for it, and surgery rests.
+            heads_only: tasks whose loss trains their heads and does not reach the encoder.
+            epoch: for weightings that go by epochs.
+            rate_factor: the schedule's part of `rates`, for what the weighting learns.
             stop, save: this rank wants to stop, or a checkpoint; the answer says whether any does.
         """
+        rates = [group.lr for group in self.groups] if rates is None else rates
         tasks = tuple(losses)
-        self._host.begin(len(tasks))
-        values = [self._backward(slot, task, losses[task]) for slot, task in enumerate(tasks)]
-        shards_KS, heads_S = self._host.shards()
-        gram_KK, head_square, losses_K, stop, save = self._agree(shards_KS, heads_S, values, stop, save)
-        # in fp32, which surgery works in: what overflows there is not finite either
-        finite = bool(torch.isfinite(gram_KK.float()).all() and torch.isfinite(losses_K).all())
-        weights_K = torch.full((len(tasks),), math.nan)
+        frozen = all(rate is None for group, rate in zip(self.groups, rates, strict=True) if group.task is None)
+        through = () if frozen else tuple(task for task in tasks if task not in heads_only)
+        self._host.begin(len(through))
+        values = [self._backward(task, through, losses[task]) for task in tasks]
+        shards_MS, own = self._host.shards()
+        gram_MM, head_gram_KK, losses_K, stop, save = self._agree(tasks, shards_MS, own, values, stop, save)
+        lambda_K = self.loss_weights[list(tasks)]
+        factors_K = lambda_K * self.weighting.factors(lambda_K * losses_K, tasks, step, epoch)
+        factors_M = factors_K[[tasks.index(task) for task in through]]
+        gram_MM *= torch.outer(factors_M, factors_M)
+        head_square = float(factors_K @ head_gram_KK @ factors_K)
+        weights_M = torch.full((len(through),), math.nan)
         norm = math.nan
-        if finite and math.isfinite(head_square):
-            weights_K = self.surgery.weights(gram_KK.float(), step, tasks)
-            shared_square = 0.0 if frozen else float(weights_K.double() @ gram_KK @ weights_K.double())
-            norm = math.sqrt(max(shared_square, 0.0) + head_square)
+        # in fp32, which surgery works in: what overflows there is not finite either
+        if gram_MM.float().isfinite().all() and losses_K.isfinite().all() and math.isfinite(head_square):
+            weights_M = self.surgery.weights(gram_MM.float(), step, through) if through else weights_M
+            norm = math.sqrt(max(float(weights_M.double() @ gram_MM @ weights_M.double()), 0.0) + head_square)
         if math.isfinite(norm):
             scale = min(1.0, self.clip_norm / norm) if self.clip_norm and norm > 0 else 1.0
-            self._set_rates(lr_factor, tasks, frozen)
-            self._apply(shards_KS, heads_S, weights_K * scale, scale)
+            self._set_rates(rates, tasks, through)
+            self._apply(shards_MS, own, weights_M * factors_M * scale, dict(zip(tasks, factors_K * scale, strict=True)))
             self._average()
+            after_K = self._losses_after(losses) if self.weighting.wants_losses_after else None
+            after_K = None if after_K is None else lambda_K * after_K
+            self.weighting.learn(lambda_K * losses_K, tasks, step, epoch, rate_factor, after_K)
+        skipped = not math.isfinite(norm)
         return StepResult(
-            tasks, losses_K, gram_KK, weights_K, math.sqrt(head_square), norm, not math.isfinite(norm), stop, save
+            *(tasks, losses_K, factors_K, through, gram_MM, weights_M),
+            *(math.sqrt(head_square) if head_square >= 0 else math.nan, norm, skipped, stop, save),
         )
 
-    def _backward(self, slot: int, task: int, losses: Sequence[Loss]) -> Tensor:
-        """The task's loss on this rank, without λ; still on the device, so that nothing waits for it here."""
-        weight = self.loss_weights[task]
-        value = self._host.backward(slot, [partial(_weighted, loss, weight) for loss in losses])
-        return value / weight if weight else value
+    def _backward(self, task: int, through: Sequence[int], losses: Sequence[Loss]) -> Tensor:
+        """The task's loss on this rank; still on the device, so that nothing waits for it here."""
+        if task in through:
+            return self._host.backward(task, through.index(task), losses)
+        for parameter in self._encoder:  # then autograd neither keeps nor computes anything below the heads
+            parameter.requires_grad_(False)
+        try:
+            return self._host.backward(task, None, losses)
+        finally:
+            for parameter in self._encoder:
+                parameter.requires_grad_(True)
 
     def _agree(
-        self, shards_KS: Tensor, heads_S: Tensor, values: Sequence[Tensor], stop: bool, save: bool
-    ) -> tuple[Tensor, float, Tensor, bool, bool]:
-        """Everything ranks must know of each other in a step, in one all-reduce of K² + K + 3 numbers (fp64)."""
-        tasks = len(values)
+        self,
+        tasks: Sequence[int],
+        shards_MS: Tensor,
+        own: Mapping[int, Own],
+        values: Sequence[Tensor],
+        stop: bool,
+        save: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, bool, bool]:
+        """Everything ranks must know of each other in a step, in one all-reduce of M² + K² + K + 2 numbers (fp64)."""
+        wide, deep = len(shards_MS), len(tasks)
         message = torch.cat(
             [
-                gram(shards_KS).flatten(),
-                heads_S.double().square().sum().reshape(1),
+                gram(shards_MS).flatten(),
+                _own_gram([own[task] for task in tasks]).flatten().to(self.device),
                 torch.stack(list(values)).double(),
                 torch.tensor([stop, save], dtype=torch.float64, device=self.device),
             ]
         )
         dist.all_reduce(message)
-        message = message.cpu()
-        gram_KK = message[: tasks * tasks].view(tasks, tasks)
-        head_square, *losses, stops, saves = message[tasks * tasks :].tolist()
-        return gram_KK, head_square, torch.tensor(losses), stops > 0, saves > 0
+        gram_MM, head_gram_KK, losses_K, wishes = message.cpu().split([wide**2, deep**2, deep, 2])
+        return gram_MM.view(wide, wide), head_gram_KK.view(deep, deep), losses_K, bool(wishes[0]), bool(wishes[1])
 
-    def _set_rates(self, lr_factor: float, tasks: Sequence[int], frozen: bool) -> None:
+    def _set_rates(self, rates: Sequence[float | None], tasks: Sequence[int], through: Sequence[int]) -> None:
         present = {self.tasks[task] for task in tasks}
-        for group, options in zip(self.groups, self._deepspeed.optimizer.optimizer.param_groups, strict=True):
-            options["lr"] = group.lr * lr_factor
-            # a head absent from this step must not fade or decay
-            options["frozen"] = frozen if group.task is None else present.isdisjoint(group.users)
+        options = self._deepspeed.optimizer.optimizer.param_groups
+        for group, rate, values in zip(self.groups, rates, options, strict=True):
+            values["lr"] = rate or 0.0
+            # what no task of this step trains must not fade or decay
+            idle = not through if group.task is None else present.isdisjoint(group.users)
+            values["frozen"] = rate is None or idle
 
-    def _apply(self, shards_KS: Tensor, heads_S: Tensor, weights_K: Tensor, head_scale: float) -> None:
-        combine(shards_KS, weights_K, out=self._combined)
-        if head_scale != 1.0:
-            heads_S.mul_(head_scale)
-        gradients, shared, head = [], 0, 0
-        for partition in self.partitions:
+    def _apply(
+        self, shards_MS: Tensor, own: Mapping[int, Own], weights_M: Tensor, factors: Mapping[int, Tensor]
+    ) -> None:
+        if len(weights_M):
+            combine(shards_MS, weights_M.float(), out=self._combined)
+        gradients, first = [], 0
+        for number, partition in enumerate(self.partitions):
             size = partition.master.numel()
             if self.groups[partition.group].task is None:
-                gradients.append(self._combined[shared : shared + size])
-                shared += size
-            else:
-                gradients.append(heads_S[head : head + size])
-                head += size
+                gradients.append(self._combined[first : first + size])
+                first += size
+                continue
+            gradient = torch.zeros(size, device=self.device)
+            for task, pieces in own.items():
+                if number in pieces:
+                    gradient.add_(pieces[number], alpha=float(factors[task]))
+            gradients.append(gradient)
         self._host.apply(gradients)
+
+    def _losses_after(self, losses: Mapping[int, Sequence[Loss]]) -> Tensor:
+        """The losses of this step's batches with the updated weights, over all ranks (K,)."""
+        with torch.no_grad():
+            values_K = torch.stack([torch.stack([loss() for loss in parts]).sum() for parts in losses.values()])
+        values_K = values_K.double()
+        dist.all_reduce(values_K)
+        return values_K.cpu()
 
     # ---------------------------------------------------------------------------------- the average of the weights
 
@@ -388,8 +453,15 @@ class Engine:
         self.set_masters(lambda span: read(span, "master"))
 
 
-def _weighted(loss: Loss, weight: float) -> Tensor:
-    return weight * loss()
+def _own_gram(own_K: Sequence[Own]) -> Tensor:
+    """Dot products (K, K) of the tasks' gradients outside the encoder, in fp64; zero where they share no layer."""
+    gram_KK = torch.zeros(len(own_K), len(own_K), dtype=torch.float64)
+    for i, first in enumerate(own_K):
+        for j, second in enumerate(own_K[: i + 1]):
+            for number in first.keys() & second.keys():
+                gram_KK[i, j] += first[number].double().dot(second[number].double()).cpu()
+            gram_KK[j, i] = gram_KK[i, j]
+    return gram_KK
 
 
 # ------------------------------------------------------------------------------------------------ Gram space
@@ -413,7 +485,7 @@ def combine(shards_KS: Tensor, weights_K: Tensor, out: Tensor) -> None:
 
 def _chunk(shards: Tensor) -> int:
     """Columns that fit the cache as fp32. Longer sums in fp32 would also lose digits: 1e-5 at 2¹⁸, 7e-7 at 2¹⁵."""
-    return max(1, (1 << 17 if shards.device.type == "cpu" else 1 << 24) // len(shards))
+    return max(1, (1 << 17 if shards.device.type == "cpu" else 1 << 24) // max(1, len(shards)))
 
 
 # ------------------------------------------------------------------------------------------------- ZeRO stage 1
@@ -430,23 +502,36 @@ class _Stage1:
     to send: every task has a buffer, and the buffers are the shards.
     """
 
-    def __init__(self, engine: Any, groups: Sequence[Group], masters: Mapping[str, Tensor], accumulation: int) -> None:
+    def __init__(
+        self, engine: Any, users: Mapping[int, Sequence[int]], masters: Mapping[str, Tensor], accumulation: int
+    ) -> None:
+        """`users`: for each group outside the encoder, which come last, the tasks that use it."""
         self.engine = engine
         optimizer = engine.optimizer
         self.world = dist.get_world_size()
         self.optimizer = optimizer
         names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
-        self.shared_groups = sum(group.task is None for group in groups)
         self.sizes = [flat.numel() for flat in optimizer.bit16_groups_flat]
-        self.partitions = [self._partition(index, names) for index in range(len(groups))]
+        self.shared_groups = len(self.sizes) - len(users)
+        self.partitions = [self._partition(index, names) for index in range(len(self.sizes))]
         dtype = optimizer.bit16_groups_flat[0].dtype
         # a backward adds each gradient once, several would lose small addends in bf16 (embeddings add row by row even
         # in one backward; accumulation > 1 avoids that, too)
         self.grad_dtype = torch.float32 if accumulation > 1 else dtype
         self.device = optimizer.bit16_groups_flat[0].device
         self.shared = sum(self.sizes[: self.shared_groups])
-        self.heads = torch.zeros(sum(self.sizes[self.shared_groups :]), dtype=self.grad_dtype, device=self.device)
-        self.head_views = self._views(self.heads, range(self.shared_groups, len(groups)))
+        # what a task trains outside the encoder: the groups, one buffer for them, its views
+        self.own_groups: dict[int, list[int]] = {}
+        for index, tasks in users.items():
+            for task in tasks:
+                self.own_groups.setdefault(task, []).append(index)
+        self.own_buffers: dict[int, Tensor] = {}
+        self.own_views: dict[int, list[tuple[nn.Parameter, Tensor]]] = {}
+        for task, indices in self.own_groups.items():
+            size = sum(self.sizes[index] for index in indices)
+            self.own_buffers[task] = torch.zeros(size, dtype=self.grad_dtype, device=self.device)
+            self.own_views[task] = self._views(self.own_buffers[task], indices)
+        self.present: list[int] = []
         if self.grad_dtype != dtype:
             for parameter in engine.module.parameters():
                 parameter.grad_dtype = self.grad_dtype
@@ -479,13 +564,11 @@ class _Stage1:
             first += flat.numel()
         return views
 
-    def begin(self, tasks: int) -> None:
-        if tasks > len(self.storage_KS):
-            self._allocate(tasks)
-        self.shards_KS = self.storage_KS[:tasks]
-        self.heads.zero_()
-        for parameter, view in self.head_views:
-            parameter.grad = view
+    def begin(self, through: int) -> None:
+        if through > len(self.storage_KS):
+            self._allocate(through)
+        self.shards_KS = self.storage_KS[:through]
+        self.present = []
 
     def _allocate(self, tasks: int) -> None:
         """Shards for as many tasks as a step turns out to have, and buffers for their backwards."""
@@ -499,18 +582,25 @@ class _Stage1:
             self.received = torch.zeros(self.shared, **shape)
         self.views = [self._views(buffer, range(self.shared_groups)) for buffer in self.buffers]
 
-    def backward(self, slot: int, losses: Sequence[Loss]) -> Tensor:
-        place = slot if self.world == 1 else slot % 2  # what left from there has arrived before the last one left
-        buffer = self.buffers[place]
-        buffer.zero_()
-        for parameter, view in self.views[place]:
-            parameter.grad = view
+    def backward(self, task: int, slot: int | None, losses: Sequence[Loss]) -> Tensor:
+        self.present.append(task)
+        if task in self.own_buffers:
+            self.own_buffers[task].zero_()
+            for parameter, view in self.own_views[task]:
+                parameter.grad = view
+        place = 0
+        if slot is not None:
+            place = slot if self.world == 1 else slot % 2  # what left from there has arrived before the last one left
+            self.buffers[place].zero_()
+            for parameter, view in self.views[place]:
+                parameter.grad = view
         value = torch.zeros((), device=self.device)
         for build in losses:
             loss = build()
-            loss.backward()
+            if loss.requires_grad:  # else a head without parameters over a frozen encoder
+                loss.backward()
             value += loss.detach()
-        if self.world > 1:
+        if self.world > 1 and slot is not None:
             self._send(slot, place)
         return value
 
@@ -533,17 +623,24 @@ class _Stage1:
         for shard, piece in zip(shards, self.received.split(sizes), strict=True):
             _sum_rows(piece.view(self.world, -1), shard)
 
-    def shards(self) -> tuple[Tensor, Tensor]:
+    def shards(self) -> tuple[Tensor, dict[int, Own]]:
         self._receive()
+        return self.shards_KS, {task: self._own(task) for task in self.present}
+
+    def _own(self, task: int) -> Own:
+        indices = self.own_groups.get(task, [])
+        if not indices:
+            return {}
+        pieces = self.own_buffers[task].split([self.sizes[index] for index in indices])
         if self.world == 1:
-            return self.shards_KS, self.heads.float()
-        sizes = self.sizes[self.shared_groups :]
-        pieces = []
-        for piece in self.heads.split(sizes):
+            return {index: piece.float() for index, piece in zip(indices, pieces, strict=True)}
+        own = {}
+        for index, piece in zip(indices, pieces, strict=True):
             received = torch.empty_like(piece)
             dist.all_to_all_single(received, piece)
-            pieces.append(_sum_rows(received.view(self.world, -1), piece.new_empty(len(piece) // self.world).float()))
-        return self.shards_KS, torch.cat(pieces) if pieces else self.heads.float()
+            out = torch.empty(len(piece) // self.world, device=self.device)
+            own[index] = _sum_rows(received.view(self.world, -1), out)
+        return own
 
     def apply(self, gradients: Sequence[Tensor]) -> None:
         for index, gradient in enumerate(gradients):
@@ -572,7 +669,9 @@ class _Stage3:
     combination back before the step.
     """
 
-    def __init__(self, engine: Any, groups: Sequence[Group], masters: Mapping[str, Tensor], accumulation: int) -> None:
+    def __init__(
+        self, engine: Any, users: Mapping[int, Sequence[int]], masters: Mapping[str, Tensor], accumulation: int
+    ) -> None:
         self.engine = engine
         self.optimizer = engine.optimizer
         self.world = dist.get_world_size()
@@ -590,30 +689,44 @@ class _Stage3:
             group = self.optimizer.sub_group_to_group_id[index]
             self.partitions.append(Partition(group, self.optimizer.fp32_partitioned_groups_flat[index], tuple(spans)))
         self.flat: Tensor = self.optimizer.grad_partitions_flat_buffer
-        self.shared = sum(p.master.numel() for p in self.partitions if groups[p.group].task is None)
+        self.shared = sum(p.master.numel() for p in self.partitions if p.group not in users)
         self.storage_KS = self.shards_KS = torch.zeros(0, self.shared, device=self.flat.device)
-        self.heads = torch.zeros(self.flat.numel() - self.shared, device=self.flat.device)
+        self.own: dict[int, Own] = {}
+        self.places: dict[int, tuple[slice, Sequence[int]]] = {}  # of each partition outside the encoder, and its users
+        first = 0
+        for number, partition in enumerate(self.partitions):
+            size = partition.master.numel()
+            if partition.group in users:
+                self.places[number] = (slice(first, first + size), users[partition.group])
+            first += size
 
-    def begin(self, tasks: int) -> None:
-        if tasks > len(self.storage_KS):
-            self.storage_KS = torch.zeros(tasks, self.shared, device=self.flat.device)
-        self.shards_KS = self.storage_KS[:tasks]
-        self.heads.zero_()
+    def begin(self, through: int) -> None:
+        if through > len(self.storage_KS):
+            self.storage_KS = torch.zeros(through, self.shared, device=self.flat.device)
+        self.shards_KS = self.storage_KS[:through]
+        self.own = {}
 
-    def backward(self, slot: int, losses: Sequence[Loss]) -> Tensor:
-        self.shards_KS[slot].zero_()
+    def backward(self, task: int, slot: int | None, losses: Sequence[Loss]) -> Tensor:
+        places = {number: place for number, (place, users) in self.places.items() if task in users}
+        own = {number: torch.zeros_like(self.flat[place]) for number, place in places.items()}
+        if slot is not None:
+            self.shards_KS[slot].zero_()
         value = torch.zeros((), device=self.flat.device)
         for build in losses:
             self.flat.zero_()
             loss = build()
-            self.engine.backward(loss * self.world)  # DeepSpeed divides by the number of ranks
-            self.shards_KS[slot] += self.flat[: self.shared]
-            self.heads += self.flat[self.shared :]
+            if loss.requires_grad:  # else a head without parameters over a frozen encoder
+                self.engine.backward(loss * self.world)  # DeepSpeed divides by the number of ranks
+            if slot is not None:
+                self.shards_KS[slot] += self.flat[: self.shared]
+            for number, place in places.items():
+                own[number] += self.flat[place]
             value += loss.detach()
+        self.own[task] = own
         return value
 
-    def shards(self) -> tuple[Tensor, Tensor]:
-        return self.shards_KS, self.heads
+    def shards(self) -> tuple[Tensor, dict[int, Own]]:
+        return self.shards_KS, self.own
 
     def apply(self, gradients: Sequence[Tensor]) -> None:
         torch.cat(list(gradients), out=self.flat)

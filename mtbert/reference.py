@@ -69,7 +69,8 @@ def _rows(prefix: str, section: Mapping[str, Any], definitions: Mapping[str, Any
         if below is None:
             kind = _type(value)
         else:
-            kind = f"section [`{name}`](#{_anchor(name)}){' or null' if 'anyOf' in value else ''}"
+            others = [_type(branch) for branch in value.get("anyOf", []) if "$ref" not in branch]
+            kind = " or ".join([*others, f"section [`{name}`](#{_anchor(name)})"])
         default = "required" if key in section.get("required", []) else _default(value)
         yield f"`{_join(prefix, key)}`", kind, default, value["description"].replace("|", "\\|")
 
@@ -83,8 +84,9 @@ def _type(value: Mapping[str, Any]) -> str:
     if "prefixItems" in value:
         return f"list of {' and '.join(_type(item) for item in value['prefixItems'])}"
     if value["type"] == "array":
-        counts = sorted({value[bound] for bound in ("minItems", "maxItems") if bound in value})
-        return f"list of {f'{counts[0]} to {counts[-1]} ' if counts else ''}{_type(value['items'])}"
+        least, most = value.get("minItems"), value.get("maxItems")
+        count = f"{least} to {most} " if most else f"{least} or more " if least else ""
+        return f"list of {count}{_type(value['items'])}"
     names = {"string": "text", "null": "null", "object": "keys and values"}
     limits = [
         f"{sign} {value[bound]:g}"

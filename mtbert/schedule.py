@@ -41,6 +41,9 @@ class Schedule:
         tokens_N: per task, what each example costs in tokens.
         batch_sizes: per task, examples in a global batch.
         epochs: total number, over which `anneal` runs.
+        tasks: the numbers of these tasks in the run, by which shares name them; default 0 … K-1.
+
+    Of kind `adaptive` it is a function of its `history` besides, which `adapt` writes and a checkpoint keeps.
     """
 
     def __init__(
@@ -50,8 +53,12 @@ class Schedule:
         batch_sizes: Sequence[int],
         seed: int,
         epochs: int = 1,
+        tasks: Sequence[int] | None = None,
     ) -> None:
         assert len(tokens_N) == len(batch_sizes) and all(len(tokens) for tokens in tokens_N)
+        self.tasks = list(range(len(tokens_N)) if tasks is None else tasks)
+        self.history: list[tuple[int, list[float]]] = []  # from this step on, these probabilities of the tasks
+        self._course: list[NDArray[np.int64]] = []  # adaptive: batches drawn per task before each step
         self.config = config
         self.tokens_N = tokens_N
         self.seed = seed
@@ -70,14 +77,16 @@ class Schedule:
         if isinstance(self.config.length, int):
             return self.config.length
         steps = min(batches) if self.config.length == "shortest" else max(batches)
-        if self.config.kind == "sampled":  # as many batches as round robin of the same length, in other shares
+        if self.config.kind in ("sampled", "adaptive"):  # as many batches as round robin, in other shares
             return -(-steps * len(batches) // self.config.tasks_per_step)
         return steps
 
     # ------------------------------------------------------------------------------ which tasks, which batches
 
     def batches_at(self, step: int) -> list[tuple[int, int]]:
-        """(task, ordinal) of every batch of a step, tasks ascending."""
+        """(place of the task among `tasks`, ordinal) of every batch of a step, tasks ascending."""
+        if self.config.kind == "adaptive":
+            return self._adaptive(step)
         epoch, place = divmod(step, self.steps_per_epoch)
         if self.config.kind == "sequential":
             return [self._sequential(epoch, place)]
@@ -103,11 +112,36 @@ class Schedule:
             self._drawn.append(self._drawn[-1] + counts)
         draws = self._draws(epoch)
         drawn = self._drawn[epoch] + np.bincount(draws[:place].ravel(), minlength=len(self.tokens_N))
-        batches = []
-        for task in sorted(draws[place]):
-            batches.append((int(task), int(drawn[task])))
-            drawn[task] += 1
-        return batches
+        return _numbered(draws[place], drawn)
+
+    # ------------------------------------------------------------------------------ the task that lags
+
+    def adapt(self, step: int, scores: Sequence[float], targets: Sequence[float]) -> None:
+        """From `step` on draw a task the more often, the lower its score lies under its target.
+
+        p ∝ 1 / (min(1, score / target)^α + ε), from the task weights of Jean, Firat and Johnson 2019 ("Adaptive
+        Scheduling for Multi-Task Learning", explicit schedules), who take a task's score when trained alone as its
+        target. ε = 0.1 bounds the weights to between 0.9 and 10; a score under 0 or that is no number counts as 0.
+        Until it is called the first time, tasks are drawn alike.
+        """
+        assert self.config.kind == "adaptive" and (not self.history or self.history[-1][0] < step)
+        reached_K = np.clip(np.nan_to_num(np.array(scores) / np.array(targets)), 0, 1)
+        weights_K = 1 / (reached_K**self.config.alpha + 0.1)
+        self.history.append((step, (weights_K / weights_K.sum()).tolist()))
+        del self._course[step + 1 :]
+
+    def _adaptive(self, step: int) -> list[tuple[int, int]]:
+        tasks = len(self.tokens_N)
+        if not self._course:
+            self._course.append(np.zeros(tasks, np.int64))
+        while len(self._course) <= step:
+            self._course.append(self._course[-1] + np.bincount(self._draw_step(len(self._course) - 1), minlength=tasks))
+        return _numbered(self._draw_step(step), self._course[step].copy())
+
+    def _draw_step(self, step: int) -> NDArray[np.int64]:
+        chances = next((each for first, each in reversed(self.history) if first <= step), None)
+        rng = addressed_rng(self.seed, "adaptive tasks", step)
+        return rng.choice(len(self.tokens_N), size=self.config.tasks_per_step, p=chances)
 
     def _draw_epoch(self, epoch: int) -> NDArray[np.int64]:
         """Tasks drawn in one epoch, (steps, tasks_per_step), with p ∝ N^α.
@@ -137,7 +171,7 @@ class Schedule:
         is still random. Batch sizes differ by one at most, so no batch is a small remainder.
         """
         tokens_N, batches = self.tokens_N[task], self.batches_per_pass[task]
-        rng = addressed_rng(self.seed, "pass", task, number)
+        rng = addressed_rng(self.seed, "pass", self.tasks[task], number)
         order_N = rng.permutation(len(tokens_N))
         bounds = np.arange(batches + 1) * len(tokens_N) // batches
         for first in range(0, batches, self.config.bucket):
@@ -164,8 +198,23 @@ class Schedule:
             batch = np.concatenate(drawn)
             mine = _balance(batch, self.tokens_N[task], load)[rank]
             micro_batches = _balance(mine, self.tokens_N[task], [0] * accumulation)
-            shares.append(Share(task, tuple(micro_batches), len(batch)))
+            shares.append(Share(self.tasks[task], tuple(micro_batches), len(batch)))
         return shares
+
+    def passes_at(self, step: int) -> dict[int, float]:
+        """How many times each task of the step has been through its data after it."""
+        return {
+            self.tasks[task]: (ordinal + 1) / self.batches_per_pass[task] for task, ordinal in self.batches_at(step)
+        }
+
+
+def _numbered(draws: NDArray[np.int64], drawn: NDArray[np.int64]) -> list[tuple[int, int]]:
+    """The drawn tasks with the ordinals of their batches; `drawn` before the step is counted on."""
+    batches = []
+    for task in sorted(draws.tolist()):
+        batches.append((task, int(drawn[task])))
+        drawn[task] += 1
+    return batches
 
 
 def _balance(batch: Indices, tokens_N: NDArray[np.integer], load: list[int]) -> list[Indices]:

@@ -33,7 +33,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -121,7 +121,7 @@ class Surgery:
     def __init__(self, method: str, options: dict[str, Any], seed: int) -> None:
         self.method = method
         self._seed = seed
-        self._weigh = _build(method, options)
+        self._weigh: Weigh = build_method("surgery", AGGREGATORS, method, options)
         self._state: dict[str, Tensor] = {}
 
     def weights(self, gram_KK: Tensor, step: int, tasks: Sequence[int] | None = None) -> Tensor:
@@ -372,27 +372,27 @@ def _as_lists(orders: Orders) -> Sequence[Sequence[int]]:
     return orders.tolist() if isinstance(orders, Tensor) else orders
 
 
-def _build(method: str, options: dict[str, Any]) -> Weigh:
-    if method not in AGGREGATORS:
-        raise UserError(f"surgery.method {method!r}: no such method; valid: {_nearest_first(method, AGGREGATORS)}")
-    factory = AGGREGATORS[method]
+def build_method(section: str, methods: Mapping[str, Callable[..., Any]], method: str, options: dict[str, Any]) -> Any:
+    """`methods[method](**options)`, with every mistake told as one of `section`'s keys `method` and `options`."""
+    if method not in methods:
+        raise UserError(f"{section}.method {method!r}: no such method; valid: {_nearest_first(method, methods)}")
+    factory = methods[method]
     try:
-        weigh: Weigh = validate_call(factory)(**options)
+        return validate_call(factory)(**options)
     except ImportError:
         raise UserError(
-            f'surgery.method {method}: its solver is not installed; pip install "mtbert[surgery]"'
+            f'{section}.method {method}: its solver is not installed; pip install "mtbert[surgery]"'
         ) from None
     except ValidationError as error:
-        raise UserError(_explain(method, list(inspect.signature(factory).parameters), error)) from None
+        raise UserError(_explain(section, method, list(inspect.signature(factory).parameters), error)) from None
     except ValueError as error:
-        raise UserError(f"surgery.options of {method}: {error}") from None
-    return weigh
+        raise UserError(f"{section}.options of {method}: {error}") from None
 
 
-def _explain(method: str, valid: list[str], error: ValidationError) -> str:
+def _explain(section: str, method: str, valid: list[str], error: ValidationError) -> str:
     first = error.errors()[0]
     option = str(first["loc"][0])
-    where = f"surgery.options.{option}"
+    where = f"{section}.options.{option}"
     if first["type"] == "unexpected_keyword_argument":
         takes = f"valid: {_nearest_first(option, valid)}" if valid else "it takes none"
         return f"{where}: {method} has no such option; {takes}"

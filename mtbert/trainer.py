@@ -13,7 +13,7 @@ import resource
 import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -25,11 +25,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mtbert.checkpoint import Checkpointer, find_checkpoint, load_weights
-from mtbert.config import Config, OptimizerConfig, PhaseConfig, UserError, load_config, to_yaml
+from mtbert.config import ENCODER, Config, UserError, load_config, to_yaml
 from mtbert.data import Batch, prefetch
 from mtbert.encoder import EncoderShape
 from mtbert.engine import (
     Engine,
+    Group,
     Loss,
     StepResult,
     choose_precision,
@@ -43,6 +44,7 @@ from mtbert.figures import cosine_map, evaluation_figures
 from mtbert.flops import encoder_flops, peak_flops
 from mtbert.heads import MultiTaskModel
 from mtbert.metrics import METRICS
+from mtbert.phases import Phase, plan
 from mtbert.pretrained import load_pretrained
 from mtbert.randomness import addressed_generator
 from mtbert.record import RunRecord, Said, settings, write_predictions
@@ -51,6 +53,7 @@ from mtbert.schedule import Schedule, Share
 from mtbert.surgery import Surgery, conflicts
 from mtbert.tasks import Task, load_tasks, locate_data, locate_tokenizer
 from mtbert.tracking import Tracker
+from mtbert.weighting import Weighting
 
 if TYPE_CHECKING:
     from mtbert.figures import Figure
@@ -79,12 +82,14 @@ def train(
     check_format(run_dir)
     config = load_config(run_dir / "config.yaml")
     surgery = Surgery(config.surgery.method, config.surgery.options, config.seed)
+    regression = [task.kind == "pair_regression" for task in config.tasks.values()]
+    weighting = Weighting(config.weighting.method, config.weighting.options, regression, config.seed)
     join_ranks(rank, config.engine)
     launch.lap("rendezvous")
     try:
         built = _in_turn(rank, lambda: build(config))
         launch.lap("data")
-        outcome = _Run(config, run_dir, rank, built, surgery, stop, quiet).train(launch)
+        outcome = _Run(config, run_dir, rank, built, surgery, weighting, stop, quiet).train(launch)
     except UserError:  # the same on every rank; after anything else a barrier would wait for ranks that run on
         close_ranks()
         raise
@@ -170,15 +175,6 @@ def evaluate_run(run_dir: Path, which: Literal["best", "latest"]) -> tuple[int, 
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where a step lies: in which phase, and how far into it."""
-
-    phase: PhaseConfig
-    first: int
-    last: int  # included
-
-
-@dataclass(frozen=True)
 class _StepData:
     shares: list[Share]
     batches: list[list[Batch]]  # per share, its micro-batches
@@ -192,13 +188,14 @@ class _Run:
         rank: Rank,
         built: Built,
         surgery: Surgery,
+        weighting: Weighting,
         stop: Callable[[], bool],
         quiet: bool,
     ) -> None:
         model = built.model
         self.config, self.run_dir, self.rank, self.tasks, self.stop = config, run_dir, rank, built.tasks, stop
-        self.schedule, self.places = plan(config, built.tasks)
-        self.total_steps = self.places[-1].last + 1
+        self.phases = plan(config, [task.tokens_N("train") for task in built.tasks])
+        self.total_steps = self.phases[-1].last + 1
         self.engine = Engine(
             model,
             parameter_groups(model, config.optimizer, config.tasks, built.shape.layers, config.shared_layers),
@@ -207,6 +204,7 @@ class _Run:
             config.optimizer,
             surgery,
             rank,
+            weighting,
         )
         self.device = self.engine.device
         every = config.checkpoint.every_minutes
@@ -220,6 +218,8 @@ class _Run:
         if checkpoint is not None:
             self.checkpointer.load(self.engine, checkpoint)
             self.first_step, self.best = checkpoint.step, checkpoint.best
+            for schedule, history in zip(self._schedules(), checkpoint.histories, strict=False):
+                schedule.history = [(int(step), chances) for step, chances in history]
         self.tracker = Tracker(run_dir, rank, self.first_step, self.total_steps, quiet)
         for note in notes:
             self.tracker.message(note)
@@ -237,18 +237,17 @@ class _Run:
         with self.tracker, self.checkpointer:
             launch.lap("build")
             self._introduce()
-            steps = prefetch(self._step_data, self.first_step, self.total_steps)
-            step = self.first_step - 1
+            steps = self._all_data()
             for step in range(self.first_step, self.total_steps):
-                place = self._place(step)
-                if step in (place.first, self.first_step):
-                    self.tracker.phase(place.phase.name, place.first, place.last)
+                phase = self._phase(step)
+                if step in (phase.first, self.first_step):
+                    self.tracker.phase(phase.config.name, phase.first, phase.last)
                 started = time.monotonic()
                 data = next(steps)
                 waited = time.monotonic() - started
-                result = self._step(step, place, data, save=self.rank.first and self.checkpointer.due())
-                self.window.add(data, result, waited, time.monotonic() - started, self._flops(place, data))
-                self._record(step, place, data, result)
+                result = self._step(step, phase, data, save=self.rank.first and self.checkpointer.due())
+                self.window.add(data, result, waited, time.monotonic() - started, self._flops(phase, data))
+                self._record(step, phase, data, result)
                 if step == self.first_step:
                     self._tell_launch(launch)
                 if self._evaluation_due(step):
@@ -263,37 +262,60 @@ class _Run:
             self._finish_saving()
             return Outcome("finished", self.total_steps, self._conclude())
 
+    def _all_data(self) -> Generator[_StepData, None, None]:
+        """The batches of all steps that are left, made ahead of time: up to the next evaluation where that decides
+        which tasks come next."""
+        first = self.first_step
+        while first < self.total_steps:
+            stop = self.total_steps
+            if self.config.schedule.kind == "adaptive":
+                stop = next(step for step in range(first, self.total_steps) if self._evaluation_due(step)) + 1
+            yield from prefetch(self._step_data, first, stop)
+            first = stop
+
     def _step_data(self, step: int) -> _StepData:
-        """A step's packed batches on this rank; made ahead of time in a thread."""
-        shares = self.schedule.shares(step, self.rank.rank, self.rank.world, self.config.engine.accumulation)
+        """A step's packed batches on this rank; made in a thread."""
+        phase = self._phase(step)
+        shares = phase.schedule.shares(
+            phase.schedule_step(step), self.rank.rank, self.rank.world, self.config.engine.accumulation
+        )
         return _StepData(
             shares,
             [[self.tasks[share.task].batch("train", indices) for indices in share.micro_batches] for share in shares],
         )
 
-    def _step(self, step: int, place: _Place, data: _StepData, save: bool) -> StepResult:
+    def _step(self, step: int, phase: Phase, data: _StepData, save: bool) -> StepResult:
         losses: dict[int, Sequence[Loss]] = {}
         for share, batches in zip(data.shares, data.batches, strict=True):
             losses[share.task] = [
                 partial(self._loss, step, share, number, batch) for number, batch in enumerate(batches)
             ]
+        factor = phase.rate_factor(step, self.config.optimizer)
         result = self.engine.step(
             step,
             losses,
-            lr_factor=learning_rate_factor(self.config.optimizer, place.phase, step - place.first, _steps(place)),
-            frozen=place.phase.trainable == "heads",
+            rates=[self._rate(phase, group, factor) for group in self.engine.groups],
+            heads_only=[number for number, task in enumerate(self.tasks) if task.name in phase.config.leave_out],
+            epoch=phase.epoch(step),
+            rate_factor=factor,
             stop=self.stop(),
             save=save,
         )
         self._count_skips(step, result)
         return result
 
+    def _rate(self, phase: Phase, group: Group, factor: float) -> float | None:
+        """A group's learning rate; None where the phase does not train it."""
+        if not phase.config.trains(group.part):
+            return None
+        return self.config.rate(phase.config, group.part) * group.layer_scale * factor
+
     def _loss(self, step: int, share: Share, number: int, batch: Batch) -> Tensor:
         task = self.tasks[share.task]
         generator = addressed_generator(
             self.device, self.config.seed, "dropout", step, self.rank.rank, share.task, number
         )
-        model, epoch = self.engine.model, step // self.schedule.steps_per_epoch
+        model, epoch = self.engine.model, self._phase(step).epoch(step)
         vectors_PD = model.vectors(batch.packed.to(self.device), generator)
         answers = model.answer(task.name, vectors_PD, generator)
         return task.loss(vectors_PD, answers, batch.labels_B.to(self.device), epoch) / share.examples
@@ -302,11 +324,10 @@ class _Run:
         self.skips_in_a_row = self.skips_in_a_row + 1 if result.skipped else 0
         if not result.skipped:
             return
-        names = [
-            self.tasks[task].name
-            for task, loss, square in zip(result.tasks, result.losses_K, result.gram_KK.diagonal(), strict=True)
-            if not (torch.isfinite(loss) and torch.isfinite(square))
-        ]
+        broken = {task for task, loss in zip(result.tasks, result.losses_K, strict=True) if not loss.isfinite()}
+        squares_M = result.gram_MM.diagonal()
+        broken |= {task for task, square in zip(result.through, squares_M, strict=True) if not square.isfinite()}
+        names = [self.tasks[task].name for task in sorted(broken)]
         cause = f"loss or gradient of {', '.join(names) or 'a head'} is not finite"
         self.tracker.message(f"step {step}: skipped on all ranks, {cause}")
         if self.skips_in_a_row == SKIPS_IN_A_ROW:
@@ -315,19 +336,26 @@ class _Run:
                 f"or set engine.precision to fp32"
             )
 
-    def _flops(self, place: _Place, data: _StepData) -> float:
+    def _flops(self, phase: Phase, data: _StepData) -> float:
         """This rank's model FLOPs of a step."""
-        trained = place.phase.trainable == "all"
-        return sum(self.work(batch.packed.lengths_B, trained=trained) for batches in data.batches for batch in batches)
+        total = 0.0
+        for share, batches in zip(data.shares, data.batches, strict=True):
+            trained = phase.config.trains(ENCODER) and self.tasks[share.task].name not in phase.config.leave_out
+            total += sum(self.work(batch.packed.lengths_B, trained=trained) for batch in batches)
+        return total
 
-    def _place(self, step: int) -> _Place:
-        return next(place for place in self.places if step <= place.last)
+    def _phase(self, step: int) -> Phase:
+        return next(phase for phase in self.phases if step <= phase.last)
+
+    def _schedules(self) -> list[Schedule]:
+        return list(dict.fromkeys(phase.schedule for phase in self.phases))
 
     # ------------------------------------------------------------------------------- evaluation and saving
 
     def _evaluation_due(self, step: int) -> bool:
-        every = self.config.run.evaluate_every or self.schedule.steps_per_epoch
-        return (step + 1) % every == 0 or step + 1 == self.total_steps
+        every = self.config.run.evaluate_every
+        due = (step + 1) % every == 0 if every else self._phase(step).ends_epoch(step)
+        return due or step + 1 == self.total_steps
 
     def _save_due(self, step: int) -> bool:
         every = self.config.checkpoint.every_steps
@@ -347,6 +375,8 @@ class _Run:
         self.tracker.message(f"step {step + 1}: {told}  composite {score:.4f}")
         if math.isfinite(score) and (self.best is None or score > self.best["score"]):
             self.best = {"step": step + 1, "score": score}
+        if self.config.schedule.kind == "adaptive":
+            self._adapt(step)
         if self.rank.first:
             self._show(step, results)
 
@@ -375,11 +405,25 @@ class _Run:
 
         self.tracker.figures(step, draw)
 
+    def _adapt(self, step: int) -> None:
+        """Let the next step draw tasks by how they stand; one that is not evaluated does not lag."""
+        phase = self._phase(step)
+        names = [self.tasks[number].name for number in phase.schedule.tasks]
+        targets = [self.config.schedule.targets.get(name, 1.0) for name in names]
+        scores = {result.task: result.score for result in self.results}
+        reached = [scores.get(name, target) for name, target in zip(names, targets, strict=True)]
+        phase.schedule.adapt(phase.schedule_step(step) + 1, reached, targets)
+        self.tracker.scalars(
+            step,
+            {f"sampling/{name}": chance for name, chance in zip(names, phase.schedule.history[-1][1], strict=True)},
+        )
+
     def _save(self, step: int) -> None:
         self.tracker.flush()
         if self.checkpointer.wait() and self.best is not None and self.best["step"] != step:
             self.best = self.checkpointer.best  # it may be the one that could not be saved
-        self.checkpointer.save(self.engine, step, self.best, self.tracker.message)
+        histories = [list(schedule.history) for schedule in self._schedules()]
+        self.checkpointer.save(self.engine, step, self.best, self.tracker.message, histories)
 
     def _finish_saving(self) -> None:
         if trouble := self.checkpointer.wait():
@@ -425,41 +469,47 @@ class _Run:
         parts = ", ".join(f"{part} {seconds:.1f}" for part, seconds in rounded.items())
         self.tracker.message(f"first step after {record['total']:.1f} s: {parts}")
 
-    def _record(self, step: int, place: _Place, data: _StepData, result: StepResult) -> None:
+    def _record(self, step: int, phase: Phase, data: _StepData, result: StepResult) -> None:
         if (step + 1) % self.config.run.log_every and step + 1 != self.total_steps:
             return
-        names = [self.tasks[task].name for task in result.tasks]
-        cosine_KK, conflict_rate = conflicts(result.gram_KK)
         values = self.window.close(self.rank.world)
         self.tracker.progress(step, self.window.losses, values["speed/examples_per_second"])
         values |= {f"loss/{name}": loss for name, loss in self.window.losses.items()}
-        for k, name in enumerate(names):
-            values[f"gradient/norm/{name}"] = float(result.gram_KK[k, k].sqrt())
-            values[f"gradient/weight/{name}"] = float(result.weights_K[k])
-            for other in range(k + 1, len(names)):
-                cosine = values[f"gradient/cosine/{name}~{names[other]}"] = float(cosine_KK[k, other])
-                self.cosines.setdefault((name, names[other]), []).append(cosine)
-        values |= {
-            "gradient/conflict_rate": conflict_rate,
-            "gradient/norm/combined": result.norm,
-            "gradient/norm/heads": result.head_norm,
-        }
-        values |= {f"learning_rate/{part}": rate for part, rate in self._learning_rates(step, place).items()}
-        for share in data.shares:
-            batches = self.schedule.batches_per_pass[share.task]
-            ordinal = max(ordinal for task, ordinal in self.schedule.batches_at(step) if task == share.task)
-            values[f"passes/{self.tasks[share.task].name}"] = (ordinal + 1) / batches
+        values |= self._gradient_values(result)
+        if self.config.weighting.method != "fixed":
+            for task, factor in zip(result.tasks, result.factors_K.tolist(), strict=True):
+                values[f"weighting/factor/{self.tasks[task].name}"] = factor
+            for task, learnt in self.engine.weighting.shown().items():
+                values[f"weighting/learnt/{self.tasks[task].name}"] = learnt
+        values |= {f"learning_rate/{part}": rate for part, rate in self._learning_rates(step, phase).items()}
+        for task, passes in phase.schedule.passes_at(phase.schedule_step(step)).items():
+            values[f"passes/{self.tasks[task].name}"] = passes
         values["memory/peak_gib"] = _peak_memory(self.device) / 2**30
         self.tracker.scalars(step, values)
 
-    def _learning_rates(self, step: int, place: _Place) -> dict[str, float]:
-        """Of every group: the heads by task, the encoder's by layer where they differ (0 is the top)."""
-        factor = learning_rate_factor(self.config.optimizer, place.phase, step - place.first, _steps(place))
-        rates = {group.task: group.lr * factor for group in self.engine.groups if group.task is not None}
-        shared = sorted({group.lr for group in self.engine.groups if group.task is None}, reverse=True)
-        for depth, rate in enumerate(shared):
-            part = f"encoder/{depth}" if len(shared) > 1 else "encoder"
-            rates[part] = rate * factor * (place.phase.trainable == "all")
+    def _gradient_values(self, result: StepResult) -> dict[str, float]:
+        """Norms, and of the tasks that reach the encoder what surgery saw and did."""
+        values = {"gradient/norm/combined": result.norm, "gradient/norm/heads": result.head_norm}
+        if not result.through:
+            return values
+        names = [self.tasks[task].name for task in result.through]
+        cosine_MM, values["gradient/conflict_rate"] = conflicts(result.gram_MM)
+        for k, name in enumerate(names):
+            values[f"gradient/norm/{name}"] = float(result.gram_MM[k, k].sqrt())
+            values[f"gradient/weight/{name}"] = float(result.weights_M[k])
+            for other in range(k + 1, len(names)):
+                cosine = values[f"gradient/cosine/{name}~{names[other]}"] = float(cosine_MM[k, other])
+                self.cosines.setdefault((name, names[other]), []).append(cosine)
+        return values
+
+    def _learning_rates(self, step: int, phase: Phase) -> dict[str, float]:
+        """Of every part: the heads by task, the encoder's by layer where they differ (0 is the top); 0 if frozen."""
+        factor = phase.rate_factor(step, self.config.optimizer)
+        groups = [(group, self._rate(phase, group, factor) or 0.0) for group in self.engine.groups]
+        rates = {group.part: rate for group, rate in groups if group.task is not None}
+        shared = {group.layer_scale: rate for group, rate in groups if group.task is None}
+        for depth, scale in enumerate(sorted(shared, reverse=True)):
+            rates[f"encoder/{depth}" if len(shared) > 1 else "encoder"] = shared[scale]
         return rates
 
     def _conclude(self) -> dict[str, float]:
@@ -520,34 +570,6 @@ def _baselines(task: Task, result: Evaluation) -> tuple[float, float]:
     rows = training_rows(len(train))
     words = bag_of_words_baseline(kind, train.raw(rows), train.labels_N[rows], dev.raw(np.arange(len(dev))))
     return metric(trivial, dev.labels_N), metric(words, dev.labels_N)
-
-
-def plan(config: Config, tasks: Sequence[Task]) -> tuple[Schedule, list[_Place]]:
-    """The schedule, and where each phase lies in it."""
-    sizes = [task.batch_size or config.schedule.batch_size for task in config.tasks.values()]
-    tokens = [task.tokens_N("train") for task in tasks]
-    schedule = Schedule(config.schedule, tokens, sizes, config.seed)
-    places, first = [], 0
-    for phase in config.phases:
-        steps = phase.steps or (phase.epochs or 0) * schedule.steps_per_epoch
-        places.append(_Place(phase, first, first + steps - 1))
-        first += steps
-    epochs = -(-first // schedule.steps_per_epoch)
-    return Schedule(config.schedule, tokens, sizes, config.seed, epochs), places
-
-
-def _steps(place: _Place) -> int:
-    return place.last - place.first + 1
-
-
-def learning_rate_factor(config: OptimizerConfig, phase: PhaseConfig, step: int, steps: int) -> float:
-    """What every learning rate is multiplied by at a phase's `step` of `steps`: warm-up, then the decay to 0."""
-    warmup = round(config.warmup * steps)
-    if step < warmup:
-        return phase.lr_scale * (step + 1) / warmup
-    progress = (step - warmup) / max(steps - warmup, 1)
-    decay = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1 + np.cos(np.pi * progress))}
-    return phase.lr_scale * float(decay[config.decay])
 
 
 class _Window:

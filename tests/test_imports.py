@@ -20,7 +20,7 @@ FLOORS = [
     ["runs", "randomness", "baselines", "reference"],
     ["record"],
     ["packing", "encoder", "schedule", "surgery", "metrics", "figures", "tracking", "synthetic", "readers", "pages"],
-    ["heads", "losses", "ranking", "pretrained", "flops"],
+    ["heads", "losses", "ranking", "pretrained", "flops", "phases", "weighting"],
     ["tasks", "data", "token_cache"],
     ["engine", "evaluate", "checkpoint"],
     ["trainer", "export", "predict", "compare", "report"],
@@ -42,7 +42,7 @@ ROOMS = {
 }
 """Third parties that only one file or package knows."""
 
-KNOW_NO_RANKS = ["packing", "encoder", "schedule", "surgery", "metrics", "heads"]
+KNOW_NO_RANKS = ["packing", "encoder", "schedule", "phases", "surgery", "weighting", "metrics", "heads"]
 """Pure functions of their arguments, on one rank or many: no torch.distributed."""
 
 GLOBAL_DRAWS_ALLOWED: dict[tuple[str, str], str] = {}

@@ -24,6 +24,7 @@ KINDS: list[dict[str, Any]] = [
     {"kind": "sequential"},
     {"kind": "sampled"},
     {"kind": "sampled", "alpha": 0.5, "anneal": 0.5, "tasks_per_step": 3},
+    {"kind": "adaptive", "tasks_per_step": 2},
 ]
 
 
@@ -291,6 +292,37 @@ def test_annealing_takes_alpha_down_in_equal_parts_and_no_further() -> None:
     schedule = Schedule(config, [np.array(lengths) for lengths in UNEVEN], [4, 4, 4], seed=5, epochs=3)
     for epoch, alpha in [(0, 1.0), (1, 0.6), (2, 0.2), (3, 0.2)]:
         np.testing.assert_allclose(frequencies(schedule, epoch), power(alpha), atol=0.025)
+
+
+def adaptive(alpha: float = 2.0) -> Schedule:
+    config = ScheduleConfig(kind="adaptive", alpha=alpha, length=4000)
+    return Schedule(config, [np.full(count, 5) for count in (50, 90, 70)], [5] * 3, seed=3)
+
+
+def test_the_task_that_lags_is_drawn_more_often() -> None:
+    """p ∝ 1 / (min(1, score / target)^α + 0.1); what is above its target lags no more than what is at it."""
+    schedule = adaptive()
+    schedule.adapt(2000, scores=[0.25, 0.9, -0.3], targets=[0.5, 0.8, 1.0])
+    chances = np.array([1 / 0.35, 1 / 1.1, 1 / 0.1])
+    assert schedule.history == [(2000, pytest.approx(chances / chances.sum()))]
+    for steps, expected in ((range(2000), np.full(3, 1 / 3)), (range(2000, 4000), chances / chances.sum())):
+        tasks = [schedule.batches_at(step)[0][0] for step in steps]
+        np.testing.assert_allclose(np.bincount(tasks, minlength=3) / 2000, expected, atol=0.03)
+    assert adaptive(alpha=0.0).batches_at(7) == adaptive().batches_at(7)
+
+
+def test_an_adaptive_schedule_goes_on_from_its_history_and_skips_no_batch() -> None:
+    straight, resumed = adaptive(), adaptive()
+    said = []
+    for step in range(90):
+        if step in (30, 60):
+            straight.adapt(step, scores=[0.1 * step / 30, 0.5, float("nan")], targets=[1.0] * 3)
+        said.append(straight.batches_at(step))
+    resumed.history = list(straight.history)
+    assert [resumed.batches_at(step) for step in (89, 40, 3)] == [said[step] for step in (89, 40, 3)]
+    for task in range(3):
+        ordinals = [ordinal for batches in said for k, ordinal in batches if k == task]
+        assert ordinals == list(range(len(ordinals)))
 
 
 def test_two_draws_of_one_task_in_a_step_are_one_share_of_both_batches() -> None:

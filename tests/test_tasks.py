@@ -23,8 +23,8 @@ from mtbert.config import Config, UserError, load_config
 from mtbert.data import load_tokenizer
 from mtbert.encoder import EncoderShape
 from mtbert.heads import MultiTaskModel
+from mtbert.phases import plan
 from mtbert.tasks import Task, load_tasks, locate_data, locate_tokenizer
-from mtbert.trainer import plan
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 
@@ -100,8 +100,8 @@ def test_a_fourth_task_needs_no_code(
     fourth = tasks[-1]
     assert len(fourth.train) == len(fourth.dev) == count
 
-    schedule, _ = plan(config, tasks)
-    share = schedule.shares(0, 0, 1)[3]
+    [phase] = plan(config, [task.tokens_N("train") for task in tasks])
+    share = phase.schedule.shares(0, 0, 1)[3]
     batch = fourth.batch("train", share.micro_batches[0])
     assert batch.count == share.examples == len(batch.labels_B) <= (values.get("batch_size") or 32)
 

@@ -27,7 +27,7 @@ from mtbert.metrics import METRICS
 from mtbert.randomness import addressed_rng
 from mtbert.record import RunRecord, Said
 from mtbert.runs import Rank, create_run
-from mtbert.trainer import build, evaluate_run, learning_rate_factor, train
+from mtbert.trainer import build, evaluate_run, train
 
 STEPS = 12
 TINY = {
@@ -352,13 +352,3 @@ def test_checkpoint_of_another_model_is_refused(config: Config, width: int) -> N
     (run / "config.yaml").write_text(to_yaml(wider))
     with pytest.raises(UserError, match="belongs to another configuration"):
         train(run, Rank(), quiet=True)
-
-
-@pytest.mark.parametrize("decay", ["constant", "linear", "cosine"])
-def test_learning_rate_course(decay: str) -> None:
-    config, phase = OptimizerConfig(warmup=0.1, decay=decay), PhaseConfig(steps=100, lr_scale=2.0)
-    factors = [learning_rate_factor(config, phase, step, 100) for step in range(100)]
-    assert factors[0] == pytest.approx(0.2) and factors[9] == pytest.approx(2.0) == factors[10]
-    halfway = {"constant": 2.0, "linear": 1.0, "cosine": 1.0}[decay]
-    assert factors[55] == pytest.approx(halfway)
-    assert factors[10:] == sorted(factors[10:], reverse=True)
