@@ -5,7 +5,7 @@ TRAIN_READY := .venv/.ready-to-train
 TEST_READY := .venv/.ready-to-test
 BROWSER_READY := .venv/.ready-to-browse
 
-.PHONY: help train test check bench clean slurm-up slurm-down test-slurm test-browser
+.PHONY: help train test check bench papers clean slurm-up slurm-down test-slurm test-browser
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,6 +28,9 @@ clean: ## remove .venv, caches and build products; runs/ stays
 
 bench: $(TEST_READY) ## what docs/performance.md says, measured anew (half an hour; leave the machine alone)
 	@.venv/bin/python -m benchmarks $(ARGS)
+
+papers: $(TEST_READY) ## every system of the four papers, hours, resumable: make papers ARGS="--data DIR --encoder DIR"
+	@.venv/bin/python -m benchmarks.papers $(ARGS)
 
 slurm-up: ## a real two-node Slurm on this box, for tests (Debian, root)
 	@slurm/cluster.sh up

@@ -287,10 +287,18 @@ class Engine:
             after_K = self._losses_after(losses) if self.weighting.wants_losses_after else None
             after_K = None if after_K is None else lambda_K * after_K
             self.weighting.learn(lambda_K * losses_K, tasks, step, epoch, rate_factor, after_K)
-        skipped = not math.isfinite(norm)
         return StepResult(
-            *(tasks, losses_K, factors_K, through, gram_MM, weights_M),
-            *(math.sqrt(head_square) if head_square >= 0 else math.nan, norm, skipped, stop, save),
+            tasks=tasks,
+            losses_K=losses_K,
+            factors_K=factors_K,
+            through=through,
+            gram_MM=gram_MM,
+            weights_M=weights_M,
+            head_norm=math.sqrt(head_square) if head_square >= 0 else math.nan,
+            norm=norm,
+            skipped=not math.isfinite(norm),
+            stop=stop,
+            save=save,
         )
 
     def _backward(self, task: int, through: Sequence[int], losses: Sequence[Loss]) -> Tensor:

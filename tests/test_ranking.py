@@ -262,7 +262,7 @@ def trained(rank: Rank, zero: int, accumulation: int) -> tuple[dict[str, list[An
             ]
             for name in tasks_of(step)
         }
-        told.append(engine.step(step, losses, lr_factor=1.0).losses_K.tolist())
+        told.append(engine.step(step, losses).losses_K.tolist())
     shards: dict[str, list[Any]] = {}
     for span, tensors in engine.state():
         shards.setdefault(span.name, []).append((span.start, span.stop, tensors["master"].clone()))
