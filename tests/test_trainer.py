@@ -244,7 +244,7 @@ def test_a_save_that_fails_is_told_and_tried_again(
     config: Config, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A file lies where the folder of checkpoints belongs, until step 7: as good as a full disk. Nothing but the retry
-    saves after that, before the last step."""
+    saves before the evaluation after step 10."""
     monkeypatch.setattr(checkpoint, "RETRY_S", 0.0)
     config = config.model_copy(update={"checkpoint": CheckpointConfig(every_steps=6, keep=9)})
     run = new_run(config, "full")
@@ -255,6 +255,7 @@ def test_a_save_that_fails_is_told_and_tried_again(
     def stop() -> bool:
         if next(steps) == 7:
             blocker.unlink()
+        time.sleep(0.1)  # for the thread, on a busy machine
         return False
 
     assert train(run, Rank(), stop).status == "finished"
@@ -262,7 +263,7 @@ def test_a_save_that_fails_is_told_and_tried_again(
     assert "step 6 could not be saved: " in out and "training goes on, and saving is tried again" in out
     saved = [int(folder.name.removeprefix("step-")) for folder in sorted(blocker.glob("step-*"))]
     assert f"step {saved[0]} is saved" in out
-    assert 7 <= saved[0] < STEPS - 1 and saved[-1] == STEPS
+    assert 7 <= saved[0] < 10 and saved[-1] == STEPS
     best = find_checkpoint(run, "best")
     assert best.step in saved, "the best so far is one that could be saved"
 

@@ -123,7 +123,7 @@ def test_a_run_folder_from_a_newer_version_is_refused(config: Path, tmp_path: Pa
     made_by = json.loads((run / "environment.json").read_text())
     assert made_by["format"] == 1
     (run / "environment.json").write_text(json.dumps({**made_by, "format": 2}))
-    done = submit("--resume", run, "--local", cwd=tmp_path)
+    done = submit("--resume", run, "--local", "--dry-run", cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert done.stderr.startswith(f"error: {run}: run folder of format 2, from a newer mtbert; this one reads up to 1")
 
