@@ -203,6 +203,14 @@ def test_the_reader_of_global_draws(line: str, seen: bool) -> None:
     assert bool(list(global_draws(ast.parse(line)))) == seen
 
 
+def test_the_first_step_waits_for_no_import_it_can_do_without() -> None:
+    """Each of these takes up to a second, on every rank; they are imported when they are first used."""
+    heavy = ["sklearn", "scipy", "matplotlib", "tensorboard", "torch._dynamo", "torch.nn.attention.varlen"]
+    code = f"import sys, mtbert.trainer; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
 def test_wheel_holds_the_packages_and_no_tests(tmp_path: Path) -> None:
     """Built from a copy, so that no build folder is left behind and none that lies about gets in."""
     copy = tmp_path / "copy"
