@@ -5,7 +5,7 @@ TRAIN_READY := .venv/.ready-to-train
 TEST_READY := .venv/.ready-to-test
 BROWSER_READY := .venv/.ready-to-browse
 
-.PHONY: help train test check bench papers clean slurm-up slurm-down test-slurm test-browser
+.PHONY: help train test check bench papers search clean slurm-up slurm-down test-slurm test-browser
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,6 +31,9 @@ bench: $(TEST_READY) ## what docs/performance.md says, measured anew (half an ho
 
 papers: $(TEST_READY) ## every system of the four papers, hours, resumable: make papers ARGS="--data DIR --encoder DIR"
 	@.venv/bin/python -m benchmarks.papers $(ARGS)
+
+search: $(TEST_READY) ## 8 trials of the quick start, then best.yaml and report.md: make search ARGS="--trials 16"
+	@.venv/bin/python -m tune --trials 8 $(ARGS)
 
 slurm-up: ## a real two-node Slurm on this box, for tests (Debian, root)
 	@slurm/cluster.sh up

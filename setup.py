@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "mtbert" / "__init__.py").read_text(encoding="utf-8"))
 assert VERSION
 
-TUNE = ["ray[tune]>=2.50", "optuna>=4.5"]
+TUNE = ["ray[tune]>=2.60", "optuna>=5.0"]
 # upgrad and dualproj project with quadprog, cagrad solves with cvxpy, fairgrad with SciPy
 SURGERY = ["torchjd[quadprog-projector,cagrad,fairgrad]>=0.18"]
 PARQUET = ["pyarrow>=18"]

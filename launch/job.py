@@ -331,7 +331,7 @@ def _interface(place: Place) -> str | None:
 
     Left alone, gloo takes the address the host name resolves to, which on many machines is one that peers cannot reach.
     """
-    if place.slurm_job is None or len(place.hosts) < 2:
+    if len(place.hosts) < 2:
         return next((name for _, name in socket.if_nameindex() if name.startswith("lo")), None)
     # the way to oneself is the loopback, so the first node asks for the way to the second
     other = place.hosts[1] if place.host.split(".")[0] == place.hosts[0] else place.hosts[0]

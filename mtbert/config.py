@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -659,20 +659,36 @@ def _override(text: str) -> dict[str, Any]:
     return nested
 
 
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Another YAML file of the project's (a search space), in the dialect of configurations. Raises `UserError`."""
+    return _read(path)
+
+
+def inline_yaml(value: Any) -> str:
+    """A value on one line, such that `--set key=…` reads it back."""
+    text: str = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, width=float("inf"), allow_unicode=True)
+    return text.removesuffix("\n").removesuffix("\n...")
+
+
 def load_config(path: str | Path | None, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """The configuration in `path` with dotted overrides (`a.b=value`, the value read as YAML) laid over it.
 
     A task set to null is left out. Raises `UserError` naming the key and the nearest valid one.
     """
-    values = _read(Path(path)) if path is not None else {}
+    return config_of(_read(Path(path)) if path is not None else {}, overrides, str(path or "configuration"))
+
+
+def config_of(values: Mapping[str, Any], overrides: Sequence[str] = (), where: str = "configuration") -> Config:
+    """The same from nested dictionaries; `where` begins the message of what is wrong with them."""
+    merged = dict(values)
     for text in overrides:
-        values = _merge(values, _override(text))
-    if isinstance(values.get("tasks"), dict):
-        values["tasks"] = {name: task for name, task in values["tasks"].items() if task is not None}
+        merged = _merge(merged, _override(text))
+    if isinstance(merged.get("tasks"), dict):
+        merged["tasks"] = {name: task for name, task in merged["tasks"].items() if task is not None}
     try:
-        return Config.model_validate(values)
+        return Config.model_validate(merged)
     except ValidationError as error:
-        raise UserError(f"{path or 'configuration'}: {_explain(error)}") from None
+        raise UserError(f"{where}: {_explain(error)}") from None
 
 
 _INSTEAD = {
@@ -750,4 +766,4 @@ def to_yaml(config: Config) -> str:
     return text
 
 
-__all__ = ["Config", "UserError", "load_config", "schema", "to_yaml"]
+__all__ = ["Config", "UserError", "config_of", "inline_yaml", "load_config", "read_yaml", "schema", "to_yaml"]

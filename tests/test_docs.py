@@ -46,6 +46,8 @@ ELSEWHERE = {
     r"slurm/cluster\.sh.*|sbatch .*|MTBERT_SLURM=1 .*": "needs a Slurm cluster: tests/slurm",
     r"python launch/submit\.py (--follow RUN|cancel RUN|--nodes 4 --resume RUN)": "needs a job: tests/slurm",
     r"python launch/submit\.py --nodes 2 --follow": "the same, on the cluster of `make slurm-up`: tests/slurm",
+    r"(make search|python -m tune)( .*)?": "minutes of work",
+    r".*runs/SEARCH.*": "what a search has left",
     r"python (-m )?benchmarks.*": "measures for minutes; its parts are tested",
 }
 """What is not run here: the whole command as a pattern, and where it is run or why it cannot be."""

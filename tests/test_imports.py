@@ -30,12 +30,12 @@ FLOORS = [
 
 FLOOR = {module: number for number, modules in enumerate(FLOORS) for module in modules}
 
-ROOMS = {
+ROOMS: dict[str, str | tuple[str, ...]] = {
     "deepspeed": "mtbert/engine.py",
     "submitit": "launch/",
     "ray": "tune/",
     "optuna": "tune/",
-    "matplotlib": "mtbert/figures.py",
+    "matplotlib": ("mtbert/figures.py", "tune/report.py"),
     "jinja2": "mtbert/pages.py",
     "tensorboard": "mtbert/tracking.py",
     "torch.utils.tensorboard": "mtbert/tracking.py",

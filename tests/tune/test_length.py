@@ -1,0 +1,92 @@
+"""Trials see the same number of examples, whatever their configuration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mtbert.config import Config, UserError, load_config
+from mtbert.phases import Phase, plan
+from mtbert.trainer import build
+from tune.length import of_equal_length, own_examples
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def configured(cache: Path, *overrides: str) -> Config:
+    small = "data.generate={seed: 0, train: 200, dev: 60}"
+    shape = "encoder.shape={hidden_size: 16, layers: 1, heads: 1, intermediate_size: 16, max_positions: 64}"
+    return load_config(
+        ROOT / "configs" / "quickstart.yaml", [small, shape, f"data.cache={cache}", "phases=[{epochs: 3}]", *overrides]
+    )
+
+
+def planned(config: Config) -> list[Phase]:
+    return plan(config, [task.tokens_N("train") for task in build(config).tasks])
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["schedule.length=20"],
+        ["schedule.length=300", "schedule.batch_size=8"],
+        ["schedule.kind=sampled", "schedule.alpha=1", "schedule.anneal=0.8", "schedule.length=30"],
+        ["schedule.kind=sequential"],
+        ["schedule.length=unbalanced", "tasks.sst.batch_size=5"],
+        ["phases=[{epochs: 1, trainable: heads}, {epochs: 3}]"],
+    ],
+    ids=" ".join,
+)
+def test_examples_are_those_asked_for(cache: Path, overrides: list[str]) -> None:
+    config, seen = of_equal_length(configured(cache, *overrides), 3000, 4)
+    phases = planned(config)
+    steps = phases[-1].last + 1
+    per_step = [
+        sum(share.examples for share in phase.schedule.shares(phase.schedule_step(step), 0, 1))
+        for phase in phases
+        for step in range(phase.first, phase.last + 1)
+    ]
+    assert sum(per_step) - per_step[-1] < 3000 <= sum(per_step)
+    every = config.run.evaluate_every
+    assert list(seen) == [*range(every, steps, every), steps] and len(seen) == 4  # type: ignore[arg-type]
+    assert list(seen.values()) == [sum(per_step[:step]) for step in seen]
+    for number, examples in enumerate(seen.values(), 1):
+        assert examples >= number * 750
+        if "unbalanced" not in " ".join(overrides):  # whose first steps are larger than its last
+            assert examples - number * 750 <= number * max(per_step)
+
+
+def test_phases_keep_their_shares(cache: Path) -> None:
+    config, _ = of_equal_length(configured(cache, "phases=[{epochs: 1, trainable: heads}, {epochs: 3}]"), 6000, 4)
+    first, second = (phase.steps for phase in config.phases)
+    assert first and second and abs(second - 3 * first) <= 3
+    assert [phase.trainable for phase in config.phases] == ["heads", "all"]
+
+
+def test_at_equal_examples_sigma_changes_nothing_in_round_robin(cache: Path) -> None:
+    """What `docs/search.md` says of σ: the same examples in the same steps at the same rates."""
+    short, long = (of_equal_length(configured(cache, f"schedule.length={sigma}"), 3000, 4) for sigma in (7, 400))
+    assert short[1] == long[1]
+    assert short[0].phases == long[0].phases
+    schedules = [planned(config)[0].schedule for config, _ in (short, long)]
+    for step in range(max(short[1])):
+        one, other = (schedule.shares(step, 0, 2) for schedule in schedules)
+        assert [share.task for share in one] == [share.task for share in other]
+        for mine, yours in zip(one, other, strict=True):
+            np.testing.assert_array_equal(mine.micro_batches[0], yours.micro_batches[0])
+
+
+def test_what_a_configuration_sees_by_itself(cache: Path) -> None:
+    assert own_examples(configured(cache)) == 3 * 3 * 200
+
+
+def test_too_few_examples_are_refused(cache: Path) -> None:
+    with pytest.raises(UserError, match=r"--examples 200: only 3 steps, for 1 phase\(s\) and 4 evaluation\(s\)"):
+        of_equal_length(configured(cache), 200, 4)

@@ -1,0 +1,225 @@
+"""The search space: what it draws, how that becomes a configuration, and what it refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mtbert.config import Config, UserError, config_of, load_config
+from tune.space import Space, load_space
+
+ROOT = Path(__file__).parent.parent.parent
+QUICKSTART = ROOT / "configs" / "quickstart.yaml"
+
+
+@pytest.fixture(scope="module")
+def config() -> Config:
+    return load_config(QUICKSTART)
+
+
+class Uniform:
+    """Draws evenly, and remembers."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng = np.random.default_rng(seed)
+        self.seen: dict[str, Any] = {}
+
+    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
+        ends = np.log([low, high]) if log else np.array([low, high])
+        number = self.rng.uniform(*ends)
+        self.seen[name] = float(np.exp(number) if log else number)
+        return float(self.seen[name])
+
+    def suggest_int(self, name: str, low: int, high: int, *, log: bool = False) -> int:
+        self.seen[name] = int(self.rng.integers(low, high, endpoint=True))
+        return int(self.seen[name])
+
+    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
+        self.seen[name] = choices[self.rng.integers(len(choices))]
+        return self.seen[name]
+
+
+class Given:
+    """Draws what it is given."""
+
+    def __init__(self, encoded: dict[str, Any]) -> None:
+        self.encoded = encoded
+
+    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
+        return float(self.encoded[name])
+
+    def suggest_int(self, name: str, low: int, high: int, *, log: bool = False) -> int:
+        return int(self.encoded[name])
+
+    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
+        return self.encoded[name]
+
+
+def space_of(tmp_path: Path, config: Config, text: str) -> Space:
+    path = tmp_path / "space.yaml"
+    path.write_text(text)
+    return load_space(path, config)
+
+
+ALL_KINDS = """
+parameters:
+  optimizer.lr: {loguniform: [1e-5, 1e-2]}
+  dropout: {uniform: [0, 0.3], keys: [encoder.dropout, tasks.*.head.dropout]}
+  schedule.kind: {choice: [round_robin, sampled]}
+  schedule.alpha: {uniform: [0.1, 1], when: {schedule.kind: sampled}}
+  schedule.length: {logint: [10, 1000]}
+  schedule.bucket: {int: [1, 8]}
+  weights: {simplex: 3, keys: [tasks.*.weight]}
+  engine.clip_norm: {choice: [null, 0.5, 1]}
+  surgery: {choice: [{method: pcgrad}, {method: pcgrad, options: {reduction: mean}}, {method: "sum"}]}
+"""
+
+
+def test_every_kind_reaches_its_keys_and_stays_in_range(tmp_path: Path, config: Config) -> None:
+    space = space_of(tmp_path, config, ALL_KINDS)
+    kinds = set()
+    for seed in range(60):
+        values = space.draw(Uniform(seed))
+        tried = config_of(space.base, space.overrides(values))
+        assert 1e-5 <= tried.optimizer.lr == values["optimizer.lr"] <= 1e-2
+        assert {tried.encoder.dropout, *(task.head.dropout for task in tried.tasks.values())} == {values["dropout"]}
+        assert sum(task.weight for task in tried.tasks.values()) == pytest.approx(3)
+        assert [task.weight for task in tried.tasks.values()] == values["weights"]
+        assert tried.schedule.kind == values["schedule.kind"]
+        assert ("schedule.alpha" in values) == (tried.schedule.kind == "sampled")
+        assert tried.engine.clip_norm == values["engine.clip_norm"]
+        assert tried.surgery.model_dump(exclude_defaults=True) == {
+            key: value for key, value in values["surgery"].items() if value != "pcgrad"
+        }
+        kinds.add(tried.schedule.kind)
+    assert kinds == {"round_robin", "sampled"}
+
+
+def test_a_simplex_is_drawn_evenly(tmp_path: Path, config: Config) -> None:
+    """Uniform on the triangle: each weight has mean 1/3 and variance 1/18 of the total (Dirichlet of ones)."""
+    space = space_of(tmp_path, config, "parameters: {weights: {simplex: 1, keys: [tasks.*.weight]}}")
+    weights = np.array([space.draw(Uniform(seed))["weights"] for seed in range(4000)])
+    assert weights.mean(0) == pytest.approx(np.full(3, 1 / 3), abs=0.01)
+    assert weights.var(0) == pytest.approx(np.full(3, 1 / 18), abs=0.005)
+
+
+def test_a_start_is_drawn_as_it_was_given(tmp_path: Path, config: Config) -> None:
+    space = space_of(tmp_path, config, ALL_KINDS)
+    for seed in range(20):
+        values = space.draw(Uniform(seed))
+        again = space.draw(Given(space.encode(values)))
+        assert again.keys() == values.keys()
+        for name, value in values.items():
+            assert again[name] == (pytest.approx(value) if name == "weights" else value)
+
+
+def test_perturbing_keeps_choices_and_ranges(tmp_path: Path, config: Config) -> None:
+    space = space_of(tmp_path, config, ALL_KINDS)
+    for seed in range(50):
+        values = space.draw(Uniform(seed))
+        moved = space.perturb(values, np.random.default_rng(seed))
+        config_of(space.base, space.overrides(moved))
+        space.encode(moved)  # raises outside the ranges
+        for name, value in values.items():
+            parameter = space[name]
+            if parameter.kind in ("choice", "int", "logint"):
+                assert moved[name] == value
+            elif parameter.kind != "simplex":
+                steps = [parameter.low, parameter.high, 0.8 * value, 1.25 * value]
+                assert moved[name] != value and any(moved[name] == pytest.approx(step) for step in steps)
+
+
+def test_stages_try_every_choice_at_the_best_of_the_stages_before(tmp_path: Path, config: Config) -> None:
+    space = load_space(ROOT / "configs" / "search" / "c7.yaml", config)
+    assert space.staged_trials() == 6
+    first = [space.staged(number, {}) for number in range(3)]
+    assert [values["optimizer.lr"] for values in first] == [1e-4, 1e-5, 1e-6]
+    assert {values["dropout"] for values in first} == {0.3}
+    second = [space.staged(number, first[1]) for number in range(3, 6)]
+    assert [values["dropout"] for values in second] == [0.2, 0.3, 0.4]
+    assert {values["optimizer.lr"] for values in second} == {1e-5}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "search").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_spaces_that_come_with_us_fit_the_quick_start(path: Path, config: Config) -> None:
+    load_space(path, config)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        (
+            "parameters: {optimizer.head_rl: {uniform: [0, 1]}}",
+            "optimizer.head_rl: unknown key; did you mean 'head_lr'?",
+        ),
+        (
+            "parameters: {optimizer.lr: {uniform: [0.1, 0.01]}}",
+            "uniform [0.1, 0.01] is upside down; give [lowest, highest]",
+        ),
+        ("parameters: {optimizer.lr: {uniform: [0.1, 0.1]}}", "is upside down"),
+        (
+            "parameters: {optimizer.lr: {loguniform: [0, 0.1]}}",
+            "loguniform [0, 0.1]: a log range cannot reach 0; begin above",
+        ),
+        ("parameters: {schedule.length: {logint: [0, 10]}}", "logint [0, 10]: a log range cannot reach 0"),
+        ("parameters: {schedule.length: {int: [0.5, 10]}}", "int [0.5, 10]: expected [lowest, highest], whole numbers"),
+        (
+            "parameters: {schedule.length: {int: [0, 10]}}",
+            "schedule.length: expected shortest, longest, unbalanced or a number",
+        ),
+        ("parameters: {encoder.dropout: {uniform: [0, 1]}}", "encoder.dropout: input should be less than 1"),
+        ("parameters: {w: {simplex: 1, keys: [tasks.sst.weight]}}", "w: a simplex of one: its only weight is always 1"),
+        ("parameters: {w: {simplex: 0, keys: [tasks.*.weight]}}", "w: simplex 0: expected the sum of the weights"),
+        ("parameters: {surgery.method: {choice: [pcgrad]}}", "expected a list of two or more different options"),
+        ("parameters: {surgery.method: {choice: [pcgrad, pcgrad]}}", "two or more different options"),
+        ("parameters: {optimizer.lr: {normal: [0, 1]}}", "expected one of uniform, loguniform, int"),
+        ("parameters: {optimizer.lr: {uniform: [0, 1], step: 3}}", "unknown key 'step'"),
+        ("parameters: {phases: {choice: [[{epochs: 1}], [{epochs: 2}]]}}", "phases is set by the search itself"),
+        ("parameters: {run.evaluate_every: {int: [1, 3]}}", "run.evaluate_every is set by the search itself"),
+        ("parameters: {lr: {uniform: [0, 1], keys: [optimizer.lr]}, optimizer.lr: {uniform: [0, 1]}}", "set twice"),
+        (
+            "parameters: {optimizer.lr: {uniform: [0, 1], when: {nothing: 3}}}",
+            "when: nothing is neither a parameter above",
+        ),
+        (
+            "parameters: {schedule.kind: {choice: [round_robin, sampled]},"
+            " schedule.alpha: {uniform: [0, 1], when: {schedule.kind: sample}}}",
+            "when: schedule.kind is never 'sample'; its options: round_robin, sampled",
+        ),
+        (
+            "parameters: {optimizer.lr: {uniform: [0, 1]}}\nstarts: [{optimizer.lrr: 0.5}]",
+            "did you mean 'optimizer.lr'?",
+        ),
+        (
+            "parameters: {optimizer.lr: {uniform: [0, 1]}}\nstarts: [{optimizer.lr: 2}]",
+            "expected a number from 0 to 1 (got 2)",
+        ),
+        (
+            "parameters: {optimizer.lr: {uniform: [0, 1]}}\nstages: [[optimizer.lr]]",
+            "only choices can be tried one by one",
+        ),
+        ("parameters: {x.*.weight: {uniform: [0, 1]}}", "* stands for the name of a task"),
+        ("params: {}", "params: unknown key; valid keys: parameters, starts, stages"),
+        ("starts: []", "parameters: missing"),
+        ("parameters: [", "not valid YAML"),
+    ],
+)
+def test_a_wrong_space_is_refused_in_one_line(tmp_path: Path, config: Config, text: str, complaint: str) -> None:
+    with pytest.raises(UserError) as refused:
+        space_of(tmp_path, config, text)
+    message = str(refused.value)
+    assert message.startswith(str(tmp_path / "space.yaml"))
+    assert complaint in message
+    assert "\n" not in message
+
+
+def test_when_may_look_at_the_configuration(tmp_path: Path, config: Config) -> None:
+    alpha = "schedule.alpha: {uniform: [0.1, 1], when: {schedule.kind: sampled}}"
+    text = f"parameters: {{{alpha}, optimizer.lr: {{uniform: [0, 1]}}}}"
+    assert set(space_of(tmp_path, config, text).draw(Uniform(0))) == {"optimizer.lr"}
+    sampled = load_config(QUICKSTART, ["schedule.kind=sampled"])
+    assert set(space_of(tmp_path, sampled, text).draw(Uniform(0))) == {"optimizer.lr", "schedule.alpha"}

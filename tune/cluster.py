@@ -1,0 +1,148 @@
+"""The Ray that a search runs on: started here for one search, or by `launch` on a Slurm allocation.
+
+Ray listens on all interfaces whatever it is told, and whoever reaches it may run code: so a token is asked for, always,
+and it lies in a file that only the user can read. Nothing is left behind, even when the driver is killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from launch.records import ROOT
+from mtbert.config import UserError
+
+OBJECT_STORE_BYTES = 100 * 2**20
+"""Nothing but small messages passes through it; Ray would take a third of the memory."""
+
+JOIN_S = 120.0
+
+SWEEP = 'cat; for i in 1 2 3 4 5 6 7 8 9 10; do rm -rf "$0"; sleep 0.5; [ -e "$0" ] || exit 0; done'
+"""Waits for the end of its input, the driver's life; Ray's processes may write for a moment longer."""
+
+
+def set_variables(token_file: Path) -> None:
+    """What Ray reads when it is imported, in this process and in those it starts."""
+    assert "ray" not in sys.modules, "Ray was imported before its settings were there"
+    path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ |= {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token_file),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # else it hides the GPUs of an actor without any, with a warning
+        "RAY_AIR_NEW_OUTPUT": "0",  # which prints its own account whatever the verbosity
+        "RAY_CHDIR_TO_TRIAL_DIR": "0",
+        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+        "TUNE_DISABLE_SIGINT_HANDLER": "1",
+        "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+        "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+        "PYTHONPATH": os.pathsep.join(path),  # workers import our packages
+    }
+
+
+def make_home() -> Path:
+    """A folder for Ray on this node, only for this user. Under /tmp when the usual place has a long name.
+
+    Ray's sockets lie 62 characters below, and the path of a socket has 107 at most.
+    """
+    usual = tempfile.gettempdir()
+    return Path(tempfile.mkdtemp(prefix="mtbert-ray-", dir=usual if len(usual) < 25 else "/tmp"))
+
+
+def write_token(folder: Path) -> Path:
+    file = folder / "token"
+    file.touch(mode=0o600, exist_ok=False)  # before there is anything in it to be read
+    file.write_text(secrets.token_hex(32))
+    return file
+
+
+@contextlib.contextmanager
+def local_ray(cpus: int, gpus: int, dashboard: bool) -> Iterator[Path]:
+    """Ray on this machine while the block lasts. Yields its folder, gone afterwards, also after a kill -9."""
+    home = make_home()
+    sweeper = subprocess.Popen(
+        ["sh", "-c", SWEEP, str(home)], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True
+    )
+    try:
+        set_variables(write_token(home))
+        import ray
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            ray.init(
+                num_cpus=cpus,
+                num_gpus=gpus,
+                include_dashboard=dashboard,
+                dashboard_host="127.0.0.1",
+                object_store_memory=OBJECT_STORE_BYTES,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                _temp_dir=str(home),
+            )
+        try:
+            yield home
+        finally:
+            ray.shutdown()
+    finally:
+        assert sweeper.stdin
+        sweeper.stdin.close()
+        sweeper.wait()
+
+
+@contextlib.contextmanager
+def joined_ray(address: str, count: int) -> Iterator[None]:
+    """A Ray that is running already, while the block lasts. Waits until it has `count` nodes."""
+    import ray
+
+    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    try:
+        deadline = time.monotonic() + JOIN_S
+        while len(nodes()) < count:
+            if time.monotonic() > deadline:
+                raise UserError(f"only {len(nodes())} of {count} nodes joined within {JOIN_S} s")
+            time.sleep(0.5)
+        yield
+    finally:
+        ray.shutdown()
+
+
+def nodes() -> list[Mapping[str, float]]:
+    """Resources of each living node."""
+    import ray
+
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def check_room(nodes: Sequence[Mapping[str, Any]], ranks: int, cpus: int, gpus: float) -> int:
+    """How many trials fit at once. Raises `UserError` naming what is missing when not even one does.
+
+    Ray itself would wait for ever.
+    """
+    per_node = [
+        min(
+            int(node.get("CPU", 0) // cpus),
+            int(node.get("GPU", 0) // gpus) if gpus else ranks * len(nodes) * int(node.get("CPU", 0)),
+        )
+        for node in nodes
+    ]
+    places = sum(per_node)
+    if places >= ranks:
+        return places // ranks
+    has = {kind: sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU")}
+    where = "this machine has" if len(nodes) == 1 else f"the {len(nodes)} nodes have"
+    need = f"{ranks} × {cpus} CPU" + (f" and {ranks} × {gpus:g} GPU" if gpus else "")
+    raise UserError(
+        f"--ranks-per-trial {ranks}: a trial needs {need}; {where} {has['CPU']:g} CPU"
+        + (f" and {has['GPU']:g} GPU" if gpus else "")
+        + f", room for {places} rank(s): {ranks - places} short"
+    )

@@ -1,0 +1,272 @@
+"""Ray Tune's side of a search: hands out what the study asks for, and tells the study what comes back."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from ray import tune as ray_tune
+from ray.tune import Callback, FailureConfig, PlacementGroupFactory, RunConfig, TuneConfig, Tuner
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, PopulationBasedTraining, TrialScheduler
+from ray.tune.search import Searcher
+
+from mtbert.config import Config, UserError, config_of, to_yaml
+from mtbert.randomness import addressed_rng
+from mtbert.runs import create_run
+from tune.board import Board
+from tune.curves import lineage
+from tune.length import of_equal_length
+from tune.space import Space, Values
+from tune.study import Study
+from tune.trial import Plan, run_trial
+
+if TYPE_CHECKING:
+    from tune.search import Settings
+
+RETRIES = 1
+"""Of a trial that fails through no fault of its configuration."""
+
+
+class Conductor:
+    """Runs the trials of a study that are not over."""
+
+    def __init__(
+        self, folder: Path, settings: Settings, space: Space, config: Config, study: Study, board: Board
+    ) -> None:
+        self.folder, self.settings, self.space, self.base = folder, settings, space, config
+        self.study, self.board = study, board
+        self.interrupted = [trial.number for trial in study.tried() if trial.state == "running"]
+        self.numbers: dict[str, int] = {}  # Tune's trial → ours
+        self.goals: dict[int, int] = {}  # trial → examples at its end
+        self.explored = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Tune pickles what it is given, for a way of continuing that is not ours."""
+        return {}
+
+    def conduct(self, slots: int) -> None:
+        """Until all trials are over. Raises `KeyboardInterrupt` on Ctrl-C; what runs then is continued by a resume."""
+        settings, aside = self.settings, self.folder / ".ray"
+        shutil.rmtree(aside, ignore_errors=True)
+        left = settings.trials - sum(trial.state != "running" for trial in self.study.tried())
+        if left <= 0:
+            return
+        at_once = min(settings.concurrent or slots, slots)
+        self.study.note_search(slots=at_once)
+        # what goes wrong is told by the board, once
+        logging.getLogger("ray").setLevel(logging.CRITICAL)
+        bundle = {"CPU": settings.cpus} | ({"GPU": settings.gpus} if settings.gpus else {})
+        population: dict[str, Any] = {}
+        if settings.scheduler == "pbt":  # which Tune wants to know whole, and without a searcher
+            members = iter(lambda: self.suggest(""), Searcher.FINISHED)
+            population = {"plan": ray_tune.grid_search([each["plan"] for each in members])}
+        try:
+            Tuner(
+                ray_tune.with_resources(run_trial, PlacementGroupFactory([{}] + [bundle] * settings.ranks, "PACK")),
+                param_space=population,
+                tune_config=TuneConfig(
+                    search_alg=None if population else _Asks(self),
+                    scheduler=self._scheduler(),
+                    num_samples=1 if population else left,
+                    # a population takes turns
+                    max_concurrent_trials=None if population else at_once,
+                    trial_dirname_creator=_dirname,
+                ),
+                run_config=RunConfig(
+                    name="tune",
+                    storage_path=str(aside),
+                    failure_config=FailureConfig(max_failures=RETRIES),
+                    callbacks=[_Tells(self)] if population else [],
+                    verbose=0,
+                ),
+            ).fit()
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+            self._tidy()
+
+    def _scheduler(self) -> TrialScheduler:
+        settings = self.settings
+        if settings.scheduler == "none":
+            return FIFOScheduler()
+        common: dict[str, Any] = {"time_attr": "examples", "metric": self.study.first_metric, "mode": "max"}
+        apart = settings.examples // settings.evaluations
+        if settings.scheduler == "pbt":
+            # Tune recommends another kind of trainable
+            warnings.filterwarnings("ignore", message="Consider boosting PBT", category=UserWarning)
+            return PopulationBasedTraining(
+                **common, perturbation_interval=apart, custom_explore_fn=self._explore, log_config=False
+            )
+        asha = ASHAScheduler(
+            **common,
+            grace_period=apart,
+            max_t=settings.examples - 1,  # no rung at the end, where nothing is left to be stopped
+            reduction_factor=settings.reduction,
+            stop_last_trials=False,
+        )
+        for trial in self.study.tried():  # of a search that is continued
+            if trial.state != "running":
+                known = SimpleNamespace(trial_id=f"before-{trial.number}")
+                asha.on_trial_add(None, known)
+                for examples, score in sorted(trial.curve.items()):
+                    asha.on_trial_result(None, known, {"examples": examples, self.study.first_metric: score})
+        return asha
+
+    # ------------------------------------------------------------------------------ what Tune asks and tells
+
+    def suggest(self, tune_id: str) -> Any:
+        """Settings of a trial, None for \"not now\", or `Searcher.FINISHED`."""
+        while True:
+            if self.interrupted:
+                number = self.interrupted.pop(0)
+                values = self.study.values_again(number)
+                if moves := lineage(self._run(number)):
+                    values = moves[-1]["values"]
+            elif len(self.study.tried()) >= self.settings.trials:
+                return Searcher.FINISHED
+            elif asked := self.study.ask():
+                number, values = asked
+            else:
+                return None
+            try:
+                plan = self._plan(number, values)
+            except UserError as error:
+                self.study.finish(number, "failed", str(error))
+                self.board.show(number)
+                continue
+            self.numbers[tune_id] = number
+            self.study.note(number, asked=time.time())
+            self.board.show(number)
+            return plan.settings()
+
+    def reported(self, tune_id: str, result: dict[str, Any]) -> None:
+        if "error" in result:
+            return
+        number = self.numbers[tune_id]
+        scores = {name: result[name] for name in ("composite", *self.base.tasks) if name in result}
+        self.study.report(number, result["examples"], scores)
+        self.board.show(number)
+
+    def completed(self, tune_id: str, result: dict[str, Any] | None, error: bool) -> None:
+        number = self.numbers.pop(tune_id)
+        folder = self._run(number)
+        trial = self.study.tried()[number]
+        if error or result is None:
+            told = folder / "error.txt"
+            self.study.finish(number, "failed", told.read_text() if told.exists() else "the trial's process was killed")
+        elif "error" in result:
+            self.study.finish(number, "failed", result["error"])
+        else:
+            self.study.finish(number, "complete" if trial.examples >= self.goals[number] else "pruned")
+        if moves := lineage(folder):
+            self.study.note(number, lineage=moves)
+        if self.settings.scheduler != "pbt":  # there, others may yet go on from it
+            self._tidy()
+        self.board.show(number)
+
+    # ------------------------------------------------------------------------------------------- run folders
+
+    def _run(self, number: int) -> Path:
+        return self.folder / "trials" / f"{number:04d}"
+
+    def _plan(self, number: int, values: Values) -> Plan:
+        """Makes the trial's run folder unless it is there. Raises `UserError` for values that do not fit together."""
+        plan, config = self._planned(number, values)
+        self.goals[number] = max(plan.examples.values())
+        folder = self._run(number)
+        if not (folder / "config.yaml").exists():
+            shutil.rmtree(folder, ignore_errors=True)  # killed while it was made
+            place = config.run.model_copy(update={"name": folder.name})
+            create_run(config.model_copy(update={"run": place}), None, [])
+        if not (folder / "code").is_symlink():
+            (folder / "code").symlink_to(Path("..") / ".." / "code")
+        return plan
+
+    def _planned(self, number: int, values: Values) -> tuple[Plan, Config]:
+        settings = self.settings
+        config = config_of(self.base.model_dump(mode="json"), self.space.overrides(values))
+        config, examples = of_equal_length(config, settings.examples, settings.evaluations)
+        config = config.model_copy(
+            update={
+                "run": config.run.model_copy(update={"dir": str(self.folder / "trials"), "name": None}),
+                # a population's members begin again from one another's checkpoints, while these move on
+                "checkpoint": config.checkpoint.model_copy(update={"keep": 3 if settings.scheduler == "pbt" else 1}),
+                # as many on any machine, or best.yaml would not give the same numbers elsewhere
+                "engine": config.engine.model_copy(update={"threads": config.engine.threads or settings.cpus}),
+            }
+        )
+        trials = str(self.folder / "trials")
+        plan = Plan(number, trials, to_yaml(config), values, examples, settings.ranks, settings.cpus, settings.gpus)
+        return plan, config
+
+    def _explore(self, donor: dict[str, Any]) -> dict[str, Any]:
+        self.explored += 1
+        values = self.space.perturb(
+            donor["plan"]["values"], addressed_rng(self.settings.seed, "explore", self.explored)
+        )
+        return self._planned(donor["plan"]["number"], values)[0].settings()
+
+    def _tidy(self) -> None:
+        """Weights are kept of the best trial, or of those on the Pareto front; curves and configurations of all."""
+        kept = {trial.number for trial in self.study.front()} if len(self.settings.metrics) > 1 else set()
+        if best := self.study.best():
+            kept.add(best.number)
+        for trial in self.study.tried():
+            if trial.state != "running" and trial.number not in kept:
+                shutil.rmtree(self._run(trial.number) / "checkpoints", ignore_errors=True)
+
+
+class _Tells(Callback):  # type: ignore[misc]
+    """Ray Tune's view of the conductor, for a population."""
+
+    def __init__(self, conductor: Conductor) -> None:
+        self.conductor = conductor
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        # not from its configuration, which becomes the donor's
+        self.conductor.numbers[trial.trial_id] = int(trial.custom_dirname)
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        self.conductor.reported(trial.trial_id, result)
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.conductor.completed(trial.trial_id, trial.last_result, False)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.conductor.completed(trial.trial_id, None, True)
+
+
+class _Asks(Searcher):  # type: ignore[misc]
+    """Ray Tune's view of the conductor, where trials come one by one."""
+
+    def __init__(self, conductor: Conductor) -> None:
+        super().__init__()
+        self.conductor = conductor
+
+    def set_search_properties(self, metric: Any, mode: Any, config: Any, **spec: Any) -> bool:
+        return True
+
+    def suggest(self, trial_id: str) -> Any:
+        return self.conductor.suggest(trial_id)
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        self.conductor.reported(trial_id, result)
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        self.conductor.completed(trial_id, result, error)
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the study is the record."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing: the study is the record."""
+
+
+def _dirname(trial: Any) -> str:
+    return f"{trial.config['plan']['number']:04d}"

@@ -1,0 +1,31 @@
+"""What is read from a trial's run folder: its evaluations, and whose weights it went on from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mtbert.record import METRICS_FILE
+
+LINEAGE_FILE = "lineage.jsonl"
+
+
+def evaluations_in(folder: Path) -> Iterator[tuple[int, dict[str, float | None]]]:
+    """(steps done, scores) of each evaluation in a run folder; None is a score that is not a number."""
+    try:
+        lines = (folder / METRICS_FILE).read_text(encoding="utf-8").splitlines(keepends=True)
+    except FileNotFoundError:
+        return
+    for line in lines:
+        if line.endswith("\n") and '"metric/composite"' in line:
+            record = json.loads(line)
+            tags = [tag for tag in record if tag.startswith("metric/")]
+            yield record["step"] + 1, {tag.split("/")[1]: record[tag] for tag in tags}
+
+
+def lineage(folder: Path) -> list[dict[str, Any]]:
+    """The grafts of a run folder, oldest first: step, trial it went on from, values since then."""
+    file = folder / LINEAGE_FILE
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []

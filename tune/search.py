@@ -1,0 +1,385 @@
+"""`python -m tune` (or `python tune/search.py`): the search for a configuration, as a run folder.
+
+    SEARCH/search.yaml, base.yaml, space.yaml    what is searched
+    SEARCH/study.db                              the Optuna study, up to date after every evaluation
+    SEARCH/trials/0000/ …                        a run folder per trial: configuration, curves, logs
+    SEARCH/best.yaml, report.md, *.png           the outcome
+
+Ray Tune runs the trials and ASHA or PBT judge them; what is tried, and what came of it, is in the study alone. So a
+search that was killed starts a fresh Ray, tells the scheduler what the study knows, and goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # started as a script: the checkout, not tune/, is where imports begin
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import filelock
+
+from launch.records import ROOT, snapshot_code
+from launch.show import STOPPED
+from mtbert.config import Config, UserError, inline_yaml, load_config, read_yaml, to_yaml
+from mtbert.runs import create_run, write_atomically
+from tune.space import Space, load_space
+
+DEFAULT_CONFIG = ROOT / "configs" / "quickstart.yaml"
+DEFAULT_SPACE = ROOT / "configs" / "search" / "default.yaml"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a search is done; `search.yaml`."""
+
+    source: str
+    trials: int
+    examples: int
+    evaluations: int
+    metrics: list[str]
+    scheduler: str
+    reduction: int
+    sampler: str
+    seed: int
+    ranks: int
+    cpus: int
+    gpus: float
+    concurrent: int | None
+    storage: str
+    name: str
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m tune",
+        description="Search for learning rates, loss weights, σ and anything else that a configuration says.",
+        epilog="All trials train on the same number of examples, whatever their σ, and are compared at equal numbers.",
+        allow_abbrev=False,
+    )
+    what = parser.add_argument_group("what to search")
+    what.add_argument(
+        "--config", type=Path, metavar="YAML", help="the configuration that is varied (default: quickstart)"
+    )
+    what.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", dest="overrides")
+    what.add_argument("--space", type=Path, metavar="YAML", help="the space (default: configs/search/default.yaml)")
+    what.add_argument("--trials", type=_count, metavar="N", help="trials in all (default: 16)")
+    what.add_argument(
+        "--examples", type=_count, metavar="N", help="that a trial trains on (default: as the configuration)"
+    )
+    what.add_argument("--metric", nargs="+", metavar="NAME", dest="metrics",
+                      help="composite, or tasks; several for a Pareto front (default: composite)")  # fmt: skip
+    what.add_argument("--resume", type=Path, metavar="SEARCH", help="continue a search; --trials may ask for more")
+
+    how = parser.add_argument_group("how")
+    how.add_argument("--scheduler", choices=("asha", "pbt", "none"), help="asha stops bad trials early (default)")
+    how.add_argument("--evaluations", type=_count, metavar="N", help="of each trial, evenly spaced (default: 8)")
+    how.add_argument("--reduction", type=_count, metavar="N", help="asha: one in N goes on at each rung (default: 3)")
+    how.add_argument("--sampler", choices=("tpe", "random"), help="(default: tpe)")
+    how.add_argument("--seed", type=int, metavar="N", help="of the search; the trials' own is the configuration's")
+    how.add_argument("--name", help="of the search folder and its study (default: date, config)")
+    how.add_argument("--storage", metavar="URL", help="database of the Optuna study (default: SQLite in the folder)")
+
+    where = parser.add_argument_group("where")
+    where.add_argument("--ranks-per-trial", type=_count, metavar="N", help="(default: 1)")
+    where.add_argument("--cpus-per-rank", type=_count, metavar="N", help="CPUs, and threads, of a rank (default: 1)")
+    where.add_argument("--gpus-per-rank", type=_share, metavar="X", help="may be a fraction with one rank (default: 0)")
+    where.add_argument("--concurrent", type=_count, metavar="N", help="trials at once (default: as many as fit)")
+    where.add_argument("--cluster", choices=("slurm",), help="search on nodes of a cluster instead of this machine")
+    where.add_argument("--nodes", type=_count, metavar="N", help="nodes of the cluster (default: 1)")
+    where.add_argument("--cpus-per-node", type=_count, metavar="N", help="of the cluster (default: for one trial)")
+    where.add_argument("--slurm", nargs="+", action="extend", default=[], metavar="OPTION[=VALUE]",
+                       help="options of sbatch, e.g. partition=big time=4:00:00 gpus-per-node=2")  # fmt: skip
+    where.add_argument("--address", help=argparse.SUPPRESS)  # of the Ray to join: tune.allocation sets it
+    where.add_argument("--dashboard", action="store_true", help="Ray's dashboard, on this machine only")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code: 0 done, 1 no trial succeeded, 2 a user's mistake, 130 stopped."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    args = parser().parse_args(words)
+    try:
+        return search(args, ["python", "-m", "tune", *words])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def search(args: argparse.Namespace, command: list[str]) -> int:
+    if args.resume is not None:
+        folder, settings = args.resume.absolute(), resumed_settings(args)
+        config = load_config(folder / "base.yaml")
+        space = load_space(folder / "space.yaml", config)
+    else:
+        config = load_config(args.config or DEFAULT_CONFIG, args.overrides)
+        space = load_space(args.space or DEFAULT_SPACE, config)
+        settings = new_settings(args, config, space)
+    check_place(args, settings)
+    if args.resume is None:
+        from tune.length import of_equal_length, own_examples  # with torch; opens the data, once for all trials
+
+        settings = replace(settings, examples=settings.examples or own_examples(config))
+        of_equal_length(config, settings.examples, settings.evaluations)
+        folder = make_folder(args.space or DEFAULT_SPACE, settings, config, command)
+        config = load_config(folder / "base.yaml")  # with absolute paths
+    with _only_search(folder):
+        try:
+            study = open_study(folder, settings, space, config, args.resume is not None)
+            job = None if args.cluster is None else submit(args, folder, settings)
+        except UserError:
+            if args.resume is None:
+                shutil.rmtree(folder)
+            raise
+        if job is None:
+            return run(args, folder, settings, space, config, study)
+    print(f"job {job}: search folder {folder}\nwatch with: tail -F {folder}/slurm.log")
+    return 0
+
+
+def check_place(args: argparse.Namespace, settings: Settings) -> None:
+    """Raises `UserError` when a trial does not fit where it is to run."""
+    from tune.cluster import check_room
+
+    if args.cluster is None and args.address is None:
+        if given := [name for name in ("nodes", "cpus_per_node", "slurm") if getattr(args, name)]:
+            raise UserError(f"--{given[0].replace('_', '-')}: of which cluster? add --cluster slurm")
+        check_room([_this_machine()], settings.ranks, settings.cpus, settings.gpus)
+    elif args.cluster is not None:
+        if shutil.which("sbatch") is None:
+            raise UserError("--cluster slurm: no sbatch here; leave --cluster out to search on this machine")
+        gpus = dict(option.removeprefix("--").partition("=")[::2] for option in args.slurm).get("gpus-per-node", "0")
+        node = {"CPU": _cpus_per_node(args, settings), "GPU": int(gpus.rpartition(":")[2])}
+        check_room([node] * (args.nodes or 1), settings.ranks, settings.cpus, settings.gpus)
+
+
+def _cpus_per_node(args: argparse.Namespace, settings: Settings) -> int:
+    nodes = args.nodes or 1
+    return int(args.cpus_per_node or -(-settings.ranks // nodes) * settings.cpus)
+
+
+def submit(args: argparse.Namespace, folder: Path, settings: Settings) -> str:
+    from tune import allocation
+
+    options = [option.removeprefix("--") for option in args.slurm]
+    return allocation.submit(folder, settings.name, args.nodes or 1, _cpus_per_node(args, settings), options)
+
+
+def run(args: argparse.Namespace, folder: Path, settings: Settings, space: Space, config: Config, study: Any) -> int:
+    from tune import cluster
+    from tune.board import Board
+    from tune.report import write_best, write_report
+
+    machine = _this_machine()
+    ray_here = (
+        cluster.local_ray(int(machine["CPU"]), int(machine["GPU"]), args.dashboard)
+        if args.address is None
+        else cluster.joined_ray(args.address, args.nodes or 1)
+    )
+    print(f"search folder {folder}", flush=True)
+    print(
+        f"every trial trains on {settings.examples:,} examples, whatever its σ, and trials are compared at equal "
+        f"numbers of examples; {_judged(settings)}",
+        flush=True,
+    )
+    started = time.monotonic()
+    code = 0
+    with Board(study, settings) as board:
+        try:
+            with ray_here, _terminated():  # in this order: Ray sets a handler of its own
+                from tune.conductor import Conductor  # imports Ray, which reads its variables then
+
+                slots = cluster.check_room(cluster.nodes(), settings.ranks, settings.cpus, settings.gpus)
+                Conductor(folder, settings, space, config, study, board).conduct(slots)
+        except KeyboardInterrupt:
+            code = STOPPED
+    study.note_search(seconds=study.notes.get("seconds", 0.0) + time.monotonic() - started)
+    best = write_best(folder, settings, study)
+    write_report(folder, settings, space, study)
+    if best is not None:
+        print(
+            f"best: trial {best.number}, {study.first_metric} {best.scores[study.first_metric]:.4f}: {folder}/best.yaml"
+        )
+    elif code != STOPPED:
+        print("error: no trial saw all its examples; report.md says what became of each", file=sys.stderr)
+    print(f"report: {folder}/report.md\ncurves: tensorboard --logdir {folder}/trials")
+    if code == STOPPED:
+        print(f"stopped; continue with: python -m tune --resume {folder}")
+        return STOPPED
+    return 0 if best is not None else 1
+
+
+def _judged(settings: Settings) -> str:
+    if len(settings.metrics) > 1:
+        return f"a Pareto front over {', '.join(settings.metrics)}, no trial is stopped early"
+    rule = {
+        "asha": f"ASHA lets one in {settings.reduction} go on at each rung",
+        "pbt": "population-based: after each evaluation the worst quarter goes on from the best quarter's weights",
+        "none": "no trial is stopped early",
+    }
+    return f"judged by {settings.metrics[0]}; {rule[settings.scheduler]}"
+
+
+# ----------------------------------------------------------------------------------------- before it starts
+
+
+def new_settings(args: argparse.Namespace, config: Config, space: Space) -> Settings:
+    """Raises `UserError` for what does not fit together."""
+    metrics = args.metrics or ["composite"]
+    valid = ["composite", *config.tasks]
+    for metric in metrics:
+        if metric not in valid:
+            raise UserError(f"--metric {metric}: no trial reports it; valid: {', '.join(valid)}")
+    if len(set(metrics)) < len(metrics):
+        raise UserError(f"--metric {' '.join(metrics)}: one is named twice")
+    trials, scheduler = args.trials or 16, args.scheduler or "asha"
+    if space.stages:
+        trials = space.staged_trials()
+        if args.trials not in (None, trials):
+            raise UserError(f"--trials {args.trials}: the stages of the space have {trials} trials; leave it out")
+    if len(metrics) > 1 and args.scheduler not in (None, "none"):
+        raise UserError(f"--scheduler {scheduler}: needs one metric to judge by, not {len(metrics)}")
+    if scheduler == "pbt" and (space.stages or trials < 4):
+        why = "a space without stages" if space.stages else f"a population of at least 4, not --trials {trials}"
+        raise UserError(f"--scheduler pbt: needs {why}")
+    ranks, gpus = args.ranks_per_trial or 1, args.gpus_per_rank or 0.0
+    if gpus % 1 and (ranks > 1 or gpus > 1):
+        raise UserError(
+            f"--gpus-per-rank {gpus:g}: only one rank per trial can do with part of a GPU; NCCL wants whole ones"
+        )
+    if args.reduction == 1:
+        raise UserError("--reduction 1: nobody would be stopped; give 2 or more, or --scheduler none")
+    source = str(args.config or DEFAULT_CONFIG)
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    return Settings(
+        source=source,
+        trials=trials,
+        examples=args.examples or 0,
+        evaluations=args.evaluations or 8,
+        metrics=metrics,
+        scheduler="none" if len(metrics) > 1 else scheduler,
+        reduction=args.reduction or 3,
+        sampler=args.sampler or "tpe",
+        seed=args.seed or 0,
+        ranks=ranks,
+        cpus=args.cpus_per_rank or 1,
+        gpus=gpus,
+        concurrent=args.concurrent,
+        storage=args.storage or "",
+        name=args.name or f"{stamp}-search-{Path(source).stem}",
+    )
+
+
+def resumed_settings(args: argparse.Namespace) -> Settings:
+    """Those of the search folder; only the number of trials and where they run may change."""
+    if not (args.resume / "search.yaml").is_file():
+        raise UserError(f"--resume {args.resume}: no search folder, search.yaml is missing there")
+    free = {"resume", "trials", "concurrent", "address", "dashboard", "cluster", "nodes", "cpus_per_node", "slurm"}
+    if given := [name for name, value in vars(args).items() if name not in free and value not in (None, [])]:
+        raise UserError(f"--resume: a search goes on as it began; leave out --{given[0].replace('_', '-')}")
+    settings = Settings(**read_yaml(args.resume / "search.yaml"))
+    if args.trials is not None and args.trials < settings.trials:
+        raise UserError(f"--trials {args.trials}: the search has {settings.trials} already; ask for more")
+    changed = replace(
+        settings, trials=args.trials or settings.trials, concurrent=args.concurrent or settings.concurrent
+    )
+    write_settings(args.resume, changed)
+    return changed
+
+
+def make_folder(space: Path, settings: Settings, config: Config, command: list[str]) -> Path:
+    place = config.run.model_copy(update={"name": settings.name})
+    folder = create_run(config.model_copy(update={"run": place}), settings.source, command).absolute()
+    (folder / "config.yaml").rename(folder / "base.yaml")
+    shutil.copyfile(space, folder / "space.yaml")
+    write_settings(folder, settings)
+    snapshot_code(folder)
+    (folder / "trials").mkdir()
+    return folder
+
+
+def write_settings(folder: Path, settings: Settings) -> None:
+    lines = [f"{key}: {inline_yaml(value)}\n" for key, value in asdict(settings).items()]
+    write_atomically(folder / "search.yaml", "".join(lines))
+
+
+def open_study(folder: Path, settings: Settings, space: Space, config: Config, resume: bool) -> Any:
+    from tune.study import Study
+
+    base = to_yaml(config.model_copy(update={"run": config.run.model_copy(update={"dir": "", "name": None})}))
+    identity = {
+        "space": space.describe(),
+        "configuration": base,
+        "length": f"{settings.examples} examples, {settings.evaluations} evaluations",
+        "metric": ", ".join(settings.metrics),
+    }
+    return Study(
+        space,
+        settings.storage or f"sqlite:///{folder}/study.db",
+        settings.name,
+        identity,
+        settings.metrics,
+        settings.sampler,
+        settings.seed,
+        settings.trials,
+        resume,
+    )
+
+
+def _this_machine() -> dict[str, float]:
+    from launch.local import gpus_here
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return {"CPU": cores, "GPU": gpus_here()}
+
+
+@contextmanager
+def _only_search(folder: Path) -> Iterator[None]:
+    lock = filelock.FileLock(folder / ".lock")
+    try:
+        with lock.acquire(timeout=0):
+            yield
+    except filelock.Timeout:
+        raise UserError(f"{folder}: another process is searching here; wait for it, or end it") from None
+
+
+@contextmanager
+def _terminated() -> Iterator[None]:
+    """TERM and a hang-up stop the search as Ctrl-C does."""
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1")
+    return int(text)
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0")
+    return share
+
+
+if __name__ == "__main__":
+    sys.exit(main())

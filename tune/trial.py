@@ -1,0 +1,245 @@
+"""One trial: a run folder and the ranks that train it. This runs in Ray's workers, not in the driver.
+
+The trial is our trainer, unchanged. In each bundle of the trial's placement group a small actor starts one rank with
+`launch/child.py`; scores come back through the run's `metrics.jsonl`. Death goes downwards: driver → raylet → trial →
+actors → ranks (the kernel kills a rank with its actor), so no rank outlives its trial, however that one ends.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune as ray_tune
+from ray.util.placement_group import PlacementGroup, get_current_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from launch.records import End, job_folder, read_end
+from mtbert.config import load_config, to_yaml
+from mtbert.runs import write_atomically
+from tune.curves import LINEAGE_FILE, evaluations_in
+
+TOKEN = "trial"
+"""The token of a trial's job: all its attempts are one job, so a new one takes the folder over at once."""
+
+STARTS_FILE = "starts.jsonl"
+"""In the job folder, a line per attempt."""
+POLL_S = 0.2
+WRITTEN_S = 60.0
+"""A checkpoint is written in the background after the evaluation it belongs to."""
+PATIENCE_S = 15.0
+"""For ranks whose peer has failed; they notice by themselves within a second on the same machine."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a trial's ranks need to know. `settings` is what Ray Tune hands over."""
+
+    number: int  # in the study; that of the trial whose weights it goes on from, where there is one
+    trials: str  # folder of the trials' run folders
+    config: str  # YAML; the run folder's own name is put in
+    values: dict[str, Any]
+    examples: dict[int, int]  # evaluation's step → examples seen
+    ranks: int
+    cpus: int
+    gpus: float
+
+    def settings(self) -> dict[str, Any]:
+        return {"plan": asdict(self)}
+
+
+def run_trial(settings: dict[str, Any]) -> None:
+    """Ray Tune's trainable. Reports `examples`, `step` and every score after each evaluation, with a checkpoint.
+
+    A mistake of the configuration and a score that is not a number are reported as `error`, and the trial ends: trying
+    it again would give the same. Anything else that goes wrong raises, and Tune starts the trial again.
+    """
+    plan = Plan(**settings["plan"])
+    folder = Path(plan.trials) / Path(ray_tune.get_context().get_trial_dir()).name
+    try:
+        _train(folder, plan)
+    except Exception as error:
+        ours = isinstance(error, LostRanks)
+        (folder / "error.txt").write_text(str(error) if ours else traceback.format_exc())
+        raise
+
+
+class LostRanks(RuntimeError):
+    """The ranks ended before the run was finished."""
+
+
+def _train(folder: Path, plan: Plan) -> None:
+    last = 0
+    if checkpoint := ray_tune.get_checkpoint():
+        with checkpoint.as_directory() as directory:
+            saved = json.loads((Path(directory) / "checkpoint.json").read_text())
+        last = saved["step"]
+        if saved["run"] != str(folder):
+            graft(folder, Path(saved["run"]), last, plan)
+    ranks = Ranks(folder, plan)
+    try:
+        for step, scores in ranks.evaluations(after=last):
+            result = {"step": step, "examples": plan.examples[step], **scores}
+            if broken := [name for name, score in scores.items() if score is None]:
+                seen = plan.examples[step]
+                ray_tune.report({"error": f"score of {', '.join(broken)} is not a number after {seen:,} examples"})
+                return
+            with tempfile.TemporaryDirectory() as directory:
+                (Path(directory) / "checkpoint.json").write_text(json.dumps({"run": str(folder), "step": step}))
+                ray_tune.report(result, checkpoint=ray_tune.Checkpoint.from_directory(directory))
+        end = ranks.end()
+    finally:
+        ranks.kill()
+    if end.status == "mistake":
+        ray_tune.report({"error": end.message})
+    elif end.status != "finished":
+        raise LostRanks(end.message)
+
+
+def graft(folder: Path, donor: Path, step: int, plan: Plan) -> None:
+    """Continue `folder` from a checkpoint of another trial, with the plan's configuration (population-based training).
+
+    The donor may have moved on meanwhile and removed that checkpoint; then its oldest later one serves. Or it may
+    still be writing it.
+    """
+    own = folder / "checkpoints"
+    deadline = time.monotonic() + WRITTEN_S
+    while True:
+        saved = sorted((donor / "checkpoints").glob("step-*"))
+        source = next((path for path in saved if int(path.name.removeprefix("step-")) >= step), None)
+        if source is None:
+            if time.monotonic() > deadline:
+                raise LostRanks(f"{donor.name} left no checkpoint at step {step} or later to go on from")
+            time.sleep(POLL_S)
+            continue
+        shutil.rmtree(own, ignore_errors=True)
+        own.mkdir()
+        try:
+            shutil.copytree(source, own / source.name, copy_function=os.link)
+            break
+        except (shutil.Error, FileNotFoundError):  # removed under our hands
+            continue
+    own_file = folder / "config.yaml"
+    write_atomically(own_file, plan.config)
+    write_atomically(own_file, to_yaml(load_config(own_file, [f"run.name={folder.name!r}"])))
+    with (folder / LINEAGE_FILE).open("a") as file:
+        line = {"step": int(source.name.removeprefix("step-")), "from": donor.name, "values": plan.values}
+        file.write(json.dumps(line) + "\n")
+
+
+class Ranks:
+    """The ranks of one attempt at a trial."""
+
+    def __init__(self, folder: Path, plan: Plan) -> None:
+        self.folder, self.plan = folder, plan
+        job_folder(folder).mkdir(exist_ok=True)
+        starts = job_folder(folder) / STARTS_FILE
+        self.attempt = len(starts.read_text().splitlines()) if starts.exists() else 0
+        group = get_current_placement_group()
+        assert isinstance(group, PlacementGroup)
+        # the trial's own bundle holds nothing and is therefore not in the group
+        self.owners = [
+            Owner.options(  # type: ignore[attr-defined]
+                num_cpus=plan.cpus,
+                num_gpus=plan.gpus,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle),
+            ).remote()
+            for bundle in range(plan.ranks)
+        ]
+        self.exits = self._start()
+
+    def _start(self) -> list[ray.ObjectRef]:
+        places = ray.get([owner.place.remote() for owner in self.owners])
+        order = sorted(range(len(places)), key=lambda index: places[index]["address"])  # hosts one after another
+        self.owners = [self.owners[index] for index in order]
+        places = [places[index] for index in order]
+        addresses = [place["address"] for place in places]
+        hosts = sorted(set(addresses))
+        with (job_folder(self.folder) / STARTS_FILE).open("a") as file:
+            file.write(json.dumps({"time": time.time(), "hosts": [place["host"] for place in places]}) + "\n")
+        if len(hosts) == 1:
+            rendezvous = f"file://{job_folder(self.folder)}/{TOKEN}-{self.attempt}.rendezvous"
+        else:
+            rendezvous = f"tcp://{addresses[0]}:{places[0]['port']}"
+        started = []
+        for number, (owner, address) in enumerate(zip(self.owners, addresses, strict=True)):
+            local = [other for other, where in enumerate(addresses) if where == address]
+            devices = [device for other in local for device in places[other]["gpus"]]
+            words = [self.folder, TOKEN, self.attempt, number, len(places), local.index(number), len(local), rendezvous]
+            started.append(owner.start.remote([*map(str, words), *hosts], self.folder.parent.parent / "code", devices))
+        ray.get(started)
+        return [owner.wait.remote() for owner in self.owners]
+
+    def evaluations(self, after: int) -> Iterator[tuple[int, dict[str, float | None]]]:
+        """(step, scores) of each evaluation past step `after`, as they come, until the ranks have ended."""
+        ended = False
+        while True:
+            # looked at before reading: what was written before the end is then read
+            ended = ended or len(ray.wait(self.exits, num_returns=1, timeout=POLL_S)[0]) > 0
+            for step, scores in evaluations_in(self.folder):
+                if step > after:
+                    after = step
+                    yield step, scores
+            if ended:
+                return
+
+    def end(self) -> End:
+        """How the ranks ended. Waits for all of them, not long once one has failed."""
+        waiting = self.exits
+        codes: list[int] = []
+        while waiting:
+            done, waiting = ray.wait(waiting, num_returns=1, timeout=PATIENCE_S if any(codes) else None)
+            if not done:
+                break
+            codes.append(ray.get(done[0]))
+        end = read_end(self.folder, f"{TOKEN}-{self.attempt}")
+        if end is not None:
+            return end
+        files = [*sorted(job_folder(self.folder).glob("*_log.err")), *sorted((self.folder / "logs").glob("*.err"))]
+        told = "\n".join(path.read_text(errors="replace") for path in files)
+        return End("lost", 0, socket.gethostname(), message=f"a rank was killed (exit codes {codes})\n{told}".strip())
+
+    def kill(self) -> None:
+        for owner in self.owners:
+            ray.kill(owner)
+
+
+@ray.remote
+class Owner:
+    """Starts a rank on its node and outlives it. Its methods run in one thread, which the kernel ties the rank to."""
+
+    def place(self) -> dict[str, Any]:
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            port = probe.getsockname()[1]
+        address = ray.util.get_node_ip_address()
+        return {"address": address, "host": socket.gethostname(), "port": port, "gpus": ray.get_gpu_ids()}
+
+    def start(self, words: list[str], code: Path, devices: list[int]) -> int:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        if devices:  # all of this host: a rank picks its own by its local number
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, devices))
+        with (job_folder(Path(words[0])) / f"start{words[3]}_log.err").open("w") as early:  # until it has its own log
+            self.process = subprocess.Popen(
+                [sys.executable, str(code / "launch" / "child.py"), str(os.getpid()), *words],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=early,
+            )
+        return self.process.pid
+
+    def wait(self) -> int:
+        return self.process.wait()
