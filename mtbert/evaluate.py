@@ -5,7 +5,6 @@ Shapes: N examples of a split, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,11 +16,9 @@ from torch import Tensor
 from mtbert.heads import MultiTaskModel
 from mtbert.losses import predict, probabilities
 from mtbert.metrics import METRICS, composite
+from mtbert.packing import batches_by_length
 from mtbert.runs import Rank
 from mtbert.tasks import Task
-
-TOKENS_PER_BATCH = 8192
-"""Over all ranks; large enough for full speed, small enough for any device that can train."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +42,7 @@ def evaluate(model: MultiTaskModel, task: Task, rank: Rank, device: torch.device
     # fills in its own examples; the sum over ranks is exact because all other ranks hold zeros there.
     classes = task.config.classes if task.config.loss_kind in ("cross_entropy", "bce") else 0
     said_NA = torch.zeros(len(tokens_N), 3 + classes, dtype=torch.float64)
-    for batch_indices in _batches(tokens_N):
+    for batch_indices in batches_by_length(tokens_N):
         # every rank makes the same number of forward passes, were it with no example: ZeRO-3 gathers weights in each
         mine = batch_indices[rank.rank :: rank.world]
         batch = task.batch("dev", mine)
@@ -73,18 +70,6 @@ def evaluate_all(
     """Every task that has a development set, and the composite score of all these."""
     results = [evaluate(model, task, rank, device) for task in tasks if task.dev is not None]
     return results, composite({result.task: (result.metric, result.score) for result in results})
-
-
-def _batches(tokens_N: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
-    """Examples of like length together, up to a number of tokens."""
-    order_N = np.argsort(tokens_N, kind="stable")
-    start, load = 0, 0
-    for place, index in enumerate(order_N):
-        load += int(tokens_N[index])
-        if load > TOKENS_PER_BATCH and place > start:
-            yield order_N[start:place]
-            start, load = place, int(tokens_N[index])
-    yield order_N[start:]
 
 
 def _sum_over_ranks(values: Tensor, device: torch.device) -> Tensor:

@@ -6,13 +6,17 @@ Shapes: B sequences, T tokens of all sequences together; inside a block N sequen
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+TOKENS_PER_BATCH = 8192
+"""Without gradients, over all ranks; large enough for full speed, small enough for any device that can train."""
 
 
 @dataclass(frozen=True)
@@ -114,3 +118,15 @@ def _block(lengths: np.ndarray, start: int, stop: int) -> Block:
     mask_NL = np.where(real_NL, np.float32(0), np.float32(-math.inf))
     tensors = torch.from_numpy(padded_NL), torch.from_numpy(places), torch.from_numpy(mask_NL[:, None])
     return Block(slice(start, stop), count, longest, *tensors)
+
+
+def batches_by_length(tokens_N: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+    """The N examples, those of like length together, up to `TOKENS_PER_BATCH` tokens (or one example) a batch."""
+    order_N = np.argsort(tokens_N, kind="stable")
+    start, load = 0, 0
+    for place, index in enumerate(order_N):
+        load += int(tokens_N[index])
+        if load > TOKENS_PER_BATCH and place > start:
+            yield order_N[start:place]
+            start, load = place, int(tokens_N[index])
+    yield order_N[start:]

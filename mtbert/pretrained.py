@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -60,16 +62,20 @@ def _hugging_face_names(name: str) -> list[str]:
     return [f"{prefix}{_TO_HUGGING_FACE[module[-1]]}.{kind}"]
 
 
-def load_pretrained(name_or_folder: str) -> tuple[EncoderShape, dict[str, Tensor], Path]:
+def load_pretrained(name_or_folder: str, revision: str | None = None) -> tuple[EncoderShape, dict[str, Tensor], Path]:
     """Shape, fp32 weights under our names, and the folder (for the tokenizer) of a Hugging Face BERT.
+
+    Args:
+        revision: of a hub name: the commit to take; default the newest. The download shows its progress on a terminal,
+            and what was downloaded is held to the checksum that the hub gave for it.
 
     Only `model.safetensors` is ever opened, never a pickle. Weights of heads in the file are ignored. A file without
     a pooler gives a state without `pooler.*`; `Encoder.load_weights` then leaves it as initialised and says so.
 
     Raises `UserError` naming the file or hub and what would be right.
     """
-    folder = _folder(name_or_folder)
-    shape = _read_shape(folder / "config.json")
+    folder = _folder(name_or_folder, revision)
+    shape = read_shape(folder / "config.json")
     path = folder / "model.safetensors"
     if not path.is_file():
         raise UserError(
@@ -114,12 +120,31 @@ def save_pretrained(state: Mapping[str, Tensor], shape: EncoderShape, folder: Pa
             tensors[part] = chunk.contiguous()
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "model.safetensors", safetensors.torch.save(tensors, {"format": "pt"}))
-    config = {key: getattr(shape, field) for field, key in _CONFIG_KEYS.items()}
+    write_shape(shape, folder / "config.json")
+
+
+def write_shape(shape: EncoderShape, path: Path) -> None:
+    """Write a shape as the config.json of `transformers.BertModel`."""
+    config: dict[str, Any] = {key: getattr(shape, field) for field, key in _CONFIG_KEYS.items()}
     config |= {"model_type": "bert", "architectures": ["BertModel"], "hidden_act": "gelu"}
-    write_atomically(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    write_atomically(path, json.dumps(config, indent=2) + "\n")
 
 
-def _folder(name_or_folder: str) -> Path:
+def origin(name_or_folder: str, folder: Path) -> dict[str, str | None]:
+    """What tells these pretrained weights from others: their name, the hub's commit (of a folder None), a SHA-256."""
+    revision = None if Path(name_or_folder).expanduser().is_dir() else folder.name
+    return {"pretrained": name_or_folder, "revision": revision, "sha256": _sha256(folder / "model.safetensors")}
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _folder(name_or_folder: str, revision: str | None) -> Path:
     folder = Path(name_or_folder).expanduser()
     if folder.is_dir():
         return folder
@@ -127,16 +152,30 @@ def _folder(name_or_folder: str) -> Path:
     if name_or_folder.startswith((".", "/", "~")) or name_or_folder.count("/") > 1 or folder.exists():
         raise UserError(f"encoder.pretrained {name_or_folder}: no such folder; give one with {files}")
     try:
-        return Path(snapshot_download(name_or_folder, allow_patterns=_FILES))
+        fetched = Path(snapshot_download(name_or_folder, revision=revision, allow_patterns=_FILES))
     except (OSError, HFValidationError) as error:  # every other error of the hub's client is an OSError
         reason = str(error).strip().splitlines()[0]
         raise UserError(
             f"encoder.pretrained {name_or_folder}: neither a folder here nor to be had from the hub ({reason}); "
             f"give a folder with {files}, or a hub name such as google-bert/bert-base-uncased"
         ) from None
+    for path in fetched.iterdir():
+        refuse_damaged(path, f"encoder.pretrained {name_or_folder}")
+    return fetched
 
 
-def _read_shape(path: Path) -> EncoderShape:
+def refuse_damaged(path: Path, what: str) -> None:
+    """Hold a file that the hub's client has fetched to the hub's checksum. Raises `UserError` saying what to do.
+
+    The client's cache calls a file what the hub gave as its ETag: of large files, weights and data, the SHA-256.
+    """
+    blob = path.resolve()
+    if re.fullmatch("[0-9a-f]{64}", blob.name) and _sha256(blob) != blob.name:
+        raise UserError(f"{what}: {blob} is damaged; remove it, and it is fetched again")
+
+
+def read_shape(path: Path) -> EncoderShape:
+    """The shape in a Hugging Face config.json. Raises `UserError` for what this encoder cannot be."""
     try:
         config = json.loads(path.read_bytes())
     except OSError as error:

@@ -143,7 +143,8 @@ def check_format(folder: Path) -> None:
 def discard_unstarted(folder: Path) -> None:
     """Remove a run folder that holds nothing but what `create_run` and a launcher put there, so that its name is free
     again."""
-    if {path.name for path in folder.iterdir()} <= {"config.yaml", "environment.json", "code", "job", "logs"}:
+    put_there = {"config.yaml", "environment.json", "encoder", "code", "job", "logs"}
+    if {path.name for path in folder.iterdir()} <= put_there:
         shutil.rmtree(folder)
 
 

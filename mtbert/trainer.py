@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mtbert.checkpoint import Checkpointer, find_checkpoint, load_weights
+from mtbert.checkpoint import Checkpoint, Checkpointer
 from mtbert.config import ENCODER, Config, UserError, load_config, to_yaml
 from mtbert.data import Batch, prefetch
 from mtbert.encoder import EncoderShape
@@ -33,10 +33,8 @@ from mtbert.engine import (
     Group,
     Loss,
     StepResult,
-    choose_precision,
     close_ranks,
     join_ranks,
-    local_device,
     parameter_groups,
 )
 from mtbert.evaluate import Evaluation, evaluate_all
@@ -46,6 +44,7 @@ from mtbert.heads import MultiTaskModel
 from mtbert.metrics import METRICS
 from mtbert.phases import Phase, plan
 from mtbert.pretrained import load_pretrained
+from mtbert.pretrained import origin as pretrained_origin
 from mtbert.randomness import addressed_generator
 from mtbert.record import RunRecord, Said, settings, write_predictions
 from mtbert.runs import NO_ROOM, Outcome, Rank, Stopwatch, check_format, write_atomically
@@ -53,6 +52,7 @@ from mtbert.schedule import Schedule, Share
 from mtbert.surgery import Surgery, conflicts
 from mtbert.tasks import Task, load_tasks, locate_data, locate_tokenizer
 from mtbert.tracking import Tracker
+from mtbert.trained import KeptEncoder, keep_encoder, kept_encoder, load_run
 from mtbert.weighting import Weighting
 
 if TYPE_CHECKING:
@@ -87,9 +87,18 @@ def train(
     join_ranks(rank, config.engine)
     launch.lap("rendezvous")
     try:
-        built = _in_turn(rank, lambda: build(config))
+        every = config.checkpoint.every_minutes
+        seconds = math.inf if every is None else 60 * every
+        checkpointer = Checkpointer(run_dir, rank, config.checkpoint.keep, seconds)
+        notes: list[str] = []
+        checkpoint = checkpointer.latest(notes.append)
+        built = _in_turn(rank, lambda: build(config, run_dir, initial=checkpoint is None))
+        if rank.first:
+            keep_encoder(run_dir, built.encoder)
+        built.notes.extend(notes)
         launch.lap("data")
-        outcome = _Run(config, run_dir, rank, built, surgery, weighting, stop, quiet).train(launch)
+        run = _Run(config, run_dir, rank, built, checkpointer, checkpoint, surgery, weighting, stop, quiet)
+        outcome = run.train(launch)
     except UserError:  # the same on every rank; after anything else a barrier would wait for ranks that run on
         close_ranks()
         raise
@@ -102,7 +111,7 @@ class Built:
     """What a configuration describes, before anything is trained."""
 
     model: MultiTaskModel
-    shape: EncoderShape
+    encoder: KeptEncoder
     tasks: list[Task]
     notes: list[str]  # for the user to know
 
@@ -125,8 +134,13 @@ def _in_turn(rank: Rank, make: Callable[[], Built]) -> Built:
     return built
 
 
-def build(config: Config) -> Built:
-    """The model with its initial weights, and the tasks with their data."""
+def build(config: Config, run_dir: Path | None = None, initial: bool = True) -> Built:
+    """The model and the tasks with their data.
+
+    Args:
+        run_dir: of a run; once it has started, its encoder is the one that it keeps.
+        initial: whether the model needs its initial weights; not where a checkpoint is about to replace them.
+    """
     encoder = config.encoder
     if (encoder.pretrained is None) == (encoder.shape is None):
         raise UserError(
@@ -134,14 +148,29 @@ def build(config: Config) -> Built:
             if encoder.shape is None
             else "encoder.pretrained and encoder.shape exclude each other; set one of them to null"
         )
+    kept = kept_encoder(run_dir) if run_dir else None
     weights: Mapping[str, Tensor] = {}
-    folder = None
-    if encoder.pretrained is not None:
-        shape, weights, folder = load_pretrained(encoder.pretrained)
+    folder, origin = None, kept.origin if kept else {}
+    if encoder.pretrained is not None and (initial or kept is None):
+        shape, weights, folder = load_pretrained(encoder.pretrained, origin.get("revision"))
+        found = pretrained_origin(encoder.pretrained, folder)
+        if origin and found["sha256"] != origin["sha256"]:
+            raise UserError(
+                f"encoder.pretrained {encoder.pretrained}: its weights have changed since this run started; "
+                f"put the old ones back, or start a new run"
+            )
+        origin = found
     data = locate_data(config)
-    tokenizer = locate_tokenizer(config, data, folder)
-    if encoder.shape is not None:
-        shape = EncoderShape(vocab_size=tokenizer.get_vocab_size(), **encoder.shape.model_dump())
+    if kept is None:
+        tokenizer = locate_tokenizer(config, data, folder)
+        if encoder.shape is not None:
+            shape = EncoderShape(vocab_size=tokenizer.get_vocab_size(), **encoder.shape.model_dump())
+        kept = KeptEncoder(shape, tokenizer, origin)
+    shape, tokenizer = kept.shape, kept.tokenizer
+    if encoder.shape is not None and any(getattr(shape, key) != size for key, size in encoder.shape):
+        raise UserError(
+            f"encoder.shape: is not the one in {run_dir}/encoder; what the run holds belongs to another configuration"
+        )
     if tokenizer.get_vocab_size() > shape.vocab_size:
         raise UserError(
             f"encoder.tokenizer: has {tokenizer.get_vocab_size()} entries, the encoder knows {shape.vocab_size}; "
@@ -152,26 +181,20 @@ def build(config: Config) -> Built:
     if weights and model.encoder.load_weights(weights) and encoder.pooling == "pooler":
         notes.append(f"{encoder.pretrained} has no pooler: it starts from scratch (encoder.pooling: mean needs none)")
     tasks = load_tasks(config, data, tokenizer, min(encoder.max_length, shape.max_positions))
-    return Built(model, shape, tasks, notes)
+    return Built(model, kept, tasks, notes)
 
 
 def evaluate_run(run_dir: Path, which: Literal["best", "latest"]) -> tuple[int, list[Evaluation], float]:
     """Score a checkpoint of a run in this process: its step, each task's result, and the composite."""
-    config = load_config(run_dir / "config.yaml")
-    checkpoint = find_checkpoint(run_dir, which)
     rank = Rank()
-    join_ranks(rank, config.engine)
+    join_ranks(rank, load_config(run_dir / "config.yaml").engine)
     try:
-        built = build(config)
-        model = built.model
-        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-        model.load_state_dict(load_weights(checkpoint, shapes))
-        device = local_device(rank)
-        model.to(device=device, dtype=choose_precision(config.engine.precision, device))
-        results, score = evaluate_all(model, built.tasks, rank, device)
+        run = load_run(run_dir, which)
+        tasks = load_tasks(run.config, locate_data(run.config), run.tokenizer, run.max_length)
+        results, score = evaluate_all(run.model, tasks, rank, run.device)
     finally:
         close_ranks()
-    return checkpoint.step, results, score
+    return run.step, results, score
 
 
 @dataclass(frozen=True)
@@ -187,6 +210,8 @@ class _Run:
         run_dir: Path,
         rank: Rank,
         built: Built,
+        checkpointer: Checkpointer,
+        checkpoint: Checkpoint | None,
         surgery: Surgery,
         weighting: Weighting,
         stop: Callable[[], bool],
@@ -198,7 +223,7 @@ class _Run:
         self.total_steps = self.phases[-1].last + 1
         self.engine = Engine(
             model,
-            parameter_groups(model, config.optimizer, config.tasks, built.shape.layers, config.shared_layers),
+            parameter_groups(model, config.optimizer, config.tasks, built.encoder.shape.layers, config.shared_layers),
             config.tasks,
             config.engine,
             config.optimizer,
@@ -207,12 +232,7 @@ class _Run:
             weighting,
         )
         self.device = self.engine.device
-        every = config.checkpoint.every_minutes
-        self.checkpointer = Checkpointer(
-            run_dir, rank, config.checkpoint.keep, math.inf if every is None else 60 * every
-        )
-        notes = list(built.notes)
-        checkpoint = self.checkpointer.latest(notes.append)
+        self.checkpointer = checkpointer
         self.first_step = 0
         self.best: dict[str, float] | None = None
         if checkpoint is not None:
@@ -221,11 +241,11 @@ class _Run:
             for schedule, history in zip(self._schedules(), checkpoint.histories, strict=False):
                 schedule.history = [(int(step), chances) for step, chances in history]
         self.tracker = Tracker(run_dir, rank, self.first_step, self.total_steps, quiet)
-        for note in notes:
+        for note in built.notes:
             self.tracker.message(note)
         self.results: list[Evaluation] = []
         self.skips_in_a_row = 0
-        self.work = partial(encoder_flops, built.shape, only_first=config.encoder.pooling != "mean")
+        self.work = partial(encoder_flops, built.encoder.shape, only_first=config.encoder.pooling != "mean")
         peak = config.engine.peak_tflops
         self.peak = 1e12 * peak if peak else peak_flops(self.device, self.engine.dtype)
         self.window = _Window([task.name for task in built.tasks], self.peak)

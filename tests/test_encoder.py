@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import http.server
 import json
 import math
 import os
 import pickle
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +17,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from hub import stand_in_hub, use_hub
 from torch import Generator, Tensor
 from transformers import BertConfig, BertModel
 
@@ -488,48 +487,13 @@ def test_weights_of_another_shape_are_refused(folder: Path) -> None:
 
 @pytest.fixture
 def hub(folder: Path) -> Iterator[str]:
-    """Just enough of the Hugging Face hub to serve `folder` as `some-org/small`: metadata, file sizes, files."""
-    commit = "0" * 40
-    tree = [
-        {"type": "file", "path": path.name, "size": path.stat().st_size, "oid": "1" * 40} for path in folder.iterdir()
-    ]
+    """Serves `folder` as `some-org/small`."""
+    with stand_in_hub({"models/some-org/small": {"0" * 40: read_files(folder)}}) as endpoint:
+        yield endpoint
 
-    class Hub(http.server.BaseHTTPRequestHandler):
-        def do_HEAD(self) -> None:
-            self.answer()
 
-        def do_GET(self) -> None:
-            self.wfile.write(self.answer())
-
-        def answer(self) -> bytes:
-            path = self.path.split("?")[0]
-            content = b""
-            if path.startswith("/api/models/some-org/small/tree/"):
-                content = json.dumps(tree).encode()
-            elif path.startswith("/api/models/some-org/small"):
-                siblings = [{"rfilename": entry["path"]} for entry in tree]
-                content = json.dumps({"id": "some-org/small", "sha": commit, "siblings": siblings}).encode()
-            elif path.startswith("/some-org/small/resolve/"):
-                content = (folder / Path(path).name).read_bytes()
-            self.send_response(200 if content else 404)
-            if content:
-                self.send_header("ETag", f'"{Path(path).name}"')
-                self.send_header("X-Repo-Commit", commit)
-            else:
-                self.send_header("X-Error-Code", "RepoNotFound")
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            return content
-
-        def log_message(self, *_: Any) -> None:
-            """Quiet."""
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
+def read_files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def load_elsewhere(names: Sequence[str], endpoint: str, home: Path) -> list[list[str]]:
@@ -558,6 +522,18 @@ def test_hub_names_are_fetched_once(hub: str, folder: Path, tmp_path: Path) -> N
     for name, (kind, message) in zip([*names[1:], names[1]], [*refusals, unreachable], strict=True):
         assert kind == "UserError"
         assert name in message and "from the hub" in message, message
+
+
+def test_a_damaged_download_is_refused(hub: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_hub(monkeypatch, hub, tmp_path)
+    _, _, fetched = load_pretrained("some-org/small")
+    blob = (fetched / "model.safetensors").resolve()
+    content = bytearray(blob.read_bytes())
+    content[-1] ^= 1
+    blob.write_bytes(content)
+    refused("some-org/small", "encoder.pretrained some-org/small:", f"{blob} is damaged; remove it")
+    blob.unlink()
+    assert load_pretrained("some-org/small")[2] == fetched
 
 
 def test_shape_is_plain_data() -> None:

@@ -15,10 +15,11 @@ from torch import distributed as dist
 
 from mtbert.config import Config, load_config
 from mtbert.encoder import EncoderShape
-from mtbert.evaluate import TOKENS_PER_BATCH, Evaluation, _batches, evaluate_all
+from mtbert.evaluate import Evaluation, evaluate_all
 from mtbert.heads import MultiTaskModel
 from mtbert.losses import predict
 from mtbert.metrics import METRICS
+from mtbert.packing import TOKENS_PER_BATCH, batches_by_length
 from mtbert.runs import Rank
 from mtbert.synthetic import VOCABULARY, train_tokenizer
 from mtbert.tasks import Task, load_tasks, locate_tokenizer
@@ -145,7 +146,7 @@ def test_the_plain_loop_tells_examples_apart(config: Config) -> None:
 def test_batches_hold_every_example_once_by_length_and_no_more_tokens_than_allowed() -> None:
     rng = np.random.default_rng(0)
     for tokens_N in (rng.integers(3, 500, 3000), np.array([7]), np.array([20_000, 5, 30_000]), np.full(5000, 4)):
-        batches = list(_batches(tokens_N))
+        batches = list(batches_by_length(tokens_N))
         order = np.concatenate(batches)
         assert sorted(order.tolist()) == list(range(len(tokens_N)))
         assert (np.diff(tokens_N[order]) >= 0).all()

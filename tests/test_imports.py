@@ -22,7 +22,7 @@ FLOORS = [
     ["packing", "encoder", "schedule", "surgery", "metrics", "figures", "tracking", "synthetic", "readers", "pages"],
     ["heads", "losses", "ranking", "pretrained", "flops", "phases", "weighting"],
     ["tasks", "data", "token_cache"],
-    ["engine", "evaluate", "checkpoint"],
+    ["engine", "evaluate", "checkpoint", "trained"],
     ["trainer", "export", "predict", "compare", "report"],
     ["cli"],
 ]
