@@ -13,6 +13,8 @@ TUNE = ["ray[tune]>=2.60", "optuna>=5.0"]
 # upgrad and dualproj project with quadprog, cagrad solves with cvxpy, fairgrad with SciPy
 SURGERY = ["torchjd[quadprog-projector,cagrad,fairgrad]>=0.18"]
 PARQUET = ["pyarrow>=18"]
+SERVE = ["fastapi>=0.115", "uvicorn>=0.34"]
+ONNX = ["onnx>=1.18", "onnxscript>=0.5"]
 DEV = [
     "pytest>=8.3",
     "pytest-cov>=6",
@@ -21,6 +23,8 @@ DEV = [
     "mypy>=1.17",
     "types-PyYAML",
     "transformers>=5.20",
+    "sentence-transformers>=5.2",
+    "onnxruntime>=1.22",
 ]
 
 setup(
@@ -55,8 +59,10 @@ setup(
         "tune": TUNE,
         "surgery": SURGERY,
         "parquet": PARQUET,
-        "dev": DEV + TUNE + SURGERY + PARQUET,
-        "browser": [*DEV, *TUNE, *SURGERY, *PARQUET, "playwright>=1.50"],
+        "serve": SERVE,
+        "onnx": ONNX,
+        "dev": DEV + TUNE + SURGERY + PARQUET + SERVE + ONNX,
+        "browser": [*DEV, *TUNE, *SURGERY, *PARQUET, *SERVE, *ONNX, "playwright>=1.50"],
     },
     entry_points={"console_scripts": ["mtbert = mtbert.cli:main"]},
 )

@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mtbert.config import Config, UserError, load_config, schema, to_yaml
 from mtbert.reference import reference
@@ -20,6 +20,8 @@ from mtbert.runs import Rank, create_run, discard_unstarted
 
 if TYPE_CHECKING:
     from mtbert.evaluate import Evaluation
+    from mtbert.predict import Report
+    from mtbert.trained import Trained
 
 
 STOPPED = 130
@@ -72,6 +74,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--checkpoint", choices=["best", "latest"], default="best", help="which evaluation")
     command.add_argument("--output", metavar="FILE", help="default: report.html in the run folder")
     command.set_defaults(run=_report)
+    _add_use(commands)
+    _add_data(commands)
 
     command = commands.add_parser("show-config", help="the whole configuration, defaults written out")
     _add_config(command)
@@ -80,6 +84,69 @@ def _parser() -> argparse.ArgumentParser:
     instead.add_argument("--reference", action="store_true", help="the page docs/configuration.md instead")
     command.set_defaults(run=_show_config)
     return parser
+
+
+def _add_use(commands: Any) -> None:
+    """Subcommands that use a trained run; they need nothing but its folder."""
+    command = _add_run(
+        commands, "predict", "answer every row of a file: the same rows out, with the task's predictions"
+    )
+    command.add_argument("file", metavar="FILE", help=".csv, .tsv, .jsonl; - is stdin")
+    command.add_argument("--task", required=True, help="one of the run's tasks")
+    command.add_argument("--out", default="-", metavar="FILE", help="where to; default: stdout")
+    command.add_argument("--text", nargs="+", metavar="COLUMN", help="text column(s); default: those trained with")
+    command.add_argument("--format", choices=["csv", "tsv", "jsonl"], default="", help="of FILE, if its name tells not")
+    command.add_argument("--submission", action="store_true", help="ids and predictions as CS224N wants them")
+    command.set_defaults(run=_predict)
+
+    command = _add_run(commands, "embed", "sentence vectors of a file's texts")
+    command.add_argument("file", metavar="FILE", help=".csv, .tsv, .jsonl; - is stdin")
+    command.add_argument("--out", required=True, metavar="FILE", help="vectors.npy or vectors.parquet")
+    command.add_argument("--text", metavar="COLUMN", help="text column; default: sentence, text, or the only one")
+    command.add_argument("--format", choices=["csv", "tsv", "jsonl"], default="", help="of FILE, if its name tells not")
+    command.set_defaults(run=_embed)
+
+    command = _add_run(commands, "export", "a folder that transformers, sentence-transformers and onnxruntime open")
+    command.add_argument("target", metavar="DIR", help="new folder")
+    command.add_argument("--onnx", action="store_true", help="the ONNX files, too")
+    command.set_defaults(run=_export)
+
+    command = _add_run(commands, "serve", "answer over HTTP: /predict, /embed, /healthz")
+    command.add_argument("--host", default="127.0.0.1", help="default: %(default)s, this machine only")
+    command.add_argument("--port", type=int, default=8000, help="default: %(default)s; 0: any")
+    command.add_argument("--max-body", type=int, default=2**20, metavar="BYTES", help="default: %(default)s")
+    command.add_argument(
+        "--max-batch", type=int, default=64, metavar="N", help="inputs a request; default: %(default)s"
+    )
+    command.add_argument("--max-text", type=int, default=10_000, metavar="CHARACTERS", help="default: %(default)s")
+    command.set_defaults(run=_serve)
+
+
+def _add_data(commands: Any) -> None:
+    command = commands.add_parser("data", help="look at data files, or fetch the three of the examples")
+    verbs = command.add_subparsers(required=True, metavar="verb")
+    verb = verbs.add_parser("check", help="rows, labels, lengths, duplicates, overlaps, rows left out")
+    verb.add_argument("files", metavar="FILE", nargs="*", help="files to look at; or --config")
+    verb.add_argument("--text", nargs="+", metavar="COLUMN", help="default: by the usual names")
+    verb.add_argument("--label", metavar="COLUMN", help="default: by the usual names")
+    _add_config(verb)
+    verb.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    verb.set_defaults(run=_check)
+    verb = verbs.add_parser("fetch", help="SST, Quora and STS from the hub, as configs/cs224n.yaml names them")
+    verb.add_argument("folder", metavar="DIR")
+    verb.add_argument("--task", choices=["sst", "para", "sts"], nargs="+", default=["sst", "para", "sts"])
+    verb.set_defaults(run=_fetch)
+
+
+def _add_run(commands: Any, name: str, does: str) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(name, help=does)
+    command.add_argument("folder", metavar="RUN", help="run folder")
+    command.add_argument("--checkpoint", choices=["best", "latest"], default="best")
+    if name == "export":
+        command.set_defaults(precision="fp32")
+    else:
+        command.add_argument("--precision", choices=["auto", "fp32", "bf16"], help="default: as the run was trained")
+    return command
 
 
 def _add_config(command: argparse.ArgumentParser) -> None:
@@ -179,6 +246,85 @@ def _evaluate(options: argparse.Namespace) -> int:
         title = f"Development scores after step {step} ({options.checkpoint} checkpoint)"
         print_table(title, ["task", "metric", "score", "loss"], rows)
     return 0
+
+
+def _opened(options: argparse.Namespace) -> Trained:
+    folder = existing_run(options.folder)
+    from mtbert.trained import load_run
+
+    return load_run(folder, options.checkpoint, options.precision)
+
+
+def _predict(options: argparse.Namespace) -> int:
+    run = _opened(options)
+    from mtbert.predict import predict_file
+
+    try:
+        report = predict_file(
+            run, options.task, options.file, options.out, options.text, options.format, options.submission
+        )
+    except BrokenPipeError:  # `| head`: the reader has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13  # what a shell says of a process that SIGPIPE ended
+    _tell(report)
+    return 0
+
+
+def _embed(options: argparse.Namespace) -> int:
+    run = _opened(options)
+    from mtbert.predict import embed_file
+
+    _tell(embed_file(run, options.file, Path(options.out), options.text, options.format))
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    run = _opened(options)
+    from mtbert.export import export
+
+    export(run, Path(options.target), options.onnx)
+    print(options.target)
+    return 0
+
+
+def _serve(options: argparse.Namespace) -> int:
+    run = _opened(options)
+    try:
+        from mtbert.serve import Limits, serve
+    except ImportError:
+        raise UserError("serve: needs FastAPI and uvicorn: pip install mtbert[serve]") from None
+
+    serve(run, options.host, options.port, Limits(options.max_body, options.max_batch, options.max_text))
+    return 0
+
+
+def _check(options: argparse.Namespace) -> int:
+    if bool(options.files) == bool(options.config):
+        raise UserError("data check: name files, or a configuration with --config")
+    from mtbert.datasets import as_json, as_text, check, wanted_by, wanted_files
+
+    wanted = wanted_files(options.files, options.text, options.label) if options.files else wanted_by(_config(options))
+    print((as_json if options.json else as_text)(*check(wanted)), end="")
+    return 0
+
+
+def _fetch(options: argparse.Namespace) -> int:
+    from mtbert.datasets import fetch
+
+    for line in fetch(Path(options.folder).expanduser(), options.task):
+        print(line)
+    print("Licences of these data are their owners'; Quora question pairs are for non-commercial use.")
+    return 0
+
+
+def _tell(report: Report) -> None:
+    """On stderr: stdout may be the answers."""
+    for trouble in report.troubles:
+        print(f"mtbert: {trouble}", file=sys.stderr)
+    more = f"; {report.unanswered:,} could not be answered (column error says why)" if report.unanswered else ""
+    print(
+        f"mtbert: {report.rows:,} rows, {report.rows / max(report.seconds, 1e-9):,.0f} a second{more}", file=sys.stderr
+    )
 
 
 def _as_records(results: Sequence[Evaluation]) -> dict[str, dict[str, str | float | None]]:

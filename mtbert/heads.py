@@ -74,7 +74,8 @@ class Head(nn.Module):
             vectors_BD = HEADS[self.kind](*vectors_BD.chunk(2))
         assert self.output is not None
         scores_BC: Tensor = self.scale * self.output(self._transform(vectors_BD, generator)).float()
-        return scores_BC.squeeze(-1)  # (B,) where there is one output
+        # not squeeze(-1) in any case: ONNX refuses it where it would do nothing
+        return scores_BC.squeeze(-1) if scores_BC.shape[-1] == 1 else scores_BC
 
     def _cosine(self, vectors_BD: Tensor, generator: Generator | None) -> Tensor:
         # in fp32: the cosine of near neighbours differs from 1 by less than bf16 resolves

@@ -45,6 +45,21 @@ class Row(NamedTuple):
     id: str | None
 
 
+class Record(NamedTuple):
+    """A row with all that it holds."""
+
+    line: int
+    values: dict[str, Any]  # column → value; str from delimited files
+
+
+class Table(NamedTuple):
+    """A delimited file's columns and delimiter, or of JSON lines neither, and its rows in order."""
+
+    columns: list[str]
+    delimiter: str
+    rows: Iterator[Record | Quarantined]
+
+
 def read_rows(
     path: Path, columns: Sequence[str], id_column: str | None = None, shown: str | None = None
 ) -> Iterator[Row | Quarantined]:
@@ -224,36 +239,50 @@ class _Delimited:
 
 def _read_delimited(path: Path, names: Sequence[str], id_column: str | None, shown: str) -> Iterator[Row | Quarantined]:
     with path.open("rb") as file:
-        lines = _Lines(file, shown)
-        first = lines.peek()
-        if first is None:
-            raise UserError(f"{shown}: the file is empty; its first line must name the columns")
-        table = _Delimited(lines, "\t" if "\t" in first else ",")
-        header, used, reason = table.parse(0, None)
-        lines.refuse_broken(used, ())
-        if not header:
-            raise UserError(f"{shown} line 1: {reason}; the first line must name the columns")
+        lines, table, header = _open_delimited(file, shown)
         wanted = _positions(names, header, shown)
-        width = len(header)
-        lines.drop(used)
-        while (text := lines.peek()) is not None:
-            number = lines.number
-            if not text.rstrip("\r\n"):
-                lines.drop(1)
-                continue
-            parsed = table.parse(0, width)
-            lines.refuse_broken(parsed.lines, zip(header, parsed.fields, strict=False))
-            if parsed.lines > 2 and parsed.fields and table.swallows(parsed, width):
-                parsed = _Parsed([], parsed.lines, "a quote is opened and not closed")
-            if parsed.fields:
-                lines.drop(parsed.lines)
-                yield Row(number, tuple([parsed.fields[at] for at in wanted]), None)
-                continue
-            # not lines.drop(parsed.lines): what follows an unclosed quote may be good rows
-            taken = next((at for at in range(1, parsed.lines) if table.whole(at, width)), parsed.lines)
-            reason = parsed.reason + (f" (lines {number}–{number + taken - 1})" if taken > 1 else "")
-            lines.drop(taken)
-            yield Quarantined(shown, number, reason, _id_of(text, table, header, id_column))
+        for row in _records(lines, table, header, id_column, shown):
+            yield row if isinstance(row, Quarantined) else Row(row[0], tuple([row[1][at] for at in wanted]), None)
+
+
+def _open_delimited(file: BinaryIO, shown: str, delimiter: str | None = None) -> tuple[_Lines, _Delimited, list[str]]:
+    """The file after its first line, and that line's columns."""
+    lines = _Lines(file, shown)
+    first = lines.peek()
+    if first is None:
+        raise UserError(f"{shown}: the file is empty; its first line must name the columns")
+    table = _Delimited(lines, delimiter or ("\t" if "\t" in first else ","))
+    header, used, reason = table.parse(0, None)
+    lines.refuse_broken(used, ())
+    if not header:
+        raise UserError(f"{shown} line 1: {reason}; the first line must name the columns")
+    lines.drop(used)
+    return lines, table, header
+
+
+def _records(
+    lines: _Lines, table: _Delimited, header: list[str], id_column: str | None, shown: str
+) -> Iterator[tuple[int, list[str]] | Quarantined]:
+    """Line and fields of each record."""
+    width = len(header)
+    while (text := lines.peek()) is not None:
+        number = lines.number
+        if not text.rstrip("\r\n"):
+            lines.drop(1)
+            continue
+        parsed = table.parse(0, width)
+        lines.refuse_broken(parsed.lines, zip(header, parsed.fields, strict=False))
+        if parsed.lines > 2 and parsed.fields and table.swallows(parsed, width):
+            parsed = _Parsed([], parsed.lines, "a quote is opened and not closed")
+        if parsed.fields:
+            lines.drop(parsed.lines)
+            yield number, parsed.fields
+            continue
+        # not lines.drop(parsed.lines): what follows an unclosed quote may be good rows
+        taken = next((at for at in range(1, parsed.lines) if table.whole(at, width)), parsed.lines)
+        reason = parsed.reason + (f" (lines {number}–{number + taken - 1})" if taken > 1 else "")
+        lines.drop(taken)
+        yield Quarantined(shown, number, reason, _id_of(text, table, header, id_column))
 
 
 def _id_of(line: str, table: _Delimited, header: list[str], id_column: str | None) -> str | None:
@@ -273,34 +302,70 @@ def _read_json_lines(
     path: Path, names: Sequence[str], id_column: str | None, shown: str
 ) -> Iterator[Row | Quarantined]:
     with path.open("rb") as file:
-        lines = _Lines(file, shown)
         first = True
-        while (text := lines.peek()) is not None:
-            number = lines.number
-            reason = ""
-            values: dict[str, Any] = {}
-            try:
-                values = json.loads(text) if text.strip() else {}
-            except (json.JSONDecodeError, RecursionError) as error:
-                reason = f"not JSON: {error}"
-            else:
-                if not isinstance(values, dict):
-                    reason, values = f"a JSON {type(values).__name__} instead of an object", {}
-            lines.refuse_broken(1, values.items())
-            lines.drop(1)
-            if not text.strip():
+        for record in _json_records(file, shown):
+            if isinstance(record, Quarantined):
+                yield record
                 continue
-            if values and first:
-                _positions(names, list(values), shown)
+            if record.values and first:
+                _positions(names, list(record.values), shown)
                 first = False
-            absent = [name for name in names if name not in values]
-            if reason or absent:
-                given = values.get(id_column) if id_column is not None else None
+            absent = [name for name in names if name not in record.values]
+            if absent:
+                given = record.values.get(id_column) if id_column is not None else None
                 yield Quarantined(
-                    shown, number, reason or f"no key {absent[0]!r}", str(given) if given is not None else None
+                    shown, record.line, f"no key {absent[0]!r}", str(given) if given is not None else None
                 )
             else:
-                yield Row(number, tuple([values[name] for name in names]), None)
+                yield Row(record.line, tuple([record.values[name] for name in names]), None)
+
+
+def _json_records(file: BinaryIO, shown: str) -> Iterator[Record | Quarantined]:
+    lines = _Lines(file, shown)
+    while (text := lines.peek()) is not None:
+        number = lines.number
+        reason = ""
+        values: Any = {}
+        try:
+            values = json.loads(text) if text.strip() else {}
+        except (json.JSONDecodeError, RecursionError) as error:
+            reason = f"not JSON: {error}"
+        else:
+            if not isinstance(values, dict):
+                reason, values = f"a JSON {type(values).__name__} instead of an object", {}
+        lines.refuse_broken(1, values.items())
+        lines.drop(1)
+        if text.strip():
+            yield Quarantined(shown, number, reason, None) if reason else Record(number, values)
+
+
+def read_table(file: BinaryIO, form: str, shown: str) -> Table:
+    """A delimited file or JSON lines with every column, streamed: memory does not grow with the file.
+
+    Args:
+        form: jsonl; csv or tsv (by comma or tab); or "": delimited, by the first line as in `read_rows`.
+
+    Raises `UserError` as `read_rows` does, and for a column that occurs twice.
+    """
+    if form == "jsonl":
+        return Table([], "", _json_records(file, shown))
+    lines, table, header = _open_delimited(file, shown, {"csv": ",", "tsv": "\t", "": None}[form])
+    _positions(header, header, shown)
+    rows = (
+        row if isinstance(row, Quarantined) else Record(row[0], dict(zip(header, row[1], strict=True)))
+        for row in _records(lines, table, header, "id" if "id" in header else None, shown)
+    )
+    return Table(header, table.delimiter, rows)
+
+
+def form_of(path: Path) -> str:
+    """What a file's name says of its form, as `read_table` takes it. Raises `UserError` for Parquet."""
+    suffix = path.suffix.lower()
+    if suffix in (".parquet", ".pq"):
+        raise UserError(f"{path}: Parquet cannot be read row by row here; give .csv, .tsv or .jsonl")
+    if suffix in (".jsonl", ".ndjson", ".json"):
+        return "jsonl"
+    return "tsv" if suffix == ".tsv" else ""
 
 
 def _read_parquet(path: Path, names: Sequence[str], shown: str) -> Iterator[Row | Quarantined]:

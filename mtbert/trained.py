@@ -5,27 +5,35 @@
     RUN/encoder/origin.json       name, hub commit and SHA-256 of the pretrained weights
     RUN/checkpoints/…             weights
 
-Shapes: N examples, D width of the encoder.
+Shapes: N examples, S texts of an example (1 or 2), B examples of a batch, C classes, D width of the encoder.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
+from torch import Tensor
 
 from mtbert.checkpoint import find_checkpoint, load_weights
-from mtbert.config import Config, UserError, load_config
-from mtbert.data import load_tokenizer
+from mtbert.config import Config, TaskConfig, UserError, load_config
+from mtbert.data import Dataset, Strings, collate, load_tokenizer, sequence_lengths, special_ids
 from mtbert.encoder import EncoderShape
 from mtbert.engine import choose_precision, local_device
 from mtbert.heads import MultiTaskModel
+from mtbert.losses import predict
+from mtbert.packing import batches_by_length, pack
 from mtbert.pretrained import read_shape, write_shape
-from mtbert.runs import Rank, write_atomically
+from mtbert.runs import Rank, check_format, write_atomically
 
 Origin = dict[str, str | None]
 
@@ -58,6 +66,15 @@ def kept_encoder(run_dir: Path) -> KeptEncoder | None:
 
 
 @dataclass(frozen=True)
+class Answers:
+    """What a task's head says of N examples, float64 each; NaN where there is no such thing."""
+
+    predictions_N: NDArray[np.float64]  # class numbers, or values within the task's range
+    scores_N: NDArray[np.float64]  # as the head gives it: logit of the class, cosine, or value before it is clamped
+    probabilities_N: NDArray[np.float64]  # of the predicted class
+
+
+@dataclass(frozen=True)
 class Trained:
     """A trained run in memory, ready to answer."""
 
@@ -75,6 +92,82 @@ class Trained:
         """Tokens of a sequence; what is longer is truncated."""
         return min(self.config.encoder.max_length, self.shape.max_positions)
 
+    def task(self, name: str) -> TaskConfig:
+        """Raises `UserError` listing the run's tasks when it has none of that name."""
+        if name not in self.config.tasks:
+            raise UserError(f"{self.run_dir}: no task {name!r}; this run has {', '.join(self.config.tasks)}")
+        return self.config.tasks[name]
+
+    def tokenise(self, texts_NS: Sequence[Sequence[str]]) -> Dataset:
+        """Examples in memory, for `answer` and `embed`; those with lengths_NS = 0 hold no wordpiece."""
+        texts = len(texts_NS[0]) if texts_NS else 1
+        flat = list(itertools.chain.from_iterable(texts_NS))
+        ids = [encoding.ids for encoding in self.tokenizer.encode_batch_fast(flat, add_special_tokens=False)]
+        lengths = np.array([len(i) for i in ids], np.int32)
+        return Dataset(
+            file="",
+            texts=texts,
+            labels_N=np.zeros(len(texts_NS), np.float32),
+            lengths_NS=lengths.reshape(-1, texts),
+            lines_N=np.zeros(len(texts_NS), np.int64),
+            ids=[],
+            quarantined=[],
+            all_tokens=np.fromiter(itertools.chain.from_iterable(ids), np.uint32, int(lengths.sum())),
+            token_starts=np.concatenate([[0], lengths.cumsum(dtype=np.int64)]),
+            all_texts=Strings(np.empty(0, np.uint8), np.zeros(1, np.int64)),
+        )
+
+    @torch.inference_mode()
+    def answer(self, task: str, examples: Dataset) -> Answers:
+        """The task's answers to examples with its number of texts, in their order."""
+        config = self.task(task)
+        answers_3N = np.full((3, len(examples)), np.nan)
+        tokens_N = sequence_lengths(examples, config.head.kind == "joint", self.max_length)
+        for indices in batches_by_length(tokens_N) if len(examples) else ():
+            batch = collate(examples, indices, config, special_ids(self.tokenizer), self.max_length)
+            answers = self.model(task, batch.packed.to(self.device))
+            for row, values in enumerate(_read_out(config, answers)):
+                answers_3N[row, indices] = values.double().cpu()
+        return Answers(*answers_3N)
+
+    @torch.inference_mode()
+    def embed(self, examples: Dataset) -> NDArray[np.float32]:
+        """Sentence vectors of examples with one text, pooled as in training, (N, D)."""
+        assert examples.texts == 1
+        cls_id, sep_id = special_ids(self.tokenizer)
+        vectors_ND = np.empty((len(examples), self.shape.hidden_size), np.float32)
+        lengths_N = np.minimum(examples.lengths_NS[:, 0], self.max_length - 2)
+        for indices in batches_by_length(lengths_N + np.int64(2)) if len(examples) else ():
+            sequences = [np.array([cls_id, *examples.tokens(i)[0][: lengths_N[i]], sep_id], np.int64) for i in indices]
+            vectors_BD = self.model.encoder.sentence_vectors(pack(sequences).to(self.device), self.model.pooling)
+            vectors_ND[indices] = vectors_BD.float().cpu()
+        return vectors_ND
+
+
+def _read_out(task: TaskConfig, answers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Predictions, scores and probabilities, (B,) each."""
+    predictions_B = predict(task, answers)
+    nothing_B = torch.full(predictions_B.shape, torch.nan)
+    if task.loss_kind == "cross_entropy":
+        scores_B, probabilities_BC = answers.amax(dim=-1), answers.softmax(dim=-1)
+        return predictions_B, scores_B, probabilities_BC.amax(dim=-1)
+    if task.loss_kind == "bce":
+        return predictions_B, answers, torch.where(predictions_B == 1, answers.sigmoid(), (-answers).sigmoid())
+    return predictions_B, answers, nothing_B
+
+
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")
+
+
+def unusable(text: Any) -> str:
+    """Why this is no text that a model can answer to; empty if it is one. As rows of training data are judged."""
+    if not isinstance(text, str):
+        return f"{'nothing' if text is None else type(text).__name__} instead of a text"
+    if not text.strip():
+        return "the text is empty"
+    bad = _NO_TEXT.search(text)
+    return f"the character U+{ord(bad[0]):04X} is no text" if bad else ""
+
 
 def load_run(
     run_dir: Path, which: Literal["best", "latest"], precision: Literal["auto", "fp32", "bf16"] | None = None
@@ -87,6 +180,7 @@ def load_run(
 
     Raises `UserError` where there is no checkpoint yet, or it is damaged.
     """
+    check_format(run_dir)
     config = load_config(run_dir / "config.yaml")
     kept = kept_encoder(run_dir)
     if kept is None:

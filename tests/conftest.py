@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from harness import Ranks, run_ranks
 from hypothesis import settings
 
 from mtbert import synthetic
+from mtbert.config import load_config
 
 ROOT = Path(__file__).parent.parent
 
@@ -23,6 +25,43 @@ settings.load_profile("mtbert")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small generated corpus: {sst,quora,sts}-{train,dev}.csv. Shared by the session: only read it."""
     return synthetic.generate(tmp_path_factory.mktemp("corpus"), seed=0, train=200, dev=60)
+
+
+@pytest.fixture(scope="session")
+def trained_run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder, trained for a few steps: a head of each sort. Shared by the session: only read it."""
+    from mtbert.runs import Rank, create_run
+    from mtbert.trainer import train
+
+    folder = tmp_path_factory.mktemp("trained")
+    synthetic.train_tokenizer([path.read_text() for path in sorted(corpus.glob("*-train.csv"))], folder / "t.json")
+    shape = {"hidden_size": 16, "layers": 2, "heads": 2, "intermediate_size": 32, "max_positions": 64}
+    values = {
+        "data": {"dir": str(corpus), "cache": str(folder / "cache")},
+        "encoder": {"shape": shape, "tokenizer": str(folder / "t.json"), "pooling": "mean"},
+        "tasks": {
+            "para": {"head": {"kind": "difference", "hidden": [16]}},
+            "joint": {
+                "kind": "pair_classification",
+                "train": "quora-train.csv",
+                "dev": "quora-dev.csv",
+                "columns": {"text": ["sentence1", "sentence2"], "label": "is_duplicate", "id": "id"},
+                "head": {"kind": "joint"},
+                "loss": "cross_entropy",
+            },
+            "sts": {"head": {"kind": "relu_cosine", "hidden": [8]}},
+        },
+        "phases": [{"steps": 6}],
+        "schedule": {"batch_size": 8},
+        "optimizer": {"lr": 1e-2, "head_lr": 1e-2},
+        "engine": {"precision": "fp32", "threads": 1},
+        "run": {"dir": str(folder), "name": "run", "evaluate_every": 3},
+    }
+    config = folder / "config.yaml"
+    config.write_text(yaml.safe_dump({"base": str(ROOT / "configs" / "cs224n.yaml"), **values}))
+    run = create_run(load_config(config), None, [])
+    train(run, Rank(), quiet=True)
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -35,7 +35,10 @@ TINY = [
     "schedule.batch_size=4",
     "engine.threads=1",
 ]
-HEAVY = ("torch", "deepspeed", "numpy", "tokenizers", "sklearn", "ray", "submitit", "tensorboard", "matplotlib")
+HEAVY = (
+    *("torch", "deepspeed", "numpy", "tokenizers", "sklearn", "ray", "submitit", "tensorboard", "matplotlib"),
+    *("fastapi", "onnx"),
+)
 
 
 def mtbert(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
@@ -69,6 +72,9 @@ def imported(*arguments: str) -> set[str]:
         ["evaluate", "nowhere"],
         ["compare", "nowhere"],
         ["report", "nowhere"],
+        ["predict", "nowhere", "--task", "sst"],
+        ["serve", "--help"],
+        ["data", "check"],
         ["show-config"],
         ["show-config", "--schema"],
         ["show-config", "--reference"],
@@ -82,7 +88,10 @@ def test_help_configuration_and_typos_come_without_torch(arguments: list[str]) -
 def test_help_names_the_commands() -> None:
     done = mtbert("--help")
     assert done.returncode == 0
-    for command in ("train", "evaluate", "compare", "report", "show-config"):
+    for command in (
+        *("train", "evaluate", "compare", "report", "show-config"),
+        *("predict", "embed", "export", "serve", "data"),
+    ):
         assert command in done.stdout
         assert mtbert(command, "--help").returncode == 0
 

@@ -1,0 +1,310 @@
+"""A trained run as a small HTTP service: /predict, /embed, /healthz, and /openapi.json with the details.
+
+    requests ──▶ limits, types ──▶ one queue ──▶ everything that waits, as one packed batch per task ──▶ answers
+
+While the model works on a batch, the next requests gather: batches grow with the load, and nobody waits for a timer.
+The model lives in one thread, so an answer is the one that `predict` gives. Names and texts from outside are only ever
+compared and tokenised; none becomes a path.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import socket
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import uvicorn
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, Field
+
+from mtbert import __version__
+from mtbert.config import UserError
+from mtbert.predict import answer_texts, embed_texts
+from mtbert.trained import Trained, unusable
+
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+Texts = Sequence[Sequence[str]]
+
+BATCH_INPUTS = 512
+"""Inputs that the model takes at once, unless one request alone has more."""
+BODY_SECONDS = 30.0
+DRAINED_BODIES = 64
+"""A body that is too large is read to its end and thrown away, up to so many times the limit: a client that is still
+sending would not see the answer."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    body: int = 2**20  # bytes
+    batch: int = 64  # inputs of a request
+    characters: int = 10_000  # of a text
+    waiting: int = 4096  # inputs in the queue; more are turned away with 503
+
+
+# ------------------------------------------------------------------------------------------------ requests
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class PredictRequest(_Body):
+    task: str = Field(description="one of the tasks that /healthz lists", examples=["sst"])
+    inputs: list[str | tuple[str, str]] = Field(
+        description="texts, or pairs of texts as the task has them", examples=[["A fine film."], [["One.", "Two."]]]
+    )
+
+
+class Prediction(BaseModel):
+    prediction: int | float = Field(description="class number, or value within the task's range")
+    score: float = Field(description="as the head gives it: logit, cosine, or value before it is clamped")
+    probability: Annotated[float | None, Field(description="of the predicted class, where there is such a thing")]
+
+
+class PredictResponse(BaseModel):
+    task: str
+    predictions: list[Prediction] = Field(description="in the order of the inputs")
+
+
+class EmbedRequest(_Body):
+    inputs: list[str] = Field(description="texts", examples=[["A sentence."]])
+
+
+class EmbedResponse(BaseModel):
+    vectors: list[list[float]] = Field(description="one per text, in their order; float32")
+
+
+class Refusal(BaseModel):
+    detail: str = Field(description="what was wrong, and where")
+
+
+class Health(BaseModel):
+    status: str
+    run: str
+    step: int
+    tasks: dict[str, str] = Field(description="name → kind")
+    waiting: int = Field(description="inputs in the queue")
+
+
+# ------------------------------------------------------------------------------------------------ batching
+
+
+@dataclass
+class _Job:
+    task: str | None  # None: vectors
+    texts: Texts
+    done: asyncio.Future[list[Any]]
+
+
+class Batcher:
+    """Gathers what is asked while the model works, and answers it together."""
+
+    def __init__(self, run: Trained, waiting: int) -> None:
+        self._run = run
+        self._limit = waiting
+        self._jobs: deque[_Job] = deque()
+        self._wake = asyncio.Event()
+        self.waiting = 0
+
+    async def ask(self, task: str | None, texts: Texts) -> list[Any]:
+        """Answers to (of task None: vectors of) the texts; None for one without a wordpiece."""
+        if self.waiting + len(texts) > self._limit:
+            raise HTTPException(503, "too many inputs are waiting; try again in a moment", {"Retry-After": "1"})
+        job = _Job(task, texts, asyncio.get_running_loop().create_future())
+        self._jobs.append(job)
+        self.waiting += len(texts)
+        self._wake.set()
+        return await job.done
+
+    async def work(self) -> None:
+        """Runs for as long as the service does."""
+        loop = asyncio.get_running_loop()
+        with ThreadPoolExecutor(1, "model") as pool:
+            while True:
+                await self._wake.wait()
+                jobs = self._take()
+                results = await loop.run_in_executor(pool, self._answer, jobs)
+                for job, result in zip(jobs, results, strict=True):
+                    if job.done.done():  # the client has gone
+                        continue
+                    if isinstance(result, Exception):
+                        job.done.set_exception(result)
+                    else:
+                        job.done.set_result(result)
+
+    def _take(self) -> list[_Job]:
+        jobs: list[_Job] = []
+        taken = 0
+        while self._jobs and (not jobs or taken + len(self._jobs[0].texts) <= BATCH_INPUTS):
+            job = self._jobs.popleft()
+            self.waiting -= len(job.texts)
+            if not job.done.done():
+                jobs.append(job)
+                taken += len(job.texts)
+        if not self._jobs:
+            self._wake.clear()
+        return jobs
+
+    def _answer(self, jobs: list[_Job]) -> list[list[Any] | Exception]:
+        """In the model's thread: all jobs of a task together."""
+        results: list[list[Any] | Exception] = [[] for _ in jobs]
+        for task in dict.fromkeys(job.task for job in jobs):
+            mine = [at for at, job in enumerate(jobs) if job.task == task]
+            texts = [text for at in mine for text in jobs[at].texts]
+            try:
+                found = iter(embed_texts(self._run, texts) if task is None else answer_texts(self._run, task, texts))
+                for at in mine:
+                    results[at] = [next(found) for _ in jobs[at].texts]
+            except Exception as error:  # must reach the clients that wait, and not end the service
+                for at in mine:
+                    results[at] = error
+        return results
+
+
+# ------------------------------------------------------------------------------------------------ the service
+
+
+def make_app(run: Trained, limits: Limits) -> FastAPI:
+    batcher = Batcher(run, limits.waiting)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        work = asyncio.create_task(batcher.work())
+        yield
+        work.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await work
+
+    refusals: dict[int | str, dict[str, Any]] = {code: {"model": Refusal} for code in (413, 422, 503)}
+    app = FastAPI(
+        title=f"mtbert: {run.run_dir.resolve().name}", version=__version__, lifespan=lifespan, responses=refusals
+    )
+    app.add_middleware(BodyLimit, limit=limits.body)
+
+    @app.exception_handler(RequestValidationError)
+    async def refuse(_: Request, error: RequestValidationError) -> JSONResponse:
+        """One line, without the input: it may be long, and private."""
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"][1:])
+        return JSONResponse({"detail": f"{where}: {first['msg']}" if where else first["msg"]}, 422)
+
+    def check(texts: Texts) -> None:
+        if not 1 <= len(texts) <= limits.batch:
+            raise HTTPException(422, f"inputs: {len(texts)} of them; a request takes 1 to {limits.batch}")
+        for number, pair in enumerate(texts):
+            for text in pair:
+                if why := unusable(text):
+                    raise HTTPException(422, f"inputs.{number}: {why}")
+                if len(text) > limits.characters:
+                    raise HTTPException(
+                        422, f"inputs.{number}: {len(text):,} characters; a text may have {limits.characters:,}"
+                    )
+
+    async def ask(task: str | None, texts: Texts) -> list[Any]:
+        check(texts)
+        answers = await batcher.ask(task, texts)
+        for number, answer in enumerate(answers):
+            if answer is None:
+                raise HTTPException(422, f"inputs.{number}: nothing in the text is a wordpiece")
+        return answers
+
+    @app.post("/predict")
+    async def predict(request: PredictRequest) -> PredictResponse:
+        """The task's answer to each input."""
+        if request.task not in run.config.tasks:
+            raise HTTPException(422, f"task: there is no such task; this run has {', '.join(run.config.tasks)}")
+        texts = [[each] if isinstance(each, str) else list(each) for each in request.inputs]
+        wanted = len(run.config.tasks[request.task].columns.text)
+        for number, pair in enumerate(texts):
+            if len(pair) != wanted:
+                right = "a text" if wanted == 1 else "a pair of texts"
+                raise HTTPException(422, f"inputs.{number}: task {request.task} takes {right}")
+        answers = await ask(request.task, texts)
+        fields = [dict(zip(("prediction", "score", "probability"), answer, strict=True)) for answer in answers]
+        return PredictResponse(task=request.task, predictions=[Prediction(**each) for each in fields])
+
+    @app.post("/embed")
+    async def embed(request: EmbedRequest) -> EmbedResponse:
+        """The sentence vector of each text, pooled as in training."""
+        vectors = await ask(None, [[text] for text in request.inputs])
+        return EmbedResponse(vectors=[vector.tolist() for vector in vectors])
+
+    @app.get("/healthz")
+    async def healthz() -> Health:
+        kinds = {name: task.kind for name, task in run.config.tasks.items()}
+        name = run.run_dir.resolve().name
+        return Health(status="ok", run=name, step=run.step, tasks=kinds, waiting=batcher.waiting)
+
+    return app
+
+
+class BodyLimit:
+    """Reads a request's body before anything else does: 413 when it is too large, 408 when it does not come."""
+
+    def __init__(self, app: Callable[..., Awaitable[None]], limit: int) -> None:
+        self.app = app
+        self.limit = limit
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        try:
+            body = await asyncio.wait_for(self._read(receive), BODY_SECONDS)
+        except asyncio.TimeoutError:
+            await _refuse(send, 408, f"the body did not come within {BODY_SECONDS:g} seconds")
+            return
+        except ConnectionError:
+            return
+        if body is None:
+            await _refuse(send, 413, f"the body is larger than {self.limit:,} bytes; send fewer inputs at a time")
+            return
+        rest = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def replay() -> MutableMapping[str, Any]:
+            return rest.pop() if rest else await receive()
+
+        await self.app(scope, replay, send)
+
+    async def _read(self, receive: Receive) -> bytes | None:
+        """None where it is too large."""
+        body, size, more = bytearray(), 0, True
+        while more and size <= self.limit * DRAINED_BODIES:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ConnectionError
+            size += len(message.get("body", b""))
+            if size <= self.limit:
+                body += message.get("body", b"")
+            more = message.get("more_body", False)
+        return bytes(body) if size <= self.limit else None
+
+
+async def _refuse(send: Send, status: int, detail: str) -> None:
+    content = json.dumps({"detail": detail}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": [*headers, (b"connection", b"close")]})
+    await send({"type": "http.response.body", "body": content})
+
+
+def serve(run: Trained, host: str, port: int, limits: Limits) -> None:
+    """Answer until SIGINT or SIGTERM. Port 0 takes a free one. Raises `UserError` if the address cannot be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listening = socket.create_server((host, port), family=family, backlog=1024)
+    except OSError as error:
+        raise UserError(f"--host {host} --port {port}: cannot listen there: {error.strerror or error}") from None
+    with listening:
+        shown = f"[{host}]" if family == socket.AF_INET6 else host
+        print(f"mtbert: http://{shown}:{listening.getsockname()[1]}  (try /docs; Ctrl-C ends it)", flush=True)
+        config = uvicorn.Config(make_app(run, limits), log_level="warning", access_log=False, timeout_keep_alive=30)
+        uvicorn.Server(config).run(sockets=[listening])

@@ -1,0 +1,146 @@
+"""What `data check` finds in files, and what `data fetch` brings from a stand-in hub."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from hub import stand_in_hub, use_hub
+
+from mtbert.cli import main
+from mtbert.config import UserError, load_config
+from mtbert.datasets import SOURCES, check, fetch, wanted_by, wanted_files
+from mtbert.readers import Row, read_rows
+
+ROOT = Path(__file__).parent.parent
+COMMIT = "a" * 40
+
+
+def write(path: Path, *lines: str) -> str:
+    path.write_text("\n".join(lines) + "\n")
+    return str(path)
+
+
+def test_what_is_in_a_file(tmp_path: Path) -> None:
+    lines = ["a b", "A  b", "c d e", "c d e", "f"]
+    rows = [f"{text}\t{label}" for text, label in zip(lines, ["1", "1.0", "0", "2", "2"], strict=True)]
+    path = write(tmp_path / "rows.tsv", "sentence\tlabel", *rows, "too\tmany\tfields", " \t1", "g\t")
+    [found], overlaps = check(wanted_files([path], None, None))
+    assert (found.rows, found.left_out, found.duplicates, found.conflicting) == (5, 3, 2, 1)
+    assert found.labels == {"0": 1, "1": 2, "2": 2}
+    assert found.words == {"mean": 2.2, "p95": 3, "longest": 3}
+    assert found.reasons == [
+        "line 7: 3 fields instead of 2",
+        "line 8: column 'sentence': the text is empty",
+        "line 9: column 'label': no label",
+    ]
+    assert overlaps == []
+
+
+def test_overlaps_between_files_and_columns_by_their_names(tmp_path: Path) -> None:
+    first = write(tmp_path / "one.csv", "question1,question2,is_duplicate", "a,b,1", "c,d,0", "c,d,0")
+    second = write(
+        tmp_path / "two.jsonl", '{"sentence1": "C", "sentence2": "d"}', '{"sentence1": "x", "sentence2": "d"}'
+    )
+    third = write(tmp_path / "three.csv", "text", "a")
+    found, overlaps = check(wanted_files([first, second, third], None, None))
+    assert [(each.texts, each.label) for each in found] == [
+        (["question1", "question2"], "is_duplicate"),
+        (["sentence1", "sentence2"], None),
+        (["text"], None),
+    ]
+    assert [(overlap.first, overlap.second, overlap.rows) for overlap in overlaps] == [(first, second, 1)]
+    with pytest.raises(UserError, match=r"which column is the text\? --text NAME"):
+        wanted_files([write(tmp_path / "four.csv", "words,number", "a,1")], None, None)
+
+
+def test_the_files_of_a_configuration(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = ["--config", str(ROOT / "configs" / "cs224n.yaml"), "--set", f"data.dir={corpus}"]
+    assert main(["data", "check", *config, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [each["rows"] for each in told["files"]] == [200, 60] * 3
+    assert len(told["overlaps"]) == 3  # each task's training with its development set
+    assert main(["data", "check", *config]) == 0
+    assert re.search(
+        r"ids-sst-train\.csv: 200 rows \(texts sentence; label sentiment\)\n  labels +0: ", capsys.readouterr().out
+    )
+    assert main(["data", "check"]) == 2
+    with pytest.raises(UserError, match="the corpus is generated"):
+        wanted_by(load_config(ROOT / "configs" / "quickstart.yaml"))
+
+
+def test_the_real_files_hold_what_is_known_of_them(data_dir: Path) -> None:
+    names = ["ids-sst-train.csv", "sts-train.csv", "sts-dev.csv", "quora-dev.csv"]
+    found, overlaps = check(wanted_files([str(data_dir / name) for name in names], None, None))
+    sst, sts, _, quora = found
+    assert (sst.rows, sst.duplicates) == (8544, 10)
+    assert (sts.rows, sts.duplicates, sts.conflicting) == (6040, 30, 4)
+    assert [overlap.rows for overlap in overlaps if overlap.second.endswith("sts-dev.csv")] == [13]
+    assert quora.left_out == 2
+
+
+# ------------------------------------------------------------------------------------------------ fetch
+
+
+def parquet(**columns: list[object]) -> bytes:
+    out = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table(columns), out)
+    return out.getvalue()
+
+
+@pytest.fixture
+def repositories() -> dict[str, dict[str, dict[str, bytes]]]:
+    """Small files with the columns that the hub's have."""
+    sst = b'{"text": "tab\\there", "label": 4, "label_text": "very positive"}\n{"text": "b", "label": 0}\n'
+    pair = {"question1": ["a"], "question2": ["b"], "label": [1], "idx": [0]}
+    score = {"sentence1": ['he said "hi"'], "sentence2": ["d"], "label": [2.5], "idx": [0]}
+    glue = {
+        f"{name}/{split}-00000-of-00001.parquet": parquet(**columns)
+        for name, columns in (("qqp", pair), ("stsb", score))
+        for split in ("train", "validation")
+    }
+    return {
+        "datasets/SetFit/sst5": {COMMIT: {"train.jsonl": sst, "dev.jsonl": sst}},
+        "datasets/nyu-mll/glue": {COMMIT: glue},
+    }
+
+
+def test_the_three_data_sets_come_as_the_configuration_names_them(
+    tmp_path: Path, repositories: dict[str, dict[str, dict[str, bytes]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "data"
+    with stand_in_hub(repositories) as endpoint:
+        use_hub(monkeypatch, endpoint, tmp_path / "home")
+        assert main(["data", "fetch", str(folder)]) == 0
+        assert [line.partition(": ")[2] for line in fetch(folder, ["sst"])] == ["is there already"] * 2
+    tasks = load_config(ROOT / "configs" / "cs224n.yaml", [f"data.dir={folder}"]).tasks.values()
+    rows = {
+        file: [
+            (row.id, *row.values)
+            for row in read_rows(folder / file, [*task.columns.text, task.columns.label], task.columns.id)
+            if isinstance(row, Row)
+        ]
+        for task in tasks
+        for file in (task.train, task.dev)
+    }
+    assert rows["ids-sst-dev.csv"] == [("ids-sst-dev-0", "tab\there", "4"), ("ids-sst-dev-1", "b", "0")]
+    assert rows["quora-train.csv"] == [("quora-train-0", "a", "b", "1")]
+    assert rows["sts-dev.csv"] == [("sts-dev-0", 'he said "hi"', "d", "2.5")]
+    origins = json.loads((folder / "sources.json").read_text())
+    assert set(origins) == {source.target for sources in SOURCES.values() for source in sources} == set(rows)
+    assert {origin["commit"] for origin in origins.values()} == {COMMIT}
+
+
+def test_a_hub_without_the_files_leaves_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with stand_in_hub({"datasets/SetFit/sst5": {COMMIT: {"train.jsonl": b'{"text": "a"}\n'}}}) as endpoint:
+        use_hub(monkeypatch, endpoint, tmp_path / "home")
+        with pytest.raises(UserError, match="no column 'label'"):
+            list(fetch(tmp_path / "one", ["sst"]))
+        with pytest.raises(UserError, match=r"nyu-mll/glue/stsb/\S+: cannot fetch it from the hub: 404"):
+            list(fetch(tmp_path / "two", ["sts"]))
+    assert not list((tmp_path / "one").iterdir()) and not list((tmp_path / "two").iterdir())

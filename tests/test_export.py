@@ -1,0 +1,186 @@
+"""Exported folders, opened by the programs they are for, against the packed encoder and `predict`."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from numpy.typing import NDArray
+from sentence_transformers import SentenceTransformer
+from transformers import AutoTokenizer, BertModel
+
+from mtbert.cli import main
+from mtbert.config import UserError
+from mtbert.export import PaddedEncoder, export
+from mtbert.packing import pack
+from mtbert.readers import Row, read_rows
+from mtbert.trained import Trained, load_run
+
+ROOT = Path(__file__).parent.parent
+POOLINGS = ("mean", "cls", "pooler")
+
+
+@pytest.fixture(scope="module")
+def pairs(corpus: Path) -> list[tuple[str, str]]:
+    rows = read_rows(corpus / "sts-dev.csv", ["sentence1", "sentence2"])
+    return [row.values for row in rows if isinstance(row, Row)][:12]
+
+
+@pytest.fixture(scope="module")
+def texts(pairs: list[tuple[str, str]]) -> list[str]:
+    """Of many lengths; the last is longer than the encoder's positions."""
+    firsts = [first for first, _ in pairs]
+    return [*firsts, " ".join(firsts[:2]), " ".join(firsts)]
+
+
+def opened(run_dir: Path, pooling: str) -> Trained:
+    run = load_run(run_dir, "latest", "fp32")
+    run.model.pooling = pooling
+    with torch.no_grad():
+        for parameter in run.model.encoder.parameters():  # so that texts differ by more than rounding
+            parameter.mul_(5 if parameter.dim() > 1 else 1)
+    return run
+
+
+@pytest.fixture(scope="module", params=POOLINGS)
+def exported(
+    trained_run: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> tuple[Trained, Path]:
+    run = opened(trained_run, request.param)
+    folder = tmp_path_factory.mktemp("exported") / "model"
+    export(run, folder)
+    return run, folder
+
+
+def vectors_of(run: Trained, texts: Sequence[str]) -> NDArray[np.float32]:
+    vectors = run.embed(run.tokenise([[text] for text in texts]))
+    assert np.abs(vectors[0] - vectors[1]).max() > 0.01  # else equality says nothing
+    return vectors
+
+
+def test_sentence_transformers_gives_the_same_vectors(exported: tuple[Trained, Path], texts: list[str]) -> None:
+    run, folder = exported
+    model = SentenceTransformer(str(folder), device="cpu")
+    assert model.max_seq_length == run.max_length
+    np.testing.assert_allclose(model.encode(texts), vectors_of(run, texts), atol=1e-5)
+
+
+def test_transformers_gives_the_same_states(exported: tuple[Trained, Path], pairs: list[tuple[str, str]]) -> None:
+    run, folder = exported
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    batch = tokenizer([first for first, _ in pairs], [second for _, second in pairs], padding=True, return_tensors="pt")
+    with torch.inference_mode():
+        states = BertModel.from_pretrained(folder).eval()(**batch).last_hidden_state
+    lengths = batch["attention_mask"].sum(1).tolist()
+    sequences = [ids[:length].numpy() for ids, length in zip(batch["input_ids"], lengths, strict=True)]
+    starts = [types[:length].tolist().index(1) for types, length in zip(batch["token_type_ids"], lengths, strict=True)]
+    packed = pack(sequences, starts)
+    with torch.inference_mode():
+        hidden_TD = run.model.encoder(packed)
+    for number, length in enumerate(lengths):
+        torch.testing.assert_close(
+            states[number, :length], hidden_TD[packed.sequence_T == number], atol=1e-5, rtol=1e-5
+        )
+    joint = run.answer("joint", run.tokenise(pairs))
+    assert len(set(joint.scores_N)) == len(pairs)
+
+
+def test_heads_are_as_the_page_describes_them(exported: tuple[Trained, Path], pairs: list[tuple[str, str]]) -> None:
+    run, folder = exported
+    [code] = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "export.md").read_text(encoding="utf-8"), re.DOTALL)
+    page: dict[str, Any] = {}
+    exec(code, page)
+    u, v = (vectors_of(run, [pair[side] for pair in pairs]) for side in (0, 1))
+    for task, vectors in {"sst": [u], "para": [u, v], "sts": [u, v]}.items():
+        answers = page["answers"](folder, task, vectors)
+        found = run.answer(task, run.tokenise(pairs if len(vectors) == 2 else [pair[:1] for pair in pairs]))
+        scores = answers.max(-1) if task == "sst" else answers.reshape(-1)
+        assert np.ptp(scores) > 1e-4
+        np.testing.assert_allclose(scores, found.scores_N, atol=1e-5)
+
+
+def padded(sequences: Sequence[NDArray[Any]], width: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    ids, mask = np.zeros((len(sequences), width), np.int64), np.zeros((len(sequences), width), np.int64)
+    for row, sequence in enumerate(sequences):
+        ids[row, : len(sequence)], mask[row, : len(sequence)] = sequence, 1
+    return ids, mask
+
+
+def sequences_of(run: Trained, texts: Sequence[str]) -> list[NDArray[Any]]:
+    ids = [run.tokenizer.encode(text, add_special_tokens=False).ids[: run.max_length - 2] for text in texts]
+    special = [run.tokenizer.token_to_id(token) for token in ("[CLS]", "[SEP]")]
+    return [np.array([special[0], *each, special[1]]) for each in ids]
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_the_padded_encoder_is_the_packed_one(trained_run: Path, texts: list[str], pooling: str) -> None:
+    run = opened(trained_run, pooling)
+    sequences = sequences_of(run, texts)
+    ids, mask = map(torch.from_numpy, padded(sequences, 64))
+    with torch.inference_mode():
+        states, vectors = PaddedEncoder(run.model.encoder, run.model.pooling)(ids, mask, torch.zeros_like(ids))
+        packed = pack(sequences)
+        hidden_TD = run.model.encoder(packed)
+    np.testing.assert_allclose(vectors, vectors_of(run, texts), atol=1e-5)
+    for number, sequence in enumerate(sequences):
+        torch.testing.assert_close(
+            states[number, : len(sequence)], hidden_TD[packed.sequence_T == number], atol=1e-5, rtol=1e-5
+        )
+
+
+def test_onnx_of_any_batch_and_length(
+    trained_run: Path, tmp_path: Path, texts: list[str], pairs: list[tuple[str, str]]
+) -> None:
+    run = opened(trained_run, "mean")
+    folder = tmp_path / "model"
+    export(run, folder, onnx=True)
+    expected = vectors_of(run, texts)
+    encoder = onnxruntime.InferenceSession(folder / "onnx" / "model.onnx")
+    sequences = sequences_of(run, texts)
+    for count, width in ((1, len(sequences[0])), (3, 40), (len(texts), 64)):
+        ids, mask = padded(sequences[:count], width)
+        inputs = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
+        states, vectors = encoder.run(["last_hidden_state", "sentence_embedding"], inputs)
+        assert states.shape == (count, width, 16)
+        np.testing.assert_allclose(vectors, expected[:count], atol=2e-5)
+    u, v = (vectors_of(run, [pair[side] for pair in pairs]) for side in (0, 1))
+    for task, inputs in {
+        "sst": {"vectors": u},
+        "para": {"first": u, "second": v},
+        "sts": {"first": u, "second": v},
+    }.items():
+        [answers] = onnxruntime.InferenceSession(folder / "onnx" / f"head_{task}.onnx").run(["answers"], inputs)
+        found = run.answer(task, run.tokenise(pairs if len(inputs) == 2 else [pair[:1] for pair in pairs]))
+        np.testing.assert_allclose(answers.max(-1) if task == "sst" else answers, found.scores_N, atol=2e-5)
+    assert (folder / "onnx" / "head_joint.onnx").is_file()
+
+
+def test_the_model_card_says_what_the_run_recorded(trained_run: Path, tmp_path: Path) -> None:
+    assert main(["export", str(trained_run), str(tmp_path / "out"), "--checkpoint", "latest"]) == 0
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    lines = [json.loads(line) for line in (trained_run / "metrics.jsonl").read_text().splitlines()]
+    [scores] = [line for line in lines if line["step"] == 5 and "metric/sts/pearson" in line]
+    assert (
+        f"| sts | pair_regression | relu_cosine | mse | sts-train.csv | pearson | {scores['metric/sts/pearson']:.4f} |"
+        in card
+    )
+    assert "from scratch; weights after 6 steps" in card and "base_model" not in card
+    assert card.startswith("---\nlibrary_name: sentence-transformers\n")
+
+
+def test_nothing_is_overwritten_and_nothing_half_written(trained_run: Path, tmp_path: Path) -> None:
+    run = load_run(trained_run, "latest", "fp32")
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(UserError, match="exists already"):
+        export(run, tmp_path / "mine")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written: Not a directory"):
+        export(run, tmp_path / "file" / "model")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "mine"]

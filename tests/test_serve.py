@@ -1,0 +1,176 @@
+"""The HTTP service, as a process of its own, from the outside."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mtbert.cli import main
+from mtbert.readers import Row, read_rows
+from mtbert.trained import Trained, load_run
+
+ROOT = Path(__file__).parent.parent
+Address = tuple[str, int]
+
+
+@pytest.fixture(scope="module")
+def run(trained_run: Path) -> Trained:
+    return load_run(trained_run, "latest")
+
+
+@pytest.fixture(scope="module")
+def service(trained_run: Path) -> Iterator[Address]:
+    command = [sys.executable, "-m", "mtbert", "serve", str(trained_run), "--checkpoint", "latest", "--port", "0"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout
+    told = re.match(r"mtbert: http://(127\.0\.0\.1):(\d+) ", process.stdout.readline())
+    assert told, process.communicate()
+    yield told[1], int(told[2])
+    assert process.poll() is None  # whatever was sent, it stayed up
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=20)
+    assert "Traceback" not in errors, errors
+
+
+def ask(address: Address, path: str, body: Any = None, **headers: str) -> tuple[int, Any]:
+    """GET without a body; bytes go out as they are, anything else as JSON."""
+    connection = http.client.HTTPConnection(*address, timeout=30)
+    try:
+        content = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+        connection.request(
+            "GET" if body is None else "POST", path, content, {"Content-Type": "application/json"} | headers
+        )
+        answer = connection.getresponse()
+        return answer.status, json.loads(answer.read())
+    finally:
+        connection.close()
+
+
+def texts_of(corpus: Path, file: str, columns: list[str]) -> list[tuple[str, ...]]:
+    return [row.values for row in read_rows(corpus / file, columns) if isinstance(row, Row)]
+
+
+def test_answers_are_those_of_predict_with_64_clients_at_once(service: Address, run: Trained, corpus: Path) -> None:
+    singles = texts_of(corpus, "ids-sst-dev.csv", ["sentence"])
+    pairs = texts_of(corpus, "sts-dev.csv", ["sentence1", "sentence2"])
+    expected = {
+        "sst": run.answer("sst", run.tokenise(singles)),
+        "joint": run.answer("joint", run.tokenise(pairs)),
+        "sts": run.answer("sts", run.tokenise(pairs)),
+    }
+    vectors = run.embed(run.tokenise(singles))
+
+    def client(number: int) -> None:
+        task = ("sst", "joint", "sts", None)[number % 4]
+        chosen = [(number + step) % 60 for step in range(1 + number % 5)]
+        if task is None:
+            status, answer = ask(service, "/embed", {"inputs": [singles[i][0] for i in chosen]})
+            assert status == 200
+            np.testing.assert_allclose(answer["vectors"], vectors[chosen], atol=1e-5)
+            return
+        inputs = [singles[i][0] if task == "sst" else pairs[i] for i in chosen]
+        status, answer = ask(service, "/predict", {"task": task, "inputs": inputs})
+        assert (status, answer["task"]) == (200, task)
+        for i, found in zip(chosen, answer["predictions"], strict=True):
+            values = [array[i] for array in (expected[task].scores_N, expected[task].predictions_N)]
+            np.testing.assert_allclose([found["score"], found["prediction"]], values, atol=1e-5)
+            assert (found["probability"] is None) == (task == "sts")
+
+    with ThreadPoolExecutor(64) as clients:
+        list(clients.map(client, range(320)))
+    assert ask(service, "/healthz")[1]["waiting"] == 0
+
+
+def sst(*inputs: Any, **more: Any) -> dict[str, Any]:
+    return {"task": "sst", "inputs": list(inputs), **more}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "told"),
+    [
+        ("/predict", b"{", 422, "JSON decode error"),
+        ("/predict", b"\xff\xfe", 422, "JSON decode error"),
+        ("/predict", b"[" * 100_000, 400, "error parsing the body"),
+        ("/predict", [], 422, "valid dictionary"),
+        ("/predict", {}, 422, "task: Field required"),
+        ("/predict", sst(3), 422, r"inputs\.0"),
+        ("/predict", sst("good", None), 422, r"inputs\.1"),
+        ("/predict", {"task": "sst", "inputs": "good"}, 422, "inputs: Input should be a valid list"),
+        ("/predict", sst("good", colour=1), 422, "colour: Extra inputs are not permitted"),
+        ("/predict", sst(), 422, "inputs: 0 of them; a request takes 1 to 64"),
+        ("/predict", sst(*["good"] * 65), 422, "inputs: 65 of them; a request takes 1 to 64"),
+        ("/predict", sst("good", " \n"), 422, r"inputs\.1: the text is empty"),
+        ("/predict", sst("x" * 100_000), 422, r"inputs\.0: 100,000 characters; a text may have 10,000"),
+        ("/predict", sst("\x00"), 422, r"U\+0000 is no text"),
+        ("/predict", b'{"task": "sst", "inputs": ["\\ud800"]}', 422, "."),
+        ("/predict", sst("\x01"), 422, r"inputs\.0: nothing in the text is a wordpiece"),
+        ("/predict", sst(["one", "two"]), 422, r"inputs\.0: task sst takes a text"),
+        ("/predict", {"task": "sts", "inputs": ["one"]}, 422, r"inputs\.0: task sts takes a pair of texts"),
+        ("/predict", {"task": "../../etc/passwd", "inputs": ["a"]}, 422, "no such task; this run has sst, para"),
+        ("/predict", b"x" * 10_000_000, 413, "the body is larger than 1,048,576 bytes"),
+        ("/embed", {"inputs": [""]}, 422, r"inputs\.0: the text is empty"),
+        ("/embed", {"inputs": [["a", "b"]]}, 422, r"inputs\.0"),
+        ("/nowhere", None, 404, "Not Found"),
+        ("/predict", None, 405, "Method Not Allowed"),
+    ],
+    ids=lambda value: repr(value)[:40],
+)
+def test_a_bad_request_has_a_reason_and_the_service_stays_up(
+    service: Address, path: str, body: Any, status: int, told: str
+) -> None:
+    found, answer = ask(service, path, body)
+    assert (found, list(answer)) == (status, ["detail"])
+    assert re.search(told, answer["detail"]) and len(answer["detail"]) < 200
+    assert ask(service, "/predict", sst("good"))[0] == 200
+
+
+def test_a_body_without_a_length_is_measured(service: Address) -> None:
+    with socket.create_connection(service, timeout=30) as connection:
+        head = (
+            "POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+        )
+        connection.sendall(head.encode())
+        for _ in range(3):
+            connection.sendall(b"80000\r\n" + b" " * 0x80000 + b"\r\n")
+        connection.sendall(b"0\r\n\r\n")
+        assert connection.recv(1000).startswith(b"HTTP/1.1 413 ")
+    assert ask(service, "/healthz")[0] == 200
+
+
+def test_clients_that_go_away_do_no_harm(service: Address) -> None:
+    request = json.dumps(sst(*["a good film"] * 64)).encode()
+    for length in (len(request), len(request) + 1):  # gone while the model works; gone before the body was there
+        for _ in range(8):
+            with socket.create_connection(service) as connection:
+                kind = "Content-Type: application/json"
+                head = f"POST /predict HTTP/1.1\r\nHost: x\r\n{kind}\r\nContent-Length: {length}\r\n\r\n"
+                connection.sendall(head.encode() + request)
+    assert ask(service, "/predict", sst("good"))[0] == 200
+
+
+def test_what_it_says_of_itself(service: Address) -> None:
+    kinds = {"sst": "classification", "para": "pair_classification", "joint": "pair_classification"}
+    health = {"status": "ok", "run": "run", "step": 6, "tasks": kinds | {"sts": "pair_regression"}, "waiting": 0}
+    assert ask(service, "/healthz") == (200, health)
+    paths = ask(service, "/openapi.json")[1]["paths"]
+    assert set(paths) == {"/predict", "/embed", "/healthz"}
+    assert {"200", "413", "422", "503"} <= set(paths["/predict"]["post"]["responses"])
+
+
+def test_an_address_that_is_taken(service: Address, trained_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", str(trained_run), "--port", str(service[1])]) == 2
+    assert re.fullmatch(r"mtbert: --host 127.0.0.1 --port \d+: cannot listen there: .*\n", capsys.readouterr().err)
