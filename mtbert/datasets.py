@@ -104,6 +104,7 @@ def wanted_by(config: Config) -> list[Wanted]:
         Wanted(folder / Path(file).expanduser(), task.columns.text, task.columns.label, name)
         for name, task in config.tasks.items()
         for file in (task.train, task.dev)
+        if file is not None
     ]
 
 

@@ -29,7 +29,7 @@ from mtbert import __version__
 from mtbert.config import TaskConfig, UserError
 from mtbert.data import special_ids
 from mtbert.encoder import Encoder, Layer, Pooling
-from mtbert.heads import Head
+from mtbert.heads import Head, MultiTaskModel
 from mtbert.pretrained import save_pretrained
 from mtbert.trained import Trained, kept_encoder
 
@@ -125,25 +125,31 @@ def _sentence_transformers(run: Trained, folder: Path) -> None:
 
 
 def _heads(run: Trained, folder: Path) -> None:
-    state = {name: tensor.cpu().contiguous() for name, tensor in run.model.heads.state_dict().items()}
-    left_out = {name for name in run.model.state_dict() if not name.startswith(("encoder.", "heads."))}
+    whole = {name: tensor.cpu().contiguous() for name, tensor in run.model.state_dict().items()}
+    state = {name.removeprefix("heads."): whole[name] for name in whole if name.startswith(("heads.", "shared."))}
+    left_out = {name for name in whole if not name.startswith(("encoder.", "heads.", "shared."))}
     assert not left_out, f"the export has no place for {left_out}"
     safetensors.torch.save_file(state, folder / "heads.safetensors", {"format": "pt"})
     description = {
         "format": HEADS_FORMAT,
         "pooling": run.model.pooling,
         "max_length": run.max_length,
-        "tasks": {name: _head(task) for name, task in run.config.tasks.items()},
+        "tasks": {name: _head(run, name, task) for name, task in run.config.tasks.items()},
     }
     _write(folder / "heads.json", description)
 
 
-def _head(task: TaskConfig) -> dict[str, Any]:
+def _head(run: Trained, name: str, task: TaskConfig) -> dict[str, Any]:
+    head = run.model.heads[name]
+    assert isinstance(head, Head)
     regression = task.kind == "pair_regression"
     return {
         "kind": task.kind,
         "head": task.head.kind,
+        "shared": task.head.shared,
         "hidden": task.head.hidden,
+        "scale": head.scale,
+        "middle": head.middle,
         "loss": task.loss_kind,
         **({"range": list(task.range)} if regression else {"classes": task.classes}),
     }
@@ -187,25 +193,20 @@ def _padded_layer(layer: Layer, hidden_BLD: Tensor, real_B11L: Tensor) -> Tensor
 
 
 class _HeadOfTexts(nn.Module):
-    def __init__(self, head: Head) -> None:
+    def __init__(self, model: MultiTaskModel, task: str) -> None:
         super().__init__()
-        self.head = head
+        self.model = model
+        self.task = task
 
     def forward(self, vectors: Tensor) -> Tensor:
-        answers: Tensor = self.head(vectors)
-        return answers
+        return self.model.answer(self.task, vectors)
 
 
-class _HeadOfPairs(nn.Module):
+class _HeadOfPairs(_HeadOfTexts):
     """A head that compares two vectors, with the two apart."""
 
-    def __init__(self, head: Head) -> None:
-        super().__init__()
-        self.head = head
-
-    def forward(self, first: Tensor, second: Tensor) -> Tensor:
-        answers: Tensor = self.head(torch.cat([first, second]))
-        return answers
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(torch.cat([first, second]))
 
 
 def _onnx(run: Trained, folder: Path) -> None:
@@ -222,12 +223,12 @@ def _onnx(run: Trained, folder: Path) -> None:
         folder / "model.onnx",
     )
     for name, task in run.config.tasks.items():
-        head = run.model.heads[name].cpu()
-        assert isinstance(head, Head)
-        apart = task.pair and task.head.kind != "joint"
+        if task.kind == "triplets":  # trains the encoder; it has no head of its own
+            continue
+        apart = len(task.columns.text) == 2 and task.head.kind != "joint"
         names = ["first", "second"] if apart else ["vectors"]
         _export_onnx(
-            _HeadOfPairs(head) if apart else _HeadOfTexts(head),
+            (_HeadOfPairs if apart else _HeadOfTexts)(run.model.cpu(), name),
             {key: torch.zeros(3, run.shape.hidden_size) for key in names},
             {key: {0: batch} for key in names},
             ["answers"],

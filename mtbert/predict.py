@@ -166,6 +166,8 @@ def _fields(row: Record | Quarantined, columns: list[str], width: int) -> list[s
 
 def _submission_sink(task: TaskConfig, table: Table, out: TextIO, source: str) -> Callable[[Iterable[Answered]], None]:
     """As `evaluation.py` of the course's starter code writes it, spaces included."""
+    if task.kind not in _SUBMISSION:
+        raise UserError(f"--submission: the course has no task of kind {task.kind}")
     column = task.columns.id or "id"
     if table.columns and column not in table.columns:
         raise UserError(f"{shown_name(source)}: no column {column!r}, which a submission needs")
