@@ -48,6 +48,7 @@ ELSEWHERE = {
     r"python launch/submit\.py --nodes 2 --follow": "the same, on the cluster of `make slurm-up`: tests/slurm",
     r"(make search|python -m tune)( .*)?": "minutes of work",
     r".*runs/SEARCH.*": "what a search has left",
+    r"python -m mtbert serve .*": "serves until it is stopped: tests/test_serve.py",
     r"python (-m )?benchmarks.*": "measures for minutes; its parts are tested",
 }
 """What is not run here: the whole command as a pattern, and where it is run or why it cannot be."""
