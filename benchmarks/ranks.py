@@ -23,9 +23,10 @@ import torch.distributed as dist
 import torch.multiprocessing as processes
 
 from benchmarks.ours import OPTIMIZER
-from benchmarks.workload import LENGTHS, SHAPES, TASKS, draw, draw_lengths, loss_of, model_flops
+from benchmarks.workload import LENGTHS, SHAPES, TASKS, draw, draw_lengths, loss_of
 from mtbert.config import EncoderConfig, EngineConfig, ScheduleConfig
 from mtbert.engine import Engine, close_ranks, join_ranks, parameter_groups
+from mtbert.flops import encoder_flops
 from mtbert.heads import MultiTaskModel
 from mtbert.packing import pack
 from mtbert.randomness import addressed_rng
@@ -137,7 +138,9 @@ def uneven_work(world: int, steps: int = 200, examples: int = 8000) -> float:
 def _work(schedule: Schedule, lengths: Sequence[np.ndarray], step: int, rank: int, world: int) -> float:
     shares = schedule.shares(step, rank, world)
     return sum(
-        model_flops(SHAPES["minilm"], lengths[share.task][indices].ravel().tolist())
+        encoder_flops(
+            SHAPES["minilm"], torch.from_numpy(lengths[share.task][indices].ravel()), only_first=True, trained=True
+        )
         for share in shares
         for indices in share.micro_batches
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from mtbert.config import HeadConfig, TaskConfig
 from mtbert.encoder import EncoderShape
+from mtbert.flops import encoder_flops
 from mtbert.randomness import addressed_rng
 
 SHAPES = {
@@ -63,23 +64,12 @@ def loss_of(task: str, answers: Tensor, labels: Tensor) -> Tensor:
     return F.mse_loss(answers, labels.float())
 
 
-def model_flops(shape: EncoderShape, lengths: Iterable[int]) -> float:
-    """Floating-point operations that a forward and a backward of sentence vectors from [CLS] cannot do without.
-
-    Matrix products over real tokens only; of the last layer only what [CLS] needs. A backward costs two forwards.
-    """
-    wide, inner = shape.hidden_size, shape.intermediate_size
-    tokens = np.array(list(lengths), float)
-    total, count = tokens.sum(), len(tokens)
-    layer = total * (8 * wide**2 + 4 * wide * inner) + 4 * wide * (tokens**2).sum()
-    last = total * 4 * wide**2 + count * (4 * wide**2 + 4 * wide * inner) + 4 * wide * total
-    pooler = count * 2 * wide**2
-    return float(3 * ((shape.layers - 1) * layer + last + pooler))
-
-
 def step_flops(shape: EncoderShape, batch: Batch) -> float:
+    """Of the forwards and backwards of sentence vectors from [CLS], real tokens only."""
     return sum(
-        model_flops(shape, (len(text) for texts in columns for text in texts)) for columns in batch.sentences.values()
+        encoder_flops(shape, torch.tensor([len(text) for text in texts]), only_first=True, trained=True)
+        for columns in batch.sentences.values()
+        for texts in columns
     )
 
 

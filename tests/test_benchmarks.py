@@ -4,36 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 
-import numpy as np
 import pytest
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.ranks import uneven_work
 from benchmarks.scaling import WORLDS, Machine, sharded, whole
-from benchmarks.workload import model_flops
-from mtbert.encoder import Encoder, EncoderShape
-from mtbert.packing import pack
 
-SHAPE = EncoderShape(50, 32, 3, 4, 64, 64)
 MACHINE = Machine(tasks=3, parameters=10**8, bytes_per_number=2, compute=0.3, finish=0.01, link=1e10, latency=0.0)
-
-
-def counted(layers: int, lengths: list[int]) -> int:
-    """Operations of a forward and a backward as torch counts them, of sequences of one length (no padding)."""
-    encoder = Encoder(dataclasses.replace(SHAPE, layers=layers), dropout=0.0)
-    packed = pack([np.full(length, 7) for length in lengths])
-    with FlopCounterMode(display=False) as counter:
-        encoder.sentence_vectors(packed, "pooler").sum().backward()
-    total: int = counter.get_total_flops()
-    return total
-
-
-def test_a_further_layer_costs_what_torch_counts() -> None:
-    """Between three layers and two lies one whole layer; the last one is counted by need, not by what ran."""
-    lengths = [16] * 4
-    said = model_flops(SHAPE, lengths) - model_flops(dataclasses.replace(SHAPE, layers=2), lengths)
-    assert counted(3, lengths) - counted(2, lengths) == pytest.approx(said, rel=1e-12)
-    assert model_flops(SHAPE, lengths) <= counted(3, lengths)
 
 
 def test_the_model_of_a_step() -> None:
