@@ -71,7 +71,7 @@ class Head(nn.Module):
         if self.compares:
             return self.scale * (self._cosine(vectors_BD, generator) - self.middle)
         if self.kind in HEADS:
-            vectors_BD = HEADS[self.kind](*vectors_BD.chunk(2))
+            vectors_BD = HEADS[self.kind](*_apart(vectors_BD, 2))
         assert self.output is not None
         scores_BC: Tensor = self.scale * self.output(self._transform(vectors_BD, generator)).float()
         # not squeeze(-1) in any case: ONNX refuses it where it would do nothing
@@ -79,7 +79,7 @@ class Head(nn.Module):
 
     def _cosine(self, vectors_BD: Tensor, generator: Generator | None) -> Tensor:
         # in fp32: the cosine of near neighbours differs from 1 by less than bf16 resolves
-        first_BD, *others = (self._transform(part, generator).float() for part in vectors_BD.chunk(self.texts))
+        first_BD, *others = (self._transform(part, generator).float() for part in _apart(vectors_BD, self.texts))
         cosines = [F.cosine_similarity(first_BD, other_BD, dim=-1) for other_BD in others]
         cosine_B = cosines[0] if len(cosines) == 1 else cosines[0] - cosines[1]
         return F.relu(cosine_B) if self.kind == "relu_cosine" else cosine_B
@@ -89,6 +89,11 @@ class Head(nn.Module):
         for layer in self.hidden:
             vectors_BD = dropout(F.relu(layer(vectors_BD)), self.dropout, generator)
         return vectors_BD
+
+
+def _apart(vectors_BD: Tensor, texts: int) -> tuple[Tensor, ...]:
+    """All first texts, all second ones, …; not `chunk`, which torch.export takes to mean this very number of rows."""
+    return vectors_BD.view(texts, -1, vectors_BD.shape[-1]).unbind()
 
 
 def outputs(task: TaskConfig) -> int:
