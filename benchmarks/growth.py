@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from benchmarks.workload import interleave
-from mtbert.engine import choose_precision, combine, gram
+from mtbert.engine import combine, gram
+from mtbert.ranks import choose_precision
 from mtbert.surgery import Surgery
 
 TASKS = (2, 4, 8, 16)

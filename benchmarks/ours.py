@@ -11,10 +11,11 @@ from torch import Tensor
 from benchmarks.workload import TASKS, draw, loss_of
 from mtbert.config import EncoderConfig, EngineConfig, OptimizerConfig
 from mtbert.encoder import EncoderShape
-from mtbert.engine import Engine, choose_precision, combine, gram, parameter_groups
+from mtbert.engine import Engine, combine, gram, parameter_groups
 from mtbert.heads import MultiTaskModel
 from mtbert.packing import pack
 from mtbert.randomness import addressed_generator
+from mtbert.ranks import choose_precision
 from mtbert.runs import Rank
 from mtbert.surgery import Surgery
 

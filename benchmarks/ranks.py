@@ -25,11 +25,12 @@ import torch.multiprocessing as processes
 from benchmarks.ours import OPTIMIZER
 from benchmarks.workload import LENGTHS, SHAPES, TASKS, draw, draw_lengths, loss_of
 from mtbert.config import EncoderConfig, EngineConfig, ScheduleConfig
-from mtbert.engine import Engine, close_ranks, join_ranks, parameter_groups
+from mtbert.engine import Engine, parameter_groups
 from mtbert.flops import encoder_flops
 from mtbert.heads import MultiTaskModel
 from mtbert.packing import pack
 from mtbert.randomness import addressed_rng
+from mtbert.ranks import close_ranks, join_ranks
 from mtbert.runs import Rank
 from mtbert.schedule import Schedule
 from mtbert.surgery import Surgery
@@ -83,15 +84,12 @@ def _rank(number: int, world: int, folder: Path) -> None:
         if kind in given:
             given[kind] += max((int(np.prod(shape)) for shape in event.input_shapes if shape), default=0)
     if rank.first:
-        host = engine._host
-        gradients = [host.storage_KS, *host.buffers, host.received]  # type: ignore[attr-defined]
         record = {
             "shared": shared,
             # both collectives send (W − 1)/W of what they are given
             "sent": sum(given.values()) * (world - 1) / world,
             "sent_expected": (len(TASKS) + 1) * shared * (world - 1) / world,
-            "gradient_bytes": sum(tensor.nbytes for tensor in gradients),
-            "shard_bytes": host.storage_KS.nbytes,  # type: ignore[attr-defined]
+            "gradient_bytes": engine.gradient_bytes,
             "seconds": seconds / STEPS,
             "waiting": waiting.seconds / seconds,
         }
@@ -150,8 +148,8 @@ def table(result: dict[str, Any]) -> str:
     shared = result["shared"]
     return (
         f"W = {result['world']}: sent {result['sent'] / shared:.3f}·P a step and rank, (K+1)·P·(W−1)/W is "
-        f"{result['sent_expected'] / shared:.3f}·P; task gradients {result['gradient_bytes'] / shared:.2f} bytes·P, "
-        f"{result['shard_bytes'] / shared:.2f} of them shards; uneven work {result['uneven_work']:.1%}; "
+        f"{result['sent_expected'] / shared:.3f}·P; task gradients {result['gradient_bytes'] / shared:.2f} bytes·P; "
+        f"uneven work {result['uneven_work']:.1%}; "
         f"waiting for gradients {result['waiting']:.1%} of a step of {result['seconds']:.2f} s"
     )
 

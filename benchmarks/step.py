@@ -22,7 +22,7 @@ from benchmarks.ours import BareLoop, engine
 from benchmarks.rivals import autocast, autojac, papers
 from benchmarks.workload import SHAPES, draw, gemm_rate, interleave, step_flops
 from mtbert.config import EngineConfig
-from mtbert.engine import choose_precision, close_ranks, join_ranks
+from mtbert.ranks import choose_precision, close_ranks, join_ranks
 from mtbert.runs import Rank
 
 

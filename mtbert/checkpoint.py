@@ -37,10 +37,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mtbert.config import UserError
-from mtbert.engine import Engine, Span
+from mtbert.engine import Engine
 from mtbert.runs import Rank, write_atomically
 from mtbert.surgery import Surgery
 from mtbert.weighting import Weighting
+from mtbert.zero import Span
 
 FORMAT = 1
 

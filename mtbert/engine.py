@@ -1,4 +1,4 @@
-"""The only file that knows DeepSpeed: task gradients as ZeRO shards, their Gram matrix, the combination, the step.
+"""A training step: task gradients as ZeRO shards, their Gram matrix, the combination, the optimizer.
 
     K losses → K backwards → K shards of reduced gradients → G = S Sᵀ (one all-reduce of K² numbers)
              → weighting: K factors f → surgery on f_i·f_j·G_ij: K weights w → Σ w_k·f_k·S_k → DeepSpeed's step
@@ -8,37 +8,25 @@ shard.
 
 A rank holds a whole task gradient only during that task's backward (and the next one's, while it travels). The encoder
 gets surgery; what heads are made of gets the gradients of the tasks that use it, times their factors, summed.
-
-What we rest on inside DeepSpeed (private names; the version range in setup.py is narrow and tests/test_engine.py fails
-when a gradient goes missing): stage 1 `bit16_groups`, `bit16_groups_flat`, `single_partition_of_fp32_groups`,
-`averaged_gradients`, `update_lp_params`; stage 3 `fp16_groups`, `fp32_partitioned_groups_flat`,
-`fp16_partitioned_groups_flat`, `sub_group_to_group_id`, `grad_partitions_flat_buffer`, `parameter_offload`.
 """
 
 from __future__ import annotations
 
-import datetime
-import logging
 import math
-import os
-import sys
-import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from mtbert.config import ENCODER, EngineConfig, OptimizerConfig, SharedLayerConfig, TaskConfig
+from mtbert.ranks import choose_precision, local_device, lowest_common
 from mtbert.runs import Rank
 from mtbert.surgery import Surgery
 from mtbert.weighting import Weighting
-
-Loss = Callable[[], Tensor]
-"""Builds one micro-batch's loss: this rank's sum over its examples, divided by those of the global batch."""
+from mtbert.zero import Host, Loss, Own, Span, Stage1, Stage3, initialise_deepspeed
 
 
 @dataclass(frozen=True)
@@ -62,27 +50,8 @@ class Group:
         return self.task or ENCODER
 
 
-@dataclass(frozen=True)
-class Span:
-    """Elements start … stop of a flattened parameter, which lie from `offset` on in a partition."""
-
-    name: str
-    start: int
-    stop: int
-    offset: int
-
-
 STATES = ("master", "exp_avg", "exp_avg_sq", "average")
 """What belongs to every element of a parameter: the fp32 weight, AdamW's moments, the average of the weights."""
-
-
-@dataclass(frozen=True)
-class Partition:
-    """A rank's piece of a group: fp32 master weights, and which parameters they belong to."""
-
-    group: int
-    master: Tensor
-    spans: tuple[Span, ...]
 
 
 @dataclass(frozen=True)
@@ -100,18 +69,6 @@ class StepResult:
     skipped: bool  # a loss or gradient was not finite: nothing was updated
     stop: bool  # at least one rank wants to stop
     save: bool  # at least one rank wants a checkpoint
-
-
-def choose_precision(wanted: str, device: torch.device) -> torch.dtype:
-    """bf16 where the hardware multiplies it (4.5 × fp32 on AVX512-BF16 and AMX), fp32 elsewhere."""
-    if wanted != "auto":
-        return torch.bfloat16 if wanted == "bf16" else torch.float32
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        capabilities = torch.cpu.get_capabilities()
-        fast = bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-    return torch.bfloat16 if fast else torch.float32
 
 
 def parameter_groups(
@@ -155,40 +112,6 @@ def _depth_below_top(parts: Sequence[str], layers: int) -> int:
     return 0 if "pooler" in parts else layers  # the embeddings and their LayerNorm
 
 
-def _lowest_common(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """bf16 only if every rank has chosen it: the nodes of a partition may differ."""
-    fast = torch.tensor(float(dtype == torch.bfloat16), device=device)
-    dist.all_reduce(fast, dist.ReduceOp.MIN)
-    return torch.bfloat16 if fast else torch.float32
-
-
-class _AdamW(torch.optim.AdamW):
-    """AdamW that leaves a frozen group alone: no decay, no step count, no fading moments."""
-
-    def step(self, closure: Callable[[], float] | None = None) -> Any:
-        for group in self.param_groups:
-            if group["frozen"]:
-                for parameter in group["params"]:
-                    parameter.grad = None
-        return super().step(closure)
-
-
-Own = dict[int, Tensor]
-"""A task's gradient outside the encoder on this rank: partition number → shard, for the groups that the task uses."""
-
-
-class _Host(Protocol):
-    """Where gradients become shards. Partitions (and so shards) hold the encoder's groups first, then the heads'."""
-
-    partitions: list[Partition]
-
-    def begin(self, through: int) -> None: ...
-    def backward(self, task: int, slot: int | None, losses: Sequence[Loss]) -> Tensor: ...
-    def shards(self) -> tuple[Tensor, dict[int, Own]]: ...
-    def apply(self, gradients: Sequence[Tensor]) -> None: ...
-    def publish_masters(self) -> None: ...
-
-
 class Engine:
     """DeepSpeed around the model, with one gradient shard per task.
 
@@ -215,18 +138,20 @@ class Engine:
         self.weighting = weighting or Weighting("fixed", {}, [False] * len(self.tasks), 0)
         self.clip_norm = config.clip_norm
         self.device = local_device(rank)
-        self.dtype = _lowest_common(choose_precision(config.precision, self.device), self.device)
+        self.dtype = lowest_common(choose_precision(config.precision, self.device), self.device)
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         masters = {name: value.detach().float().clone() for name, value in model.named_parameters()}
-        self._deepspeed = _initialise_deepspeed(model, self.groups, config, optimizer, self.dtype, self.device)
+        self._deepspeed = initialise_deepspeed(
+            model, [(g.names, g.lr, g.weight_decay) for g in self.groups], config, optimizer, self.dtype, self.device
+        )
         self.model = self._deepspeed.module
-        host = _Stage1 if config.zero == 1 else _Stage3
+        host = Stage1 if config.zero == 1 else Stage3
         users = {
             index: [number for number, task in enumerate(self.tasks) if task in group.users]
             for index, group in enumerate(self.groups)
             if group.task is not None
         }
-        self._host: _Host = host(self._deepspeed, users, masters, config.accumulation)
+        self._host: Host = host(self._deepspeed, users, masters, config.accumulation)
         parameters = dict(self.model.named_parameters())
         self._encoder = [parameters[name] for group in self.groups if group.task is None for name in group.names]
         self.partitions = self._host.partitions
@@ -236,6 +161,11 @@ class Engine:
         self._shared = sum(p.master.numel() for p in self.partitions if self.groups[p.group].task is None)
         self._combined = torch.empty(self._shared, device=self.device)
         self.set_masters(lambda span: masters[span.name].flatten()[span.start : span.stop])
+
+    @property
+    def gradient_bytes(self) -> int:
+        """What this rank holds for the tasks' gradients of the encoder: shards and what is on its way."""
+        return self._host.gradient_bytes
 
     # --------------------------------------------------------------------------------------------- a step
 
@@ -494,358 +424,3 @@ def combine(shards_KS: Tensor, weights_K: Tensor, out: Tensor) -> None:
 def _chunk(shards: Tensor) -> int:
     """Columns that fit the cache as fp32. Longer sums in fp32 would also lose digits: 1e-5 at 2¹⁸, 7e-7 at 2¹⁵."""
     return max(1, (1 << 17 if shards.device.type == "cpu" else 1 << 24) // max(1, len(shards)))
-
-
-# ------------------------------------------------------------------------------------------------- ZeRO stage 1
-
-
-class _Stage1:
-    """ZeRO-1 as host, with flat gradient buffers of our own.
-
-    With this configuration DeepSpeed installs no gradient hooks. A task's gradients accumulate in views of one flat
-    buffer laid out like DeepSpeed's flat weights; after the backward, pieces travel by all-to-all, each rank sums what
-    it receives in fp32. That carries (W−1)/W·P numbers per task, half of an all-reduce, and the sum is exact to fp32
-    even for a bf16 payload. Two buffers take turns, so that a task's gradient travels during the next one's backward;
-    a third holds what arrives, as it is summed before the next task's gradient leaves. With one rank there is nothing
-    to send: every task has a buffer, and the buffers are the shards.
-    """
-
-    def __init__(
-        self, engine: Any, users: Mapping[int, Sequence[int]], masters: Mapping[str, Tensor], accumulation: int
-    ) -> None:
-        """`users`: for each group outside the encoder, which come last, the tasks that use it."""
-        self.engine = engine
-        optimizer = engine.optimizer
-        self.world = dist.get_world_size()
-        self.optimizer = optimizer
-        names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
-        self.sizes = [flat.numel() for flat in optimizer.bit16_groups_flat]
-        self.shared_groups = len(self.sizes) - len(users)
-        self.partitions = [self._partition(index, names) for index in range(len(self.sizes))]
-        dtype = optimizer.bit16_groups_flat[0].dtype
-        # a backward adds each gradient once, several would lose small addends in bf16 (embeddings add row by row even
-        # in one backward; accumulation > 1 avoids that, too)
-        self.grad_dtype = torch.float32 if accumulation > 1 else dtype
-        self.device = optimizer.bit16_groups_flat[0].device
-        self.shared = sum(self.sizes[: self.shared_groups])
-        # what a task trains outside the encoder: the groups, one buffer for them, its views
-        self.own_groups: dict[int, list[int]] = {}
-        for index, tasks in users.items():
-            for task in tasks:
-                self.own_groups.setdefault(task, []).append(index)
-        self.own_buffers: dict[int, Tensor] = {}
-        self.own_views: dict[int, list[tuple[nn.Parameter, Tensor]]] = {}
-        for task, indices in self.own_groups.items():
-            size = sum(self.sizes[index] for index in indices)
-            self.own_buffers[task] = torch.zeros(size, dtype=self.grad_dtype, device=self.device)
-            self.own_views[task] = self._views(self.own_buffers[task], indices)
-        self.present: list[int] = []
-        if self.grad_dtype != dtype:
-            for parameter in engine.module.parameters():
-                parameter.grad_dtype = self.grad_dtype
-        self.buffers: list[Tensor] = []
-        self.views: list[list[tuple[nn.Parameter, Tensor]]] = []
-        self.received = torch.empty(0, dtype=self.grad_dtype, device=self.device)
-        self.travelling: tuple[int, list[Any]] | None = None  # slot, works
-        self.storage_KS = self.shards_KS = torch.empty(0, self.shared // self.world, device=self.device)
-
-    def _partition(self, index: int, names: Mapping[int, str]) -> Partition:
-        flat: Tensor = self.optimizer.bit16_groups_flat[index]
-        size = flat.numel() // self.world
-        low, high = dist.get_rank() * size, (dist.get_rank() + 1) * size
-        spans = []
-        for parameter in self.optimizer.bit16_groups[index]:
-            offset = parameter.storage_offset() - flat.storage_offset()
-            start, stop = max(offset, low), min(offset + parameter.numel(), high)
-            if start < stop:
-                spans.append(Span(names[id(parameter)], start - offset, stop - offset, start - low))
-        return Partition(index, self.optimizer.single_partition_of_fp32_groups[index], tuple(spans))
-
-    def _views(self, buffer: Tensor, groups: Sequence[int]) -> list[tuple[nn.Parameter, Tensor]]:
-        """Every parameter of the groups with its place in a buffer that holds the groups one after another."""
-        views, first = [], 0
-        for index in groups:
-            flat = self.optimizer.bit16_groups_flat[index]
-            for parameter in self.optimizer.bit16_groups[index]:
-                offset = first + parameter.storage_offset() - flat.storage_offset()
-                views.append((parameter, buffer[offset : offset + parameter.numel()].view_as(parameter)))
-            first += flat.numel()
-        return views
-
-    def begin(self, through: int) -> None:
-        if through > len(self.storage_KS):
-            self._allocate(through)
-        self.shards_KS = self.storage_KS[:through]
-        self.present = []
-
-    def _allocate(self, tasks: int) -> None:
-        """Shards for as many tasks as a step turns out to have, and buffers for their backwards."""
-        dtype = self.grad_dtype if self.world == 1 else torch.float32
-        self.storage_KS = torch.zeros(tasks, self.shared // self.world, dtype=dtype, device=self.device)
-        if self.world == 1:
-            self.buffers = list(self.storage_KS)
-        else:
-            shape = {"dtype": self.grad_dtype, "device": self.device}
-            self.buffers = [torch.zeros(self.shared, **shape) for _ in range(min(tasks, 2))]
-            self.received = torch.zeros(self.shared, **shape)
-        self.views = [self._views(buffer, range(self.shared_groups)) for buffer in self.buffers]
-
-    def backward(self, task: int, slot: int | None, losses: Sequence[Loss]) -> Tensor:
-        self.present.append(task)
-        if task in self.own_buffers:
-            self.own_buffers[task].zero_()
-            for parameter, view in self.own_views[task]:
-                parameter.grad = view
-        place = 0
-        if slot is not None:
-            place = slot if self.world == 1 else slot % 2  # what left from there has arrived before the last one left
-            self.buffers[place].zero_()
-            for parameter, view in self.views[place]:
-                parameter.grad = view
-        value = torch.zeros((), device=self.device)
-        for build in losses:
-            loss = build()
-            if loss.requires_grad:  # else a head without parameters over a frozen encoder
-                loss.backward()
-            value += loss.detach()
-        if self.world > 1 and slot is not None:
-            self._send(slot, place)
-        return value
-
-    def _send(self, slot: int, place: int) -> None:
-        self._receive()
-        sizes = self.sizes[: self.shared_groups]
-        pieces = zip(self.received.split(sizes), self.buffers[place].split(sizes), strict=True)
-        self.travelling = slot, [dist.all_to_all_single(out, piece, async_op=True) for out, piece in pieces]
-
-    def _receive(self) -> None:
-        """Sum what arrived of the task gradient that is on its way, if one is."""
-        if self.travelling is None:
-            return
-        slot, works = self.travelling
-        self.travelling = None
-        for work in works:
-            work.wait()
-        sizes = self.sizes[: self.shared_groups]
-        shards = self.shards_KS[slot].split([size // self.world for size in sizes])
-        for shard, piece in zip(shards, self.received.split(sizes), strict=True):
-            _sum_rows(piece.view(self.world, -1), shard)
-
-    def shards(self) -> tuple[Tensor, dict[int, Own]]:
-        self._receive()
-        return self.shards_KS, {task: self._own(task) for task in self.present}
-
-    def _own(self, task: int) -> Own:
-        indices = self.own_groups.get(task, [])
-        if not indices:
-            return {}
-        pieces = self.own_buffers[task].split([self.sizes[index] for index in indices])
-        if self.world == 1:
-            return {index: piece.float() for index, piece in zip(indices, pieces, strict=True)}
-        own = {}
-        for index, piece in zip(indices, pieces, strict=True):
-            received = torch.empty_like(piece)
-            dist.all_to_all_single(received, piece)
-            out = torch.empty(len(piece) // self.world, device=self.device)
-            own[index] = _sum_rows(received.view(self.world, -1), out)
-        return own
-
-    def apply(self, gradients: Sequence[Tensor]) -> None:
-        for index, gradient in enumerate(gradients):
-            self.optimizer.averaged_gradients[index] = [gradient]
-        self.engine.step()
-
-    def publish_masters(self) -> None:
-        self.optimizer.update_lp_params()
-
-
-def _sum_rows(rows_WS: Tensor, out: Tensor) -> Tensor:
-    """fp32 sum over ranks, in rank order (torch.sum with a dtype makes a converted copy of everything first)."""
-    out.copy_(rows_WS[0])
-    for row in rows_WS[1:]:
-        out.add_(row)
-    return out
-
-
-# ------------------------------------------------------------------------------------------------- ZeRO stage 3
-
-
-class _Stage3:
-    """ZeRO-3: parameters are sharded too, for an encoder that outgrows one GPU.
-
-    DeepSpeed reduces each backward into its own flat partition buffer; we take a task's gradient out of it and put the
-    combination back before the step.
-    """
-
-    def __init__(
-        self, engine: Any, users: Mapping[int, Sequence[int]], masters: Mapping[str, Tensor], accumulation: int
-    ) -> None:
-        self.engine = engine
-        self.optimizer = engine.optimizer
-        self.world = dist.get_world_size()
-        names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
-        self.partitions = []
-        for index, parameters in enumerate(self.optimizer.fp16_groups):
-            spans, offset = [], 0
-            for parameter in parameters:
-                size = parameter.partition_numel()
-                total = masters[names[id(parameter)]].numel()
-                start, stop = dist.get_rank() * size, min((dist.get_rank() + 1) * size, total)
-                if start < stop:
-                    spans.append(Span(names[id(parameter)], start, stop, offset))
-                offset += size
-            group = self.optimizer.sub_group_to_group_id[index]
-            self.partitions.append(Partition(group, self.optimizer.fp32_partitioned_groups_flat[index], tuple(spans)))
-        self.flat: Tensor = self.optimizer.grad_partitions_flat_buffer
-        self.shared = sum(p.master.numel() for p in self.partitions if p.group not in users)
-        self.storage_KS = self.shards_KS = torch.zeros(0, self.shared, device=self.flat.device)
-        self.own: dict[int, Own] = {}
-        self.places: dict[int, tuple[slice, Sequence[int]]] = {}  # of each partition outside the encoder, and its users
-        first = 0
-        for number, partition in enumerate(self.partitions):
-            size = partition.master.numel()
-            if partition.group in users:
-                self.places[number] = (slice(first, first + size), users[partition.group])
-            first += size
-
-    def begin(self, through: int) -> None:
-        if through > len(self.storage_KS):
-            self.storage_KS = torch.zeros(through, self.shared, device=self.flat.device)
-        self.shards_KS = self.storage_KS[:through]
-        self.own = {}
-
-    def backward(self, task: int, slot: int | None, losses: Sequence[Loss]) -> Tensor:
-        places = {number: place for number, (place, users) in self.places.items() if task in users}
-        own = {number: torch.zeros_like(self.flat[place]) for number, place in places.items()}
-        if slot is not None:
-            self.shards_KS[slot].zero_()
-        value = torch.zeros((), device=self.flat.device)
-        for build in losses:
-            self.flat.zero_()
-            loss = build()
-            if loss.requires_grad:  # else a head without parameters over a frozen encoder
-                self.engine.backward(loss * self.world)  # DeepSpeed divides by the number of ranks
-            if slot is not None:
-                self.shards_KS[slot] += self.flat[: self.shared]
-            for number, place in places.items():
-                own[number] += self.flat[place]
-            value += loss.detach()
-        self.own[task] = own
-        return value
-
-    def shards(self) -> tuple[Tensor, dict[int, Own]]:
-        return self.shards_KS, self.own
-
-    def apply(self, gradients: Sequence[Tensor]) -> None:
-        torch.cat(list(gradients), out=self.flat)
-        self.engine.step()
-
-    def publish_masters(self) -> None:
-        # weights gathered for an earlier pass may still be held for the next one
-        self.optimizer.parameter_offload.partition_all_parameters()
-        for weights, partition in zip(self.optimizer.fp16_partitioned_groups_flat, self.partitions, strict=True):
-            weights.data.copy_(partition.master.data)
-
-
-# --------------------------------------------------------------------------------------- processes and DeepSpeed
-
-
-def local_device(rank: Rank) -> torch.device:
-    return torch.device("cuda", rank.local_rank) if torch.cuda.is_available() else torch.device("cpu")
-
-
-def join_ranks(rank: Rank, config: EngineConfig, timeout_s: float = 1800) -> None:
-    """Join the process group (NCCL on GPUs, gloo on CPUs) and set the number of threads."""
-    device = local_device(rank)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    torch.set_num_threads(config.threads or max(1, _cores() // rank.local_world))
-    rendezvous = rank.rendezvous
-    if not rendezvous:
-        assert rank.world == 1, "several ranks need a rendezvous"
-        store: Any = {"store": dist.HashStore()}  # type: ignore[attr-defined]
-    else:
-        store = {"init_method": rendezvous}
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        rank=rank.rank,
-        world_size=rank.world,
-        timeout=datetime.timedelta(seconds=timeout_s),
-        **store,
-    )
-
-
-def _cores() -> int:
-    """Those this process may use; a scheduler often grants a part of the machine."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def close_ranks() -> None:
-    """Ends the process group after everyone is done; without the barrier gloo aborts at teardown now and then."""
-    dist.barrier()
-    if deepspeed := sys.modules.get("deepspeed"):  # has caches of its own to clear, for the next run in this process
-        deepspeed.comm.destroy_process_group()
-    else:
-        dist.destroy_process_group()
-
-
-@contextmanager
-def quiet_deepspeed() -> Iterator[Any]:
-    """DeepSpeed, imported when asked for and without its greetings; our own lines say what a user needs."""
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import deepspeed
-
-        # its CPU start-up compiles a shared-memory op with ninja (27 s), and raises where there is no compiler
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-        yield deepspeed
-
-
-def _initialise_deepspeed(
-    model: nn.Module,
-    groups: Sequence[Group],
-    config: EngineConfig,
-    optimizer: OptimizerConfig,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Any:
-    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # DeepSpeed insists on it, and does not use it
-    # what DeepSpeed calls is renamed in torch 2.13; not news for a user
-    warnings.filterwarnings("ignore", message=r".*(reduce_scatter|all_gather_into)_tensor. is deprecated")
-    parameters = dict(model.named_parameters())
-    options = [
-        {
-            "params": [parameters[name] for name in group.names],
-            "lr": group.lr,
-            "weight_decay": group.weight_decay,
-            "frozen": False,
-        }
-        for group in groups
-    ]
-    adamw = _AdamW(options, betas=optimizer.betas, eps=optimizer.eps, fused=True)
-    zero: dict[str, Any] = {"stage": config.zero, "overlap_comm": False, "contiguous_gradients": False}
-    if config.zero == 1:
-        zero["compute_grad_norm"] = False
-    else:
-        zero["contiguous_gradients"] = True
-        zero["stage3_param_persistence_threshold"] = 0
-    settings: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": 0.0,  # its default is 1.0; we clip the combined gradient ourselves
-        "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,
-        "bf16": {"enabled": dtype == torch.bfloat16},
-        "steps_per_print": None,
-    }
-    if config.zero == 3:
-        settings["data_types"] = {"grad_accum_dtype": "fp32"}
-    with quiet_deepspeed() as deepspeed:
-        deepspeed.init_distributed(dist_init_required=False, verbose=False)
-        engine, *_ = deepspeed.initialize(
-            model=model.to(device=device, dtype=dtype), optimizer=adamw, config=settings, dist_init_required=False
-        )
-    return engine

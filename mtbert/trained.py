@@ -28,11 +28,11 @@ from mtbert.checkpoint import find_checkpoint, load_weights
 from mtbert.config import Config, TaskConfig, UserError, load_config
 from mtbert.data import Dataset, Strings, collate, load_tokenizer, sequence_lengths, special_ids
 from mtbert.encoder import EncoderShape
-from mtbert.engine import choose_precision, local_device
 from mtbert.heads import MultiTaskModel
 from mtbert.losses import predict
 from mtbert.packing import batches_by_length, pack
 from mtbert.pretrained import read_shape, write_shape
+from mtbert.ranks import choose_precision, local_device
 from mtbert.runs import Rank, check_format, write_atomically
 
 Origin = dict[str, str | None]

@@ -31,10 +31,7 @@ from mtbert.encoder import EncoderShape
 from mtbert.engine import (
     Engine,
     Group,
-    Loss,
     StepResult,
-    close_ranks,
-    join_ranks,
     parameter_groups,
 )
 from mtbert.evaluate import Evaluation, evaluate_all
@@ -46,6 +43,7 @@ from mtbert.phases import Phase, plan
 from mtbert.pretrained import load_pretrained
 from mtbert.pretrained import origin as pretrained_origin
 from mtbert.randomness import addressed_generator
+from mtbert.ranks import close_ranks, join_ranks
 from mtbert.record import RunRecord, Said, settings, write_predictions
 from mtbert.runs import NO_ROOM, Outcome, Rank, Stopwatch, check_format, write_atomically
 from mtbert.schedule import Schedule, Share
@@ -54,6 +52,7 @@ from mtbert.tasks import Task, load_tasks, locate_data, locate_tokenizer
 from mtbert.tracking import Tracker
 from mtbert.trained import KeptEncoder, keep_encoder, kept_encoder, load_run
 from mtbert.weighting import Weighting
+from mtbert.zero import Loss
 
 if TYPE_CHECKING:
     from mtbert.figures import Figure

@@ -17,13 +17,14 @@ from torch.nn import functional as F
 
 from mtbert.config import EncoderConfig, EngineConfig, HeadConfig, OptimizerConfig, TaskConfig
 from mtbert.encoder import EncoderShape
-from mtbert.engine import Engine, Group, Span, StepResult, combine, gram, parameter_groups
+from mtbert.engine import Engine, Group, StepResult, combine, gram, parameter_groups
 from mtbert.heads import MultiTaskModel
 from mtbert.packing import Packed, pack
 from mtbert.randomness import addressed_generator, addressed_rng
 from mtbert.runs import Rank
 from mtbert.surgery import Surgery, pcgrad_vectors, task_orders
 from mtbert.weighting import Weighting
+from mtbert.zero import Span
 
 STEPS = 20
 SHAPE = EncoderShape(vocab_size=60, hidden_size=12, layers=2, heads=3, intermediate_size=20, max_positions=16)

@@ -17,11 +17,11 @@ ROOT = Path(__file__).parent.parent
 
 FLOORS = [
     ["config"],
-    ["runs", "randomness", "baselines", "reference"],
+    ["runs", "ranks", "randomness", "baselines", "reference"],
     ["record"],
     ["packing", "encoder", "schedule", "surgery", "metrics", "figures", "tracking", "synthetic", "readers", "pages"],
     ["heads", "losses", "ranking", "pretrained", "flops", "phases", "weighting"],
-    ["tasks", "data", "token_cache"],
+    ["tasks", "data", "token_cache", "zero"],
     ["engine", "evaluate", "checkpoint", "trained"],
     ["trainer", "export", "predict", "serve", "datasets", "compare", "report"],
     ["cli"],
@@ -31,7 +31,7 @@ FLOORS = [
 FLOOR = {module: number for number, modules in enumerate(FLOORS) for module in modules}
 
 ROOMS: dict[str, str | tuple[str, ...]] = {
-    "deepspeed": "mtbert/engine.py",
+    "deepspeed": "mtbert/zero.py",
     "submitit": "launch/",
     "ray": "tune/",
     "optuna": "tune/",

@@ -22,12 +22,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from mtbert import checkpoint
 from mtbert.checkpoint import Checkpointer, _Reader, find_checkpoint, load_weights, open_checkpoint
 from mtbert.config import CheckpointConfig, Config, OptimizerConfig, PhaseConfig, UserError, load_config
-from mtbert.engine import Span
 from mtbert.metrics import METRICS
 from mtbert.randomness import addressed_rng
 from mtbert.record import RunRecord, Said
 from mtbert.runs import Rank, create_run
 from mtbert.trainer import build, evaluate_run, train
+from mtbert.zero import Span
 
 STEPS = 12
 TINY = {

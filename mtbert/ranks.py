@@ -1,0 +1,72 @@
+"""The processes of a run: their group, their device and threads, and the precision they agree on."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import sys
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mtbert.config import EngineConfig
+from mtbert.runs import Rank
+
+
+def local_device(rank: Rank) -> torch.device:
+    return torch.device("cuda", rank.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def join_ranks(rank: Rank, config: EngineConfig, timeout_s: float = 1800) -> None:
+    """Join the process group (NCCL on GPUs, gloo on CPUs) and set the number of threads."""
+    device = local_device(rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    torch.set_num_threads(config.threads or max(1, _cores() // rank.local_world))
+    rendezvous = rank.rendezvous
+    if not rendezvous:
+        assert rank.world == 1, "several ranks need a rendezvous"
+        store: Any = {"store": dist.HashStore()}  # type: ignore[attr-defined]
+    else:
+        store = {"init_method": rendezvous}
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        rank=rank.rank,
+        world_size=rank.world,
+        timeout=datetime.timedelta(seconds=timeout_s),
+        **store,
+    )
+
+
+def _cores() -> int:
+    """Those this process may use; a scheduler often grants a part of the machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def close_ranks() -> None:
+    """Ends the process group after everyone is done; without the barrier gloo aborts at teardown now and then."""
+    dist.barrier()
+    if deepspeed := sys.modules.get("deepspeed"):  # has caches of its own to clear, for the next run in this process
+        deepspeed.comm.destroy_process_group()
+    else:
+        dist.destroy_process_group()
+
+
+def choose_precision(wanted: str, device: torch.device) -> torch.dtype:
+    """bf16 where the hardware multiplies it (4.5 × fp32 on AVX512-BF16 and AMX), fp32 elsewhere."""
+    if wanted != "auto":
+        return torch.bfloat16 if wanted == "bf16" else torch.float32
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        capabilities = torch.cpu.get_capabilities()
+        fast = bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return torch.bfloat16 if fast else torch.float32
+
+
+def lowest_common(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """bf16 only if every rank has chosen it: the nodes of a partition may differ."""
+    fast = torch.tensor(float(dtype == torch.bfloat16), device=device)
+    dist.all_reduce(fast, dist.ReduceOp.MIN)
+    return torch.bfloat16 if fast else torch.float32

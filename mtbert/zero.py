@@ -1,0 +1,400 @@
+"""What knows DeepSpeed, and nothing else does: its initialisation, and ZeRO stages 1 and 3 as hosts of task gradients.
+
+A host takes K losses to K backwards and each task's gradient into shards; what is combined from them it hands to
+DeepSpeed's optimizer step.
+
+Shapes: K tasks in the step, P encoder parameters, W ranks, S = P/W numbers of a rank's shard.
+
+What we rest on inside DeepSpeed (private names; the version range in setup.py is narrow and tests/test_engine.py fails
+when a gradient goes missing): stage 1 `bit16_groups`, `bit16_groups_flat`, `single_partition_of_fp32_groups`,
+`averaged_gradients`, `update_lp_params`; stage 3 `fp16_groups`, `fp32_partitioned_groups_flat`,
+`fp16_partitioned_groups_flat`, `sub_group_to_group_id`, `grad_partitions_flat_buffer`, `parameter_offload`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mtbert.config import EngineConfig, OptimizerConfig
+
+Loss = Callable[[], Tensor]
+"""Builds one micro-batch's loss: this rank's sum over its examples, divided by those of the global batch."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """Elements start … stop of a flattened parameter, which lie from `offset` on in a partition."""
+
+    name: str
+    start: int
+    stop: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class Partition:
+    """A rank's piece of a group: fp32 master weights, and which parameters they belong to."""
+
+    group: int
+    master: Tensor
+    spans: tuple[Span, ...]
+
+
+Own = dict[int, Tensor]
+"""A task's gradient outside the encoder on this rank: partition number → shard, for the groups that the task uses."""
+
+
+class Host(Protocol):
+    """Where gradients become shards. Partitions (and so shards) hold the encoder's groups first, then the heads'."""
+
+    partitions: list[Partition]
+
+    @property
+    def gradient_bytes(self) -> int: ...  # of all that holds the encoder's task gradients on this rank
+    def begin(self, through: int) -> None: ...
+    def backward(self, task: int, slot: int | None, losses: Sequence[Loss]) -> Tensor: ...
+    def shards(self) -> tuple[Tensor, dict[int, Own]]: ...
+    def apply(self, gradients: Sequence[Tensor]) -> None: ...
+    def publish_masters(self) -> None: ...
+
+
+# ------------------------------------------------------------------------------------------------- ZeRO stage 1
+
+
+class Stage1:
+    """ZeRO-1 as host, with flat gradient buffers of our own.
+
+    With this configuration DeepSpeed installs no gradient hooks. A task's gradients accumulate in views of one flat
+    buffer laid out like DeepSpeed's flat weights; after the backward, pieces travel by all-to-all, each rank sums what
+    it receives in fp32. That carries (W−1)/W·P numbers per task, half of an all-reduce, and the sum is exact to fp32
+    even for a bf16 payload. Two buffers take turns, so that a task's gradient travels during the next one's backward;
+    a third holds what arrives, as it is summed before the next task's gradient leaves. With one rank there is nothing
+    to send: every task has a buffer, and the buffers are the shards.
+    """
+
+    def __init__(
+        self, engine: Any, users: Mapping[int, Sequence[int]], masters: Mapping[str, Tensor], accumulation: int
+    ) -> None:
+        """`users`: for each group outside the encoder, which come last, the tasks that use it."""
+        self.engine = engine
+        optimizer = engine.optimizer
+        self.world = dist.get_world_size()
+        self.optimizer = optimizer
+        names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
+        self.sizes = [flat.numel() for flat in optimizer.bit16_groups_flat]
+        self.shared_groups = len(self.sizes) - len(users)
+        self.partitions = [self._partition(index, names) for index in range(len(self.sizes))]
+        dtype = optimizer.bit16_groups_flat[0].dtype
+        # a backward adds each gradient once, several would lose small addends in bf16 (embeddings add row by row even
+        # in one backward; accumulation > 1 avoids that, too)
+        self.grad_dtype = torch.float32 if accumulation > 1 else dtype
+        self.device = optimizer.bit16_groups_flat[0].device
+        self.shared = sum(self.sizes[: self.shared_groups])
+        # what a task trains outside the encoder: the groups, one buffer for them, its views
+        self.own_groups: dict[int, list[int]] = {}
+        for index, tasks in users.items():
+            for task in tasks:
+                self.own_groups.setdefault(task, []).append(index)
+        self.own_buffers: dict[int, Tensor] = {}
+        self.own_views: dict[int, list[tuple[nn.Parameter, Tensor]]] = {}
+        for task, indices in self.own_groups.items():
+            size = sum(self.sizes[index] for index in indices)
+            self.own_buffers[task] = torch.zeros(size, dtype=self.grad_dtype, device=self.device)
+            self.own_views[task] = self._views(self.own_buffers[task], indices)
+        self.present: list[int] = []
+        if self.grad_dtype != dtype:
+            for parameter in engine.module.parameters():
+                parameter.grad_dtype = self.grad_dtype
+        self.buffers: list[Tensor] = []
+        self.views: list[list[tuple[nn.Parameter, Tensor]]] = []
+        self.received = torch.empty(0, dtype=self.grad_dtype, device=self.device)
+        self.travelling: tuple[int, list[Any]] | None = None  # slot, works
+        self.storage_KS = self.shards_KS = torch.empty(0, self.shared // self.world, device=self.device)
+
+    def _partition(self, index: int, names: Mapping[int, str]) -> Partition:
+        flat: Tensor = self.optimizer.bit16_groups_flat[index]
+        size = flat.numel() // self.world
+        low, high = dist.get_rank() * size, (dist.get_rank() + 1) * size
+        spans = []
+        for parameter in self.optimizer.bit16_groups[index]:
+            offset = parameter.storage_offset() - flat.storage_offset()
+            start, stop = max(offset, low), min(offset + parameter.numel(), high)
+            if start < stop:
+                spans.append(Span(names[id(parameter)], start - offset, stop - offset, start - low))
+        return Partition(index, self.optimizer.single_partition_of_fp32_groups[index], tuple(spans))
+
+    @property
+    def gradient_bytes(self) -> int:
+        sent = [] if self.world == 1 else [*self.buffers, self.received]
+        return sum(tensor.nbytes for tensor in (self.storage_KS, *sent))
+
+    def _views(self, buffer: Tensor, groups: Sequence[int]) -> list[tuple[nn.Parameter, Tensor]]:
+        """Every parameter of the groups with its place in a buffer that holds the groups one after another."""
+        views, first = [], 0
+        for index in groups:
+            flat = self.optimizer.bit16_groups_flat[index]
+            for parameter in self.optimizer.bit16_groups[index]:
+                offset = first + parameter.storage_offset() - flat.storage_offset()
+                views.append((parameter, buffer[offset : offset + parameter.numel()].view_as(parameter)))
+            first += flat.numel()
+        return views
+
+    def begin(self, through: int) -> None:
+        if through > len(self.storage_KS):
+            self._allocate(through)
+        self.shards_KS = self.storage_KS[:through]
+        self.present = []
+
+    def _allocate(self, tasks: int) -> None:
+        """Shards for as many tasks as a step turns out to have, and buffers for their backwards."""
+        dtype = self.grad_dtype if self.world == 1 else torch.float32
+        self.storage_KS = torch.zeros(tasks, self.shared // self.world, dtype=dtype, device=self.device)
+        if self.world == 1:
+            self.buffers = list(self.storage_KS)
+        else:
+            shape = {"dtype": self.grad_dtype, "device": self.device}
+            self.buffers = [torch.zeros(self.shared, **shape) for _ in range(min(tasks, 2))]
+            self.received = torch.zeros(self.shared, **shape)
+        self.views = [self._views(buffer, range(self.shared_groups)) for buffer in self.buffers]
+
+    def backward(self, task: int, slot: int | None, losses: Sequence[Loss]) -> Tensor:
+        self.present.append(task)
+        if task in self.own_buffers:
+            self.own_buffers[task].zero_()
+            for parameter, view in self.own_views[task]:
+                parameter.grad = view
+        place = 0
+        if slot is not None:
+            place = slot if self.world == 1 else slot % 2  # what left from there has arrived before the last one left
+            self.buffers[place].zero_()
+            for parameter, view in self.views[place]:
+                parameter.grad = view
+        value = torch.zeros((), device=self.device)
+        for build in losses:
+            loss = build()
+            if loss.requires_grad:  # else a head without parameters over a frozen encoder
+                loss.backward()
+            value += loss.detach()
+        if self.world > 1 and slot is not None:
+            self._send(slot, place)
+        return value
+
+    def _send(self, slot: int, place: int) -> None:
+        self._receive()
+        sizes = self.sizes[: self.shared_groups]
+        pieces = zip(self.received.split(sizes), self.buffers[place].split(sizes), strict=True)
+        self.travelling = slot, [dist.all_to_all_single(out, piece, async_op=True) for out, piece in pieces]
+
+    def _receive(self) -> None:
+        """Sum what arrived of the task gradient that is on its way, if one is."""
+        if self.travelling is None:
+            return
+        slot, works = self.travelling
+        self.travelling = None
+        for work in works:
+            work.wait()
+        sizes = self.sizes[: self.shared_groups]
+        shards = self.shards_KS[slot].split([size // self.world for size in sizes])
+        for shard, piece in zip(shards, self.received.split(sizes), strict=True):
+            _sum_rows(piece.view(self.world, -1), shard)
+
+    def shards(self) -> tuple[Tensor, dict[int, Own]]:
+        self._receive()
+        return self.shards_KS, {task: self._own(task) for task in self.present}
+
+    def _own(self, task: int) -> Own:
+        indices = self.own_groups.get(task, [])
+        if not indices:
+            return {}
+        pieces = self.own_buffers[task].split([self.sizes[index] for index in indices])
+        if self.world == 1:
+            return {index: piece.float() for index, piece in zip(indices, pieces, strict=True)}
+        own = {}
+        for index, piece in zip(indices, pieces, strict=True):
+            received = torch.empty_like(piece)
+            dist.all_to_all_single(received, piece)
+            out = torch.empty(len(piece) // self.world, device=self.device)
+            own[index] = _sum_rows(received.view(self.world, -1), out)
+        return own
+
+    def apply(self, gradients: Sequence[Tensor]) -> None:
+        for index, gradient in enumerate(gradients):
+            self.optimizer.averaged_gradients[index] = [gradient]
+        self.engine.step()
+
+    def publish_masters(self) -> None:
+        self.optimizer.update_lp_params()
+
+
+def _sum_rows(rows_WS: Tensor, out: Tensor) -> Tensor:
+    """fp32 sum over ranks, in rank order (torch.sum with a dtype makes a converted copy of everything first)."""
+    out.copy_(rows_WS[0])
+    for row in rows_WS[1:]:
+        out.add_(row)
+    return out
+
+
+# ------------------------------------------------------------------------------------------------- ZeRO stage 3
+
+
+class Stage3:
+    """ZeRO-3: parameters are sharded too, for an encoder that outgrows one GPU.
+
+    DeepSpeed reduces each backward into its own flat partition buffer; we take a task's gradient out of it and put the
+    combination back before the step.
+    """
+
+    def __init__(
+        self, engine: Any, users: Mapping[int, Sequence[int]], masters: Mapping[str, Tensor], accumulation: int
+    ) -> None:
+        self.engine = engine
+        self.optimizer = engine.optimizer
+        self.world = dist.get_world_size()
+        names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
+        self.partitions = []
+        for index, parameters in enumerate(self.optimizer.fp16_groups):
+            spans, offset = [], 0
+            for parameter in parameters:
+                size = parameter.partition_numel()
+                total = masters[names[id(parameter)]].numel()
+                start, stop = dist.get_rank() * size, min((dist.get_rank() + 1) * size, total)
+                if start < stop:
+                    spans.append(Span(names[id(parameter)], start, stop, offset))
+                offset += size
+            group = self.optimizer.sub_group_to_group_id[index]
+            self.partitions.append(Partition(group, self.optimizer.fp32_partitioned_groups_flat[index], tuple(spans)))
+        self.flat: Tensor = self.optimizer.grad_partitions_flat_buffer
+        self.shared = sum(p.master.numel() for p in self.partitions if p.group not in users)
+        self.storage_KS = self.shards_KS = torch.zeros(0, self.shared, device=self.flat.device)
+        self.own: dict[int, Own] = {}
+        self.places: dict[int, tuple[slice, Sequence[int]]] = {}  # of each partition outside the encoder, and its users
+        first = 0
+        for number, partition in enumerate(self.partitions):
+            size = partition.master.numel()
+            if partition.group in users:
+                self.places[number] = (slice(first, first + size), users[partition.group])
+            first += size
+
+    @property
+    def gradient_bytes(self) -> int:
+        return self.storage_KS.nbytes + self.flat.nbytes
+
+    def begin(self, through: int) -> None:
+        if through > len(self.storage_KS):
+            self.storage_KS = torch.zeros(through, self.shared, device=self.flat.device)
+        self.shards_KS = self.storage_KS[:through]
+        self.own = {}
+
+    def backward(self, task: int, slot: int | None, losses: Sequence[Loss]) -> Tensor:
+        places = {number: place for number, (place, users) in self.places.items() if task in users}
+        own = {number: torch.zeros_like(self.flat[place]) for number, place in places.items()}
+        if slot is not None:
+            self.shards_KS[slot].zero_()
+        value = torch.zeros((), device=self.flat.device)
+        for build in losses:
+            self.flat.zero_()
+            loss = build()
+            if loss.requires_grad:  # else a head without parameters over a frozen encoder
+                self.engine.backward(loss * self.world)  # DeepSpeed divides by the number of ranks
+            if slot is not None:
+                self.shards_KS[slot] += self.flat[: self.shared]
+            for number, place in places.items():
+                own[number] += self.flat[place]
+            value += loss.detach()
+        self.own[task] = own
+        return value
+
+    def shards(self) -> tuple[Tensor, dict[int, Own]]:
+        return self.shards_KS, self.own
+
+    def apply(self, gradients: Sequence[Tensor]) -> None:
+        torch.cat(list(gradients), out=self.flat)
+        self.engine.step()
+
+    def publish_masters(self) -> None:
+        # weights gathered for an earlier pass may still be held for the next one
+        self.optimizer.parameter_offload.partition_all_parameters()
+        for weights, partition in zip(self.optimizer.fp16_partitioned_groups_flat, self.partitions, strict=True):
+            weights.data.copy_(partition.master.data)
+
+
+# -------------------------------------------------------------------------------------------------- DeepSpeed itself
+
+
+class _AdamW(torch.optim.AdamW):
+    """AdamW that leaves a frozen group alone: no decay, no step count, no fading moments."""
+
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
+        for group in self.param_groups:
+            if group["frozen"]:
+                for parameter in group["params"]:
+                    parameter.grad = None
+        return super().step(closure)
+
+
+@contextmanager
+def quiet_deepspeed() -> Iterator[Any]:
+    """DeepSpeed, imported when asked for and without its greetings; our own lines say what a user needs."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import deepspeed
+
+        # its CPU start-up compiles a shared-memory op with ninja (27 s), and raises where there is no compiler
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        yield deepspeed
+
+
+def initialise_deepspeed(
+    model: nn.Module,
+    groups: Sequence[tuple[Sequence[str], float, float]],
+    config: EngineConfig,
+    optimizer: OptimizerConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Any:
+    """DeepSpeed's engine around the model. `groups`: names of parameters, their learning rate and weight decay."""
+    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # DeepSpeed insists on it, and does not use it
+    # what DeepSpeed calls is renamed in torch 2.13; not news for a user
+    warnings.filterwarnings("ignore", message=r".*(reduce_scatter|all_gather_into)_tensor. is deprecated")
+    parameters = dict(model.named_parameters())
+    options = [
+        {"params": [parameters[name] for name in names], "lr": lr, "weight_decay": decay, "frozen": False}
+        for names, lr, decay in groups
+    ]
+    adamw = _AdamW(options, betas=optimizer.betas, eps=optimizer.eps, fused=True)
+    zero: dict[str, Any] = {"stage": config.zero, "overlap_comm": False, "contiguous_gradients": False}
+    if config.zero == 1:
+        zero["compute_grad_norm"] = False
+    else:
+        zero["contiguous_gradients"] = True
+        zero["stage3_param_persistence_threshold"] = 0
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0,  # its default is 1.0; we clip the combined gradient ourselves
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "steps_per_print": None,
+    }
+    if config.zero == 3:
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
+    with quiet_deepspeed() as deepspeed:
+        deepspeed.init_distributed(dist_init_required=False, verbose=False)
+        engine, *_ = deepspeed.initialize(
+            model=model.to(device=device, dtype=dtype), optimizer=adamw, config=settings, dist_init_required=False
+        )
+    return engine
