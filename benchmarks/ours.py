@@ -44,11 +44,14 @@ def engine(shape: EncoderShape, method: str, size: int) -> Callable[[int], objec
 class BareLoop:
     """PCGrad without DeepSpeed: flat gradients, Gram, combination and a fused AdamW on fp32 masters, one process.
 
-    What it takes tells what DeepSpeed adds; `passes` has the seconds of its forwards and backwards alone.
+    What it takes tells what DeepSpeed adds; `passes` has the seconds of its forwards and backwards alone. Without
+    `surgery` all tasks accumulate into one gradient, as whoever knows nothing of surgery would do: what that saves is
+    what surgery costs in all, its measurements included.
     """
 
-    def __init__(self, shape: EncoderShape, size: int) -> None:
+    def __init__(self, shape: EncoderShape, size: int, surgery: bool = True) -> None:
         self.size = size
+        self.operates = surgery
         self.passes: list[float] = []
         self.model = MultiTaskModel(shape, EncoderConfig(pooling="pooler"), TASKS, seed=0)
         self.surgery = Surgery("pcgrad", {}, 0)
@@ -61,8 +64,10 @@ class BareLoop:
         for parameters, flat in zip((shared, heads), self.flats, strict=True):
             for parameter, view in zip(parameters, _views(flat, parameters), strict=True):
                 parameter.data = view
-        self.gradients_KP = torch.zeros(len(TASKS), self.flats[0].numel(), dtype=dtype)
-        self.views = [list(zip(shared, _views(row, shared), strict=True)) for row in self.gradients_KP]
+        rows = len(TASKS) if surgery else 1
+        self.gradients_KP = torch.zeros(rows, self.flats[0].numel(), dtype=dtype)
+        views = [list(zip(shared, _views(row, shared), strict=True)) for row in self.gradients_KP]
+        self.views = [views[min(k, rows - 1)] for k in range(len(TASKS))]
         self.head_gradient = torch.zeros_like(self.flats[1])
         self.head_views = list(zip(heads, _views(self.head_gradient, heads), strict=True))
         self.combined = torch.empty_like(self.masters[0])
@@ -80,12 +85,14 @@ class BareLoop:
                 parameter.grad = view
             build().backward()
         self.passes.append(time.perf_counter() - started)
-        gram_KK = gram(self.gradients_KP)
-        weights_K = self.surgery.weights(gram_KK.float(), number, tuple(range(len(TASKS))))
-        norm = float(
-            (weights_K.double() @ gram_KK @ weights_K.double() + self.head_gradient.float().square().sum()).sqrt()
-        )
-        scale = min(1.0, 1.0 / norm)
+        if self.operates:
+            gram_KK = gram(self.gradients_KP)
+            weights_K = self.surgery.weights(gram_KK.float(), number, tuple(range(len(TASKS))))
+            square = float(weights_K.double() @ gram_KK @ weights_K.double())
+        else:
+            weights_K = torch.ones(1)
+            square = float(torch.linalg.vector_norm(self.gradients_KP, dtype=torch.float32)) ** 2
+        scale = min(1.0, 1.0 / (square + float(self.head_gradient.float().square().sum())) ** 0.5)
         combine(self.gradients_KP, weights_K * scale, out=self.combined)
         self.masters[0].grad = self.combined
         self.masters[1].grad = self.head_gradient.float() * scale

@@ -5,6 +5,7 @@ usage: python -m benchmarks.step [--shape minilm | base] [--rounds 12] [--batch 
     ours        PCGrad through DeepSpeed ZeRO-1, one rank, packed, bf16 where the CPU multiplies it
     ours, sum   the same with a plain sum instead of surgery
     bare loop   the arithmetic of `ours` without DeepSpeed
+    bare sum    the same with one gradient for all tasks: no Gram matrix, no combination, nothing known of conflicts
     papers      transformers, fp32, random padded batches, PCGrad over whole gradients: what the four papers ran
     autocast    transformers, bf16 autocast, padded to the longest of the batch, no surgery
     autojac     transformers, fp32, TorchJD's Jacobian and PCGrad
@@ -39,6 +40,7 @@ def measure(shape_name: str, rounds: int, batch: int) -> dict[str, Any]:
                 "ours": engine(shape, "pcgrad", batch),
                 "ours, sum": engine(shape, "sum", batch),
                 "bare loop": bare,
+                "bare sum": BareLoop(shape, batch, surgery=False),
                 "gemm": lambda _: peaks.append(gemm_rate(dtype)),
                 "papers": papers(shape, batch),
                 "autocast": autocast(shape, batch),
@@ -51,6 +53,7 @@ def measure(shape_name: str, rounds: int, batch: int) -> dict[str, Any]:
     del seconds["gemm"]
     # a step and its sum follow each other within a second: the ratio of each pair is less noisy than that of medians
     surgery = statistics.median(a / b - 1 for a, b in zip(seconds["ours"], seconds["ours, sum"], strict=True))
+    whole = statistics.median(a / b - 1 for a, b in zip(seconds["bare loop"], seconds["bare sum"], strict=True))
     deepspeed = statistics.median(a / b - 1 for a, b in zip(seconds["ours"], seconds["bare loop"], strict=True))
     rates = [
         step_flops(shape, draw(number, batch, pool=64)) / taken
@@ -68,6 +71,7 @@ def measure(shape_name: str, rounds: int, batch: int) -> dict[str, Any]:
         "examples_per_second": {name: 3 * batch / median for name, median in medians.items()},
         "times_faster": {name: median / medians["ours"] for name, median in medians.items()},
         "surgery_share": surgery,
+        "surgery_and_its_measurements": whole,
         "deepspeed_share": deepspeed,
         "gemm_peak_flops": peak,
         "model_flops_share": statistics.median(rates) / peak,
@@ -80,7 +84,9 @@ def table(result: dict[str, Any]) -> str:
         rate, factor = result["examples_per_second"][name], result["times_faster"][name]
         lines.append(f"{name:<10} {1e3 * seconds:10.0f} {rate:11.1f} {factor:16.2f}×")
     lines.append(
-        f"surgery {result['surgery_share']:.1%} on top of the plain sum; DeepSpeed {result['deepspeed_share']:+.1%} "
+        f"surgery {result['surgery_share']:.1%} on top of the plain sum, "
+        f"{result['surgery_and_its_measurements']:.1%} with all that it needs (bare loops); "
+        f"DeepSpeed {result['deepspeed_share']:+.1%} "
         f"against the bare loop; forward and backward at {result['model_flops_share']:.0%} of "
         f"{result['gemm_peak_flops'] / 1e9:.0f} GFLOP/s ({result['dtype']} GEMM, {result['threads']} threads)"
     )
