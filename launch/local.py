@@ -27,6 +27,7 @@ from launch.records import (
     log_path,
     snapshot_code,
     stop_path,
+    writable_by_me_alone,
     write_note,
 )
 from launch.show import Tail
@@ -56,7 +57,8 @@ def run_here(
     executor.update_parameters(tasks_per_node=world, gpus_per_node=gpus, timeout_min=YEAR_MIN, **_visible(gpus))
     tail = Tail(log_path(run))
     with _counted_interrupts() as interrupts:
-        with _interrupts_ignored():  # inherited: the Ctrl-C of a terminal reaches children too, and would end them
+        # inherited: the Ctrl-C of a terminal reaches children too, and would end them
+        with writable_by_me_alone(), _interrupts_ignored():
             job = executor.submit(Job(run.resolve(), token, shown, train))
         note = JobNote("local", job.job_id, token, socket.gethostname(), nodes, ranks_per_node, gpus > 0)
         write_note(run, note)

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from launch.job import Job
-from launch.records import JobNote, Lock, job_folder, write_note
+from launch.records import JobNote, Lock, make_job_folder, write_note
 from mtbert.config import UserError, load_config
 from mtbert.runs import create_run
 
@@ -46,7 +46,7 @@ def make(run: Path, source: Path, overrides: list[str], token: str) -> None:
     if not (run / "config.yaml").exists():
         config = load_config(source, [*overrides, f"run.dir={run.parent}", f"run.name={run.name}"])
         create_run(config, str(source), ["sbatch", "slurm/train.sbatch"])
-    job_folder(run).mkdir(exist_ok=True)
+    make_job_folder(run)
     Lock(run, f"{token}-0").check()
     nodes, tasks = int(os.environ["SLURM_JOB_NUM_NODES"]), int(os.environ["SLURM_NTASKS"])
     write_note(run, JobNote("slurm", os.environ["SLURM_JOB_ID"], token, "", nodes, tasks // nodes))

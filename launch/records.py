@@ -13,12 +13,14 @@ A job is one submission and has a token; an attempt is one start of it (`TOKEN-0
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import socket
 import subprocess
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -70,6 +72,28 @@ class End:
 
 def job_folder(run: Path) -> Path:
     return run / "job"
+
+
+def make_job_folder(run: Path) -> None:
+    """Ranks unpickle from it what to do, so nobody else may write there. Raises `UserError` where it is another's."""
+    folder = job_folder(run)
+    folder.mkdir(exist_ok=True)
+    if folder.stat().st_uid != os.geteuid():
+        raise UserError(
+            f"{folder}: belongs to another user, who could have your job do anything; copy {run} and continue that"
+        )
+    folder.chmod(folder.stat().st_mode & ~0o022)
+
+
+@contextlib.contextmanager
+def writable_by_me_alone() -> Iterator[None]:
+    """What this process, and one that it starts, writes meanwhile."""
+    before = os.umask(0o022)
+    os.umask(before | 0o022)
+    try:
+        yield
+    finally:
+        os.umask(before)
 
 
 def log_path(run: Path, rank: int = 0) -> Path:

@@ -35,6 +35,7 @@ from launch.records import (
     read_note,
     snapshot_code,
     stop_path,
+    writable_by_me_alone,
     write_note,
 )
 from launch.show import STOPPED, Tail, report
@@ -121,7 +122,8 @@ def submit_jobs(args: argparse.Namespace, name: str, folder: Path, runs: Sequenc
     executor.update_parameters(**parameters(args, name, folder))
     jobs = [Job(run.resolve(), secrets.token_hex(4)) for run in runs]
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # submitit prints the complaint and raises it as well
+        # submitit prints the complaint and raises it as well
+        with writable_by_me_alone(), contextlib.redirect_stderr(io.StringIO()):
             submitted = executor.submit_array(jobs)
     except FailedJobError as error:
         raise UserError(_complaint(str(error))) from None

@@ -22,6 +22,13 @@ sys.argv[1:] = [str(folder)]
 for stale in folder.glob("*_result.pkl.save_tmp"):
     stale.unlink(missing_ok=True)
 
+# a pickle can do anything: only one that nobody but its user, who runs this, can have written
+for path in (folder, *folder.glob("*_submitted.pkl")):
+    found = path.lstat()
+    if found.st_uid != os.geteuid() or found.st_mode & 0o022:
+        print(f"error: {path}: others than user {os.geteuid()} can write to it; submit it again", file=sys.stderr)
+        sys.exit(2)
+
 os.environ.setdefault("SUBMITIT_LOG_LEVEL", "WARNING")
 from submitit.core.submission import submitit_main  # noqa: E402
 

@@ -14,9 +14,9 @@ from pathlib import Path
 if not __package__:  # started as a script: the checkout, not launch/, is where imports begin
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from launch.records import ROOT, JobNote, Lock, job_folder, read_note, snapshot_code
+from launch.records import ROOT, JobNote, Lock, make_job_folder, read_note, snapshot_code
 from mtbert.config import Config, UserError, load_config, to_yaml
-from mtbert.runs import check_format, create_run, discard_unstarted, write_atomically
+from mtbert.runs import check_run, create_run, discard_unstarted, write_atomically
 
 DEFAULT_CONFIG = Path("configs") / "quickstart.yaml"
 
@@ -115,7 +115,7 @@ def _source(args: argparse.Namespace) -> Path:
     source: Path = args.resume / "config.yaml"
     if not source.is_file():
         raise UserError(f"--resume {args.resume}: no run folder, {source.name} is missing there")
-    check_format(args.resume)
+    check_run(args.resume)
     if barred := [text for text in args.overrides if not text.startswith(RESUMABLE)]:
         raise UserError(
             f"--set {barred[0]}: a continued run keeps what it trains; only these can change: "
@@ -155,11 +155,11 @@ def _folders(
         if holder := Lock(run, "-").holder():
             raise UserError(f"--resume {run}: a job is using this run folder ({holder})")
         write_atomically(run / "config.yaml", to_yaml(configs[0]))
-        job_folder(run).mkdir(exist_ok=True)
+        make_job_folder(run)
         return run, [run]
     if not args.array:
         run = create_run(configs[0], str(source), command)
-        job_folder(run).mkdir()
+        make_job_folder(run)
         return run, [run]
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     folder = Path(configs[0].run.dir).expanduser() / (configs[0].run.name or f"{stamp}-{source.stem}-array")
@@ -167,10 +167,10 @@ def _folders(
     for config, value in zip(configs, values, strict=True):
         place = config.run.model_copy(update={"dir": str(folder), "name": value})
         runs.append(create_run(config.model_copy(update={"run": place}), str(source), command))
-        job_folder(runs[-1]).mkdir()
+        make_job_folder(runs[-1])
         (runs[-1] / "code").symlink_to(Path("..") / "code")
     snapshot_code(folder)
-    job_folder(folder).mkdir()
+    make_job_folder(folder)
     return folder, runs
 
 

@@ -5,8 +5,7 @@
         rank-1-of-2.safetensors
         surgery.safetensors         state of the surgery method, where it has one
         weighting.safetensors       what the weighting of the losses has learnt, where it learns
-        manifest.json               format, step, AdamW's step counts, steps in the average of the weights, best score
-                                    so far, how tasks were drawn (adaptive schedule), size and SHA-256 of each file
+        manifest.json               see manifest.py
 
 A save copies the state and returns; a thread of every rank writes it, under another name, fsyncs, and the first rank
 renames it when all are done: a checkpoint is there whole or not at all, and training hardly waits. Loading intersects
@@ -16,8 +15,7 @@ any other number too.
 
 from __future__ import annotations
 
-import hashlib
-import json
+import contextlib
 import math
 import os
 import re
@@ -25,10 +23,8 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -38,35 +34,16 @@ from torch import Tensor
 
 from mtbert.config import UserError
 from mtbert.engine import Engine
+from mtbert.manifest import FORMAT, Best, Checkpoint, File, Manifest, NewerFormat, discard, folder_of, intact, sha256
 from mtbert.runs import Rank, write_atomically
 from mtbert.surgery import Surgery
 from mtbert.weighting import Weighting
 from mtbert.zero import Span
 
-FORMAT = 1
-
 RETRY_S = 30.0
 """After a save that failed, for example on a full disk."""
 
 T = TypeVar("T")
-
-
-class NewerFormat(UserError):
-    """What was written by a newer mtbert. Not passed over like a damaged checkpoint: an older one would undo work."""
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A complete checkpoint on disk."""
-
-    folder: Path
-    step: int  # steps done: training goes on with this step
-    adam_steps: list[int]
-    averaged_steps: int
-    best: dict[str, float] | None  # step and score of the best evaluation so far
-    histories: list[Any]  # `Schedule.history` of every schedule of the run
-    shapes: dict[str, list[int]]  # of the whole parameters
-    files: dict[str, dict[str, Any]]
 
 
 class Checkpointer:
@@ -108,7 +85,7 @@ class Checkpointer:
         step: int,
         best: dict[str, float] | None,
         message: Callable[[str], None],
-        histories: Sequence[Any] = (),
+        histories: Sequence[list[tuple[int, list[float]]]] = (),
     ) -> None:
         """Collective. Copies this rank's state, and has it written in the background once the save before is done.
 
@@ -127,15 +104,16 @@ class Checkpointer:
             file: {name: tensor.to("cpu", copy=True) for name, tensor in part.state_dict().items()}
             for file, part in _stateful(engine).items()
         }
-        manifest = {
-            "format": FORMAT,
-            "step": step,
-            "adam_steps": engine.steps_taken(),
-            "averaged_steps": engine.averaged_steps,
-            "best": best,
-            "histories": histories,
-            "shapes": {name: list(shape) for name, shape in engine.shapes.items()},
-        }
+        manifest = Manifest(
+            format=FORMAT,
+            step=step,
+            adam_steps=engine.steps_taken(),
+            averaged_steps=engine.averaged_steps,
+            best=None if best is None else Best(step=int(best["step"]), score=best["score"]),
+            histories=list(histories),
+            shapes={name: list(shape) for name, shape in engine.shapes.items()},
+            files={},
+        )
         self._due_at = time.monotonic() + self.every_s
         self._writing_best = best
         self._writing = self._thread.submit(self._write, shard, states, manifest, message)
@@ -153,27 +131,26 @@ class Checkpointer:
         self,
         shard: dict[str, Tensor],
         states: dict[str, dict[str, Tensor]],
-        manifest: dict[str, Any],
+        manifest: Manifest,
         message: Callable[[str], None],
     ) -> None:
-        target = self.folder / f"step-{manifest['step']:08d}"
+        target = folder_of(self.folder.parent, manifest.step)
         aside = self.folder / f".{target.name}.tmp"
         name = f"rank-{self.rank.rank}-of-{self.rank.world}.safetensors"
         try:
             self._on_every_rank(lambda: _make_empty(aside) if self.rank.first else None)
             files = dict(self._on_every_rank(lambda: (name, _save(shard, aside / name))))
-            self._on_every_rank(
-                lambda: self._complete(aside, target, states, {**manifest, "files": files}) if self.rank.first else None
-            )
+            whole = manifest.model_copy(update={"files": files})
+            self._on_every_rank(lambda: self._complete(aside, target, states, whole) if self.rank.first else None)
         except OSError as error:
-            self._trouble = f"step {manifest['step']} could not be saved: {error}"
+            self._trouble = f"step {manifest.step} could not be saved: {error}"
             if self.rank.first:
                 shutil.rmtree(aside, ignore_errors=True)
             self._due_at = time.monotonic() + RETRY_S
             message(f"{self._trouble}; training goes on, and saving is tried again")
         else:
             if self._trouble:
-                message(f"step {manifest['step']} is saved")
+                message(f"step {manifest.step} is saved")
             self._trouble = None
 
     def _on_every_rank(self, work: Callable[[], T]) -> list[T]:
@@ -192,29 +169,27 @@ class Checkpointer:
             raise OSError(troubles[0])
         return [result for result, _ in answers]
 
-    def _complete(
-        self, aside: Path, target: Path, states: dict[str, dict[str, Tensor]], manifest: dict[str, Any]
-    ) -> None:
+    def _complete(self, aside: Path, target: Path, states: dict[str, dict[str, Tensor]], manifest: Manifest) -> None:
         """The manifest, when every shard is on disk; then the name that makes it a checkpoint."""
         for file, state in states.items():
             if state:
-                manifest["files"][file] = _save(state, aside / file)
-        write_atomically(aside / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+                manifest.files[file] = _save(state, aside / file)
+        write_atomically(aside / "manifest.json", manifest.model_dump_json(indent=1) + "\n")
         _fsync_folder(aside)
         if target.exists():  # damaged: else the run would have continued from it
-            _discard(target)
+            discard(target)
         aside.rename(target)
         _fsync_folder(self.folder)
-        self._prune(target, manifest["best"])
+        self._prune(target, manifest.best)
 
-    def _prune(self, saved: Path, best: dict[str, float] | None) -> None:
+    def _prune(self, saved: Path, best: Best | None) -> None:
         """What is newer than the checkpoint just saved was passed over as damaged, and must not crowd out good ones."""
         kept = [folder for folder in sorted(self.folder.glob("step-*")) if folder <= saved][-self.keep :]
         if best is not None:
-            kept.append(self.folder / f"step-{int(best['step']):08d}")
+            kept.append(folder_of(self.folder.parent, best.step))
         for folder in self.folder.glob("step-*"):
             if folder not in kept:
-                _discard(folder)
+                discard(folder)
 
     def latest(self, message: Callable[[str], None]) -> Checkpoint | None:
         """The newest intact checkpoint, the first rank's choice for all; a damaged one is passed over, and said so.
@@ -225,9 +200,8 @@ class Checkpointer:
         if self.rank.first:
             for left in [*self.folder.glob(".step-*.tmp"), *self.folder.glob(".step-*.old")]:
                 shutil.rmtree(left, ignore_errors=True)  # of an attempt that was killed
-            intact = (_opened(folder, message) for folder in sorted(self.folder.glob("step-*"), reverse=True))
             try:
-                choice = [(next((checkpoint for checkpoint in intact if checkpoint), None), None)]
+                choice = [(next(intact(self.folder.parent, message), None), None)]
             except NewerFormat as error:
                 choice = [(None, str(error))]
         dist.broadcast_object_list(choice)
@@ -239,11 +213,10 @@ class Checkpointer:
     def load(self, engine: Engine, checkpoint: Checkpoint) -> None:
         """Every rank reads the spans it needs. Raises `UserError`, on every rank, for a checkpoint of another model."""
         _check_shapes(checkpoint, engine.shapes)
-        with _Reader(checkpoint.folder) as reader:
-            engine.load_state(reader.span, checkpoint.adam_steps, checkpoint.averaged_steps)
+        with _Reader(checkpoint) as reader:
+            engine.load_state(reader.span, checkpoint.manifest.adam_steps, checkpoint.manifest.averaged_steps)
         for file, part in _stateful(engine).items():
-            path = checkpoint.folder / file
-            part.load_state_dict(load_file(path) if path.exists() else {})
+            part.load_state_dict(load_file(checkpoint.folder / file) if file in checkpoint.manifest.files else {})
         self.best = checkpoint.best
 
 
@@ -251,121 +224,78 @@ def _stateful(engine: Engine) -> dict[str, Surgery | Weighting]:
     return {"surgery.safetensors": engine.surgery, "weighting.safetensors": engine.weighting}
 
 
-def find_checkpoint(run_dir: Path, which: Literal["best", "latest"]) -> Checkpoint:
-    """The newest intact checkpoint of a run, or the one with the best score. Raises `UserError` where there is none."""
-    folders = sorted((run_dir / "checkpoints").glob("step-*"), reverse=True)
-    troubles: list[str] = []
-    newest = next((checkpoint for folder in folders if (checkpoint := _opened(folder, troubles.append))), None)
-    if newest is None:
-        raise UserError(troubles[0] if troubles else f"{run_dir}: has no checkpoint yet")
-    if which == "latest" or newest.best is None:
-        return newest
-    return open_checkpoint(run_dir / "checkpoints" / f"step-{int(newest.best['step']):08d}")
-
-
-def _opened(folder: Path, message: Callable[[str], None]) -> Checkpoint | None:
-    try:
-        return open_checkpoint(folder)
-    except NewerFormat:
-        raise
-    except UserError as error:
-        message(f"checkpoint passed over: {error}")
-        return None
-
-
-def open_checkpoint(folder: Path) -> Checkpoint:
-    """Read a checkpoint's manifest and check its files against it.
-
-    Raises `UserError` naming the file that is missing, cut short, changed or from a newer mtbert.
-    """
-    path = folder / "manifest.json"
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise UserError(f"{path}: missing or not readable; the checkpoint is not complete") from None
-    if manifest["format"] > FORMAT:
-        raise NewerFormat(
-            f"{path}: format {manifest['format']} is from a newer mtbert, this one reads up to {FORMAT}; update it"
-        )
-    with ThreadPoolExecutor() as pool:  # hashing releases the GIL
-        list(pool.map(partial(_verify, folder), manifest["files"].items()))
-    return Checkpoint(
-        folder,
-        manifest["step"],
-        manifest["adam_steps"],
-        manifest.get("averaged_steps", 0),  # a run from before there were averages
-        manifest["best"],
-        manifest.get("histories", []),
-        manifest["shapes"],
-        manifest["files"],
-    )
-
-
-def _verify(folder: Path, entry: tuple[str, dict[str, Any]]) -> None:
-    name, wanted = entry
-    path = folder / name
-    if not path.is_file():
-        raise UserError(f"{path}: missing; the checkpoint is not complete")
-    if path.stat().st_size != wanted["size"]:
-        raise UserError(f"{path}: {path.stat().st_size} bytes instead of {wanted['size']}; it is cut short")
-    if _sha256(path) != wanted["sha256"]:
-        raise UserError(f"{path}: its checksum is not the one in manifest.json; it was damaged")
-
-
 def load_weights(checkpoint: Checkpoint, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
     """The whole fp32 weights of a checkpoint, put together from all ranks' shards: their average, where there is one,
     else those after the last step."""
     _check_shapes(checkpoint, shapes)
-    state = "average" if checkpoint.averaged_steps else "master"
-    with _Reader(checkpoint.folder) as reader:
+    state = "average" if checkpoint.manifest.averaged_steps else "master"
+    with _Reader(checkpoint) as reader:
         return {name: reader.span(Span(name, 0, shape.numel(), 0), state).view(shape) for name, shape in shapes.items()}
 
 
 def _check_shapes(checkpoint: Checkpoint, shapes: Mapping[str, torch.Size]) -> None:
     """Spans are flat: without this, a part of a larger matrix would pass for a smaller one."""
-    wanted = {name: list(shape) for name, shape in shapes.items()}
-    for name in sorted(wanted.keys() | checkpoint.shapes.keys()):
-        if wanted.get(name) != checkpoint.shapes.get(name):
+    wanted, found = {name: list(shape) for name, shape in shapes.items()}, checkpoint.manifest.shapes
+    for name in sorted(wanted.keys() | found.keys()):
+        if wanted.get(name) != found.get(name):
             raise UserError(
-                f"{checkpoint.folder}: {name} has shape {checkpoint.shapes.get(name)} there and {wanted.get(name)} in "
-                f"this run's model; the checkpoint belongs to another configuration"
+                f"{checkpoint.folder}: {name} has shape {found.get(name)} there and {wanted.get(name)} in this run's "
+                f"model; the checkpoint belongs to another configuration"
             )
 
 
 class _Reader:
-    """Spans of parameters out of the shards of a checkpoint, whatever number of ranks wrote it."""
+    """Spans of parameters out of the shards of a checkpoint, whatever number of ranks wrote it.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    Raises `UserError`, on every rank, unless the spans of every parameter make up the whole of it.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
 
     def __enter__(self) -> _Reader:
         self.pieces: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = {}
-        self.files = []
-        for path in sorted(self.folder.glob("rank-*.safetensors")):
-            try:
-                file = safe_open(path, "pt")
-            except SafetensorError as error:
-                raise UserError(f"{path}: not a valid safetensors file: {error}") from None
-            self.files.append(file.__enter__())
-            for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                name, start, stop, state = key.rsplit("|", 3)
-                self.pieces.setdefault((name, state), []).append((int(start), int(stop), file, key))
+        with contextlib.ExitStack() as files:
+            for path in [self.checkpoint.folder / name for name in self.checkpoint.manifest.files if "rank-" in name]:
+                try:
+                    file = files.enter_context(safe_open(path, "pt"))
+                except SafetensorError as error:
+                    raise UserError(f"{path}: not a valid safetensors file: {error}") from None
+                for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                    name, start, stop, state = _parsed(key, file.get_slice(key), path)
+                    self.pieces.setdefault((name, state), []).append((start, stop, file, key))
+            self._check_whole()
+            self.files = files.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        for file in self.files:
-            file.__exit__(None, None, None)
+        self.files.close()
+
+    def _check_whole(self) -> None:
+        manifest = self.checkpoint.manifest
+        everywhere = ["master", "average"] if manifest.averaged_steps else ["master"]
+        for name, state in self.pieces.keys() | {(name, state) for name in manifest.shapes for state in everywhere}:
+            pieces = self.pieces.setdefault((name, state), [])
+            pieces.sort(key=lambda piece: piece[:2])
+            ends = [0, *(stop for _, stop, _, _ in pieces)]
+            if [*(start for start, _, _, _ in pieces), math.prod(manifest.shapes.get(name, [-1]))] != ends:
+                raise UserError(f"{self.checkpoint.folder}: does not hold {name} ({state}) whole; it was damaged")
 
     def span(self, span: Span, state: str) -> Tensor:
         out = torch.empty(span.stop - span.start)
-        found = 0
-        for start, stop, file, key in self.pieces.get((span.name, state), []):
+        for start, stop, file, key in self.pieces[span.name, state]:
             low, high = max(start, span.start), min(stop, span.stop)
             if low < high:
                 out[low - span.start : high - span.start] = file.get_slice(key)[low - start : high - start]
-                found += high - low
-        assert found == len(out), f"{self.folder} lacks numbers of {span.name} ({state})"
         return out
+
+
+def _parsed(key: str, tensor: Any, path: Path) -> tuple[str, int, int, str]:
+    """Name, start, stop and state of a span."""
+    found = re.fullmatch(r"(.+)\|(\d{1,18})\|(\d{1,18})\|(\w+)", key)
+    if not found or tensor.get_shape() != [int(found[3]) - int(found[2])] or tensor.get_dtype() != "F32":
+        raise UserError(f"{path}: {key} is no span of a parameter; it was damaged")
+    return found[1], int(found[2]), int(found[3]), found[4]
 
 
 def _make_empty(folder: Path) -> None:
@@ -373,26 +303,11 @@ def _make_empty(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
-def _save(tensors: dict[str, Tensor], path: Path) -> dict[str, Any]:
+def _save(tensors: dict[str, Tensor], path: Path) -> File:
     save_file(tensors, path)
     with path.open("rb") as file:
         os.fsync(file.fileno())
-    return {"size": path.stat().st_size, "sha256": _sha256(path)}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()  # hashlib.file_digest came with Python 3.11
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-        return digest.hexdigest()
-
-
-def _discard(folder: Path) -> None:
-    """Renamed first: a reader must not find a checkpoint with half of its files."""
-    doomed = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(doomed, ignore_errors=True)
-    shutil.rmtree(folder.rename(doomed))
+    return File(size=path.stat().st_size, sha256=sha256(path))
 
 
 def _fsync_folder(folder: Path) -> None:

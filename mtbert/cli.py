@@ -75,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--output", metavar="FILE", help="default: report.html in the run folder")
     command.set_defaults(run=_report)
     _add_use(commands)
+    _add_checkpoint(commands)
     _add_data(commands)
 
     command = commands.add_parser("show-config", help="the whole configuration, defaults written out")
@@ -120,6 +121,23 @@ def _add_use(commands: Any) -> None:
     )
     command.add_argument("--max-text", type=int, default=10_000, metavar="CHARACTERS", help="default: %(default)s")
     command.set_defaults(run=_serve)
+
+
+def _add_checkpoint(commands: Any) -> None:
+    command = commands.add_parser("checkpoint", help="look at a run's checkpoints, check them, remove old ones")
+    verbs = command.add_subparsers(required=True, metavar="verb")
+    for name, does in (
+        ("list", "step, time, size, ranks; reads the manifests only"),
+        ("verify", "read every file and hold it to its checksum; exit code 1 if one is damaged"),
+        ("prune", "remove all but the newest N intact ones and the best"),
+    ):
+        verb = verbs.add_parser(name, help=does)
+        verb.add_argument("folder", metavar="RUN", help="run folder")
+        if name == "prune":
+            verb.add_argument("--keep", type=int, metavar="N", required=True, help="how many; at least 1")
+        else:
+            verb.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+        verb.set_defaults(run=_prune if name == "prune" else _survey, thorough=name == "verify")
 
 
 def _add_data(commands: Any) -> None:
@@ -295,6 +313,48 @@ def _serve(options: argparse.Namespace) -> int:
         raise UserError("serve: needs FastAPI and uvicorn: pip install mtbert[serve]") from None
 
     serve(run, options.host, options.port, Limits(options.max_body, options.max_batch, options.max_text))
+    return 0
+
+
+def _survey(options: argparse.Namespace) -> int:
+    folder = existing_run(options.folder)
+    from mtbert.manifest import survey
+
+    states = survey(folder, options.thorough)
+    if not states:
+        raise UserError(f"{folder}: has no checkpoint yet")
+    if options.json:
+        print(json.dumps({"run": str(folder), "checkpoints": [state.record() for state in states]}))
+    else:
+        from mtbert.tracking import print_table
+
+        rows: list[list[str | float | None]] = []
+        for state in states:
+            record = state.record()
+            size, notes = record["bytes"], [record["state"], *state.notes]
+            rows.append(
+                [
+                    record["step"],
+                    record["saved"],
+                    None if size is None else size / 1e6,
+                    record["ranks"],
+                    ", ".join(notes),
+                ]
+            )
+        print_table("", ["step", "saved", "MB", "ranks", "state"], rows)
+    for state in states:
+        if state.trouble:
+            print(f"mtbert: {state.trouble}", file=sys.stderr)
+    return int(any(state.trouble for state in states))
+
+
+def _prune(options: argparse.Namespace) -> int:
+    if options.keep < 1:
+        raise UserError(f"--keep {options.keep}: the newest one always stays; give 1 or more")
+    from mtbert.manifest import prune
+
+    for removed in prune(existing_run(options.folder), options.keep):
+        print(f"removed {removed}")
     return 0
 
 

@@ -7,6 +7,7 @@ Every key carries its meaning in `description`; `docs/configuration.md` is gener
 from __future__ import annotations
 
 import difflib
+import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -459,6 +460,13 @@ class RunConfig(Section):
     evaluate_every: int | None = Field(None, ge=1, description="steps between evaluations; default: each epoch")
     log_every: int = Field(10, ge=1, description="steps between lines in metrics.jsonl and TensorBoard")
 
+    @field_validator("name")
+    @classmethod
+    def _inside(cls, name: str | None) -> str | None:
+        if name is not None and (not name.strip() or "\0" in name or not {"/", ".."}.isdisjoint(Path(name).parts)):
+            raise ValueError("expected a name that stays inside of run.dir, such as mine or group/mine")
+        return name
+
 
 class Config(Section):
     seed: int = Field(0, ge=0, description="of initial weights, dropout, order of the examples and surgery")
@@ -576,6 +584,9 @@ def _known(where: str, names: Iterable[str], valid: Iterable[str], hint: str = "
 
 # ---------------------------------------------------------------------------------- reading and merging
 
+MAX_YAML = 2**20  # bytes
+MAX_VALUES = 100_000
+
 
 class _Loader(yaml.SafeLoader):
     """SafeLoader that reads 3e-4 as a number and a date as text, and refuses a key given twice."""
@@ -589,7 +600,6 @@ for _kind in (_Loader, _Dumper):  # YAML 1.1 wants 3.0e-4
     _kind.add_implicit_resolver(
         "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
     )
-_Loader.add_constructor("tag:yaml.org,2002:timestamp", lambda _, node: node.value)
 
 
 def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
@@ -606,9 +616,33 @@ def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
 _Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
 
 
+def _text(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> Any:
+    return loader.construct_scalar(node)
+
+
+def _refuse(loader: yaml.SafeLoader, node: yaml.Node) -> Any:
+    return loader.construct_undefined(node)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:timestamp", _text)
+for _tag in ("binary", "omap", "pairs", "set"):  # no key takes them, and JSON has none
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _refuse)
+
+
 def _parse(text: str, where: str) -> Any:
     try:
-        return yaml.load(text, _Loader)
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _written_out(node, {}) > MAX_VALUES:
+            what = f"more than {MAX_VALUES:,} values once its aliases are written out"
+            raise UserError(f"{where} line {node.start_mark.line + 1}: not valid YAML: {what}")
+        return loader.construct_document(node)
+    except RecursionError:
+        raise UserError(f"{where}: not valid YAML: nested too deeply") from None
+    except (ValueError, OverflowError) as error:  # of a number, such as one of 5000 digits
+        raise UserError(f"{where}: not valid YAML: {error}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
@@ -616,14 +650,28 @@ def _parse(text: str, where: str) -> Any:
         raise UserError(f"{where}{line}: not valid YAML: {' '.join(problem.split())}") from None
 
 
+def _written_out(node: yaml.Node, sizes: dict[int, int]) -> int:
+    """How many values a node has with its aliases written out; aliases of aliases double a document line by line."""
+    if id(node) not in sizes:
+        sizes[id(node)] = MAX_VALUES + 1  # what it is if it turns out to be inside of itself
+        values = node.value if isinstance(node, yaml.CollectionNode) else ()
+        children = itertools.chain(*values) if isinstance(node, yaml.MappingNode) else values
+        sizes[id(node)] = 1 + sum(_written_out(child, sizes) for child in children)
+    return sizes[id(node)]
+
+
 def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """A YAML file laid over the file its `base` names (relative to itself)."""
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            content = file.read(MAX_YAML + 1)
+        text = content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
     except OSError as error:
         raise UserError(f"{path}: cannot read the configuration: {error.strerror}") from None
+    if len(content) > MAX_YAML:
+        raise UserError(f"{path}: more than {MAX_YAML:,} bytes, which is no configuration")
     values = _parse(text, str(path))
     if values is None:
         values = {}

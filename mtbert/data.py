@@ -33,6 +33,10 @@ T = TypeVar("T")
 # ------------------------------------------------------------------------------------------------ tokenizer
 
 
+MAX_TOKENIZER = 2**27
+"""Bytes; five times that of the largest vocabularies in use."""
+
+
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """A tokenizer.json, a BERT vocab.txt, or a folder with one of them (tokenizer.json first).
 
@@ -47,6 +51,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         path = found[0]
     elif not path.is_file():
         raise UserError(f"{path}: no such file; name a tokenizer.json, a vocab.txt or a folder with one")
+    if path.stat().st_size > MAX_TOKENIZER:
+        raise UserError(f"{path}: more than {MAX_TOKENIZER:,} bytes, which is no tokenizer")
     try:
         tokenizer = Tokenizer.from_file(str(path)) if path.suffix == ".json" else _word_piece(path)
     except Exception as error:  # tokenizers raises no narrower class

@@ -38,6 +38,20 @@ class EncoderShape:
     layer_norm_eps: float = 1e-12
 
 
+class Linear(nn.Linear):
+    """Without weights until `initialise` sets them: torch's own would come from its global generator."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
+class Embedding(nn.Embedding):
+    """As `Linear`."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
 class Encoder(nn.Module):
     """BERT: embeddings, `layers` transformer layers, and the tanh layer on [CLS] that makes a sentence vector."""
 
@@ -47,11 +61,11 @@ class Encoder(nn.Module):
         self.shape = shape
         self.dropout = dropout
         self.words = WordEmbedding(shape.vocab_size, width)
-        self.positions = nn.Embedding(shape.max_positions, width)
-        self.types = nn.Embedding(shape.type_vocab_size, width)
+        self.positions = Embedding(shape.max_positions, width)
+        self.types = Embedding(shape.type_vocab_size, width)
         self.norm = nn.LayerNorm(width, eps=shape.layer_norm_eps)
         self.layers = nn.ModuleList(Layer(shape, dropout) for _ in range(shape.layers))
-        self.pooler = nn.Linear(width, width)
+        self.pooler = Linear(width, width)
 
     def load_weights(self, state: Mapping[str, Tensor]) -> list[str]:
         """Copy the weights that `load_pretrained` read; answers the names it left as they were (`pooler.*` or none)."""
@@ -89,7 +103,7 @@ class Encoder(nn.Module):
         return dropout(self.norm(hidden_TD), self.dropout, generator)
 
 
-class WordEmbedding(nn.Embedding):
+class WordEmbedding(Embedding):
     """Where a gradient buffer is there already, only the rows of the words that occurred are added to it.
 
     Elsewhere the gradient is dense, as usual: most of it zeros, which would be written, added and thrown away.
@@ -107,11 +121,11 @@ class Layer(nn.Module):
         width, eps = shape.hidden_size, shape.layer_norm_eps
         self.heads = shape.heads
         self.dropout = dropout
-        self.qkv = nn.Linear(width, 3 * width)
-        self.attended = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width)
+        self.attended = Linear(width, width)
         self.attended_norm = nn.LayerNorm(width, eps=eps)
-        self.up = nn.Linear(width, shape.intermediate_size)
-        self.down = nn.Linear(shape.intermediate_size, width)
+        self.up = Linear(width, shape.intermediate_size)
+        self.down = Linear(shape.intermediate_size, width)
         self.down_norm = nn.LayerNorm(width, eps=eps)
 
     def forward(

@@ -15,7 +15,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from mtbert.config import EncoderConfig, HeadConfig, SharedLayerConfig, TaskConfig
-from mtbert.encoder import Encoder, EncoderShape, dropout, initialise
+from mtbert.encoder import Encoder, EncoderShape, Linear, dropout, initialise
 from mtbert.packing import Packed
 
 
@@ -60,8 +60,8 @@ class Head(nn.Module):
         self.middle = 0.5 if task.loss_kind == "bce" else 0.0  # of the cosines
         inputs = {"concat": 2, "difference": 3}.get(config.kind, 1) * width
         widths = [inputs, *config.hidden]
-        self.hidden = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
-        self.output = nn.Linear(widths[-1], outputs(task)) if not self.compares else None
+        self.hidden = nn.ModuleList(Linear(a, b) for a, b in itertools.pairwise(widths))
+        self.output = Linear(widths[-1], outputs(task)) if not self.compares else None
 
     @property
     def compares(self) -> bool:
@@ -110,27 +110,33 @@ def _default_scale(task: TaskConfig) -> float:
 
 
 class MultiTaskModel(nn.Module):
-    """One encoder shared by all tasks, one head per task, and layers that some heads have in common (paper B)."""
+    """One encoder shared by all tasks, one head per task, and layers that some heads have in common (paper B).
+
+    Args:
+        seed: of the initial weights; None leaves the model on the meta device, without memory, for
+            `load_state_dict(..., assign=True)`.
+    """
 
     def __init__(
         self,
         shape: EncoderShape,
         encoder: EncoderConfig,
         tasks: Mapping[str, TaskConfig],
-        seed: int,
+        seed: int | None,
         shared_layers: Mapping[str, SharedLayerConfig] | None = None,
     ) -> None:
         super().__init__()
         width = shape.hidden_size
         widths = {name: layer.width or width for name, layer in (shared_layers or {}).items()}
         self.pooling = encoder.pooling
-        self.encoder = Encoder(shape, encoder.dropout)
-        self.shared = nn.ModuleDict({name: nn.Linear(width, out) for name, out in widths.items()})
         self.layer_of = {name: task.head.shared for name, task in tasks.items()}
-        self.heads = nn.ModuleDict(
-            {name: Head(task, widths[task.head.shared] if task.head.shared else width) for name, task in tasks.items()}
-        )
-        initialise(self, seed)
+        inputs = {name: widths[layer] if layer else width for name, layer in self.layer_of.items()}
+        with torch.device("meta" if seed is None else "cpu"):
+            self.encoder = Encoder(shape, encoder.dropout)
+            self.shared = nn.ModuleDict({name: Linear(width, out) for name, out in widths.items()})
+            self.heads = nn.ModuleDict({name: Head(task, inputs[name]) for name, task in tasks.items()})
+        if seed is not None:
+            initialise(self, seed)
 
     def forward(self, task: str, packed: Packed, generator: Generator | None = None) -> Tensor:
         """The task's answers for a packed batch, fp32. Dropout is on when there is a generator to draw it from."""

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mtbert.config import UserError
 from mtbert.encoder import Encoder, EncoderShape
-from mtbert.runs import write_atomically
+from mtbert.runs import read_small, write_atomically
 
 _TO_HUGGING_FACE = {
     "words": "embeddings.word_embeddings",
@@ -50,6 +50,8 @@ _CONFIG_MUST_BE = {
     "position_embedding_type": ("absolute", None),
     "is_decoder": (False, None),
 }
+MAX_LAYERS, MAX_SIZE = 1000, 10**8
+"""Of a shape: far beyond any BERT, and few enough to be counted up in memory before the weights are looked at."""
 _FILES = ["config.json", "model.safetensors", "tokenizer.json", "vocab.txt"]
 
 
@@ -177,10 +179,10 @@ def refuse_damaged(path: Path, what: str) -> None:
 def read_shape(path: Path) -> EncoderShape:
     """The shape in a Hugging Face config.json. Raises `UserError` for what this encoder cannot be."""
     try:
-        config = json.loads(path.read_bytes())
+        config = json.loads(read_small(path))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; a Hugging Face BERT folder has this file") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error})") from None
     if not isinstance(config, dict):
         raise UserError(f"{path}: not a JSON object; fetch it again")
@@ -190,8 +192,11 @@ def read_shape(path: Path) -> EncoderShape:
     shape: dict[str, Any] = {field: config.get(key, _CONFIG_DEFAULTS.get(key)) for field, key in _CONFIG_KEYS.items()}
     for field, key in _CONFIG_KEYS.items():
         kind = float if field == "layer_norm_eps" else int
-        if type(shape[field]) is not kind or shape[field] <= 0:
-            raise UserError(f"{path}: {key} is {shape[field]!r}; it must be a positive {kind.__name__}")
+        most = MAX_LAYERS if field == "layers" else MAX_SIZE
+        if type(shape[field]) is not kind or not 0 < shape[field] <= most:
+            raise UserError(
+                f"{path}: {key} is {shape[field]!r}; it must be a positive {kind.__name__}, at most {most:,}"
+            )
     if shape["hidden_size"] % shape["heads"]:
         raise UserError(
             f"{path}: hidden_size {shape['hidden_size']} is no multiple of num_attention_heads {shape['heads']}"

@@ -328,7 +328,7 @@ def _json_records(file: BinaryIO, shown: str) -> Iterator[Record | Quarantined]:
         values: Any = {}
         try:
             values = json.loads(text) if text.strip() else {}
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # ValueError also of a number of 5000 digits
             reason = f"not JSON: {error}"
         else:
             if not isinstance(values, dict):

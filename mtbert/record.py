@@ -12,7 +12,9 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Mapping
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -22,10 +24,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mtbert.config import Config, UserError, load_config
-from mtbert.runs import write_atomically
+from mtbert.runs import read_small, write_atomically
 
 METRICS_FILE = "metrics.jsonl"
 PREDICTIONS = "predictions"
+MAX_LINE = 2**20  # bytes
+MAX_SAID = 2**31
+"""Bytes of predictions unpacked: ten million examples and more. A file of a few kilobytes could hold terabytes."""
 Which = Literal["best", "latest"]
 
 
@@ -98,13 +103,16 @@ class RunRecord:
         """Every tag's curve. The last line may still be in the writing; it is then left out."""
         path = self.folder / METRICS_FILE
         points: dict[str, list[tuple[int, float]]] = {}
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else ():
-            if not line.endswith("\n"):
+        for number, line in enumerate(_lines(path) if path.is_file() else (), 1):
+            if not line.endswith(b"\n"):
                 continue
-            record = json.loads(line)
-            step, _, broken = record.pop("step"), record.pop("time"), record.pop("not_finite", {})
-            for tag, value in record.items():
-                points.setdefault(tag, []).append((step, float(broken.get(tag, value))))
+            try:
+                record = json.loads(line)
+                step, _, broken = int(record.pop("step")), record.pop("time"), record.pop("not_finite", {})
+                for tag, value in record.items():
+                    points.setdefault(tag, []).append((step, float(broken.get(tag, value))))
+            except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+                raise UserError(f"{path} line {number}: not what training wrote; it was damaged") from None
         return {
             tag: Curve(np.array([step for step, _ in pairs]), np.array([value for _, value in pairs]))
             for tag, pairs in points.items()
@@ -143,17 +151,39 @@ class RunRecord:
                 f"{path}: no such file; runs of earlier versions kept no predictions, and --resume of a finished run "
                 f"writes none"
             )
-        with np.load(path, allow_pickle=False) as arrays:
-            return {
-                task: Said(**{field.name: arrays[f"{task}/{field.name}"] for field in fields(Said)})
-                for task in self.evaluated
-            }
+        try:
+            with zipfile.ZipFile(path) as archive:
+                unpacked = sum(member.file_size for member in archive.infolist())
+            if unpacked > MAX_SAID:
+                raise UserError(f"{path}: {unpacked:,} bytes when unpacked; training writes no more than {MAX_SAID:,}")
+            with np.load(path, allow_pickle=False) as arrays:
+                return {
+                    task: Said(**{field.name: arrays[f"{task}/{field.name}"] for field in fields(Said)})
+                    for task in self.evaluated
+                }
+        except (OSError, ValueError, LookupError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
+            raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())}); it was damaged") from None
 
     def document(self, name: str) -> dict[str, Any]:
         """`environment.json`, `result.json`; empty where it is not there (yet)."""
         path = self.folder / name
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if not path.is_file():
+            return {}
+        try:
+            values = json.loads(read_small(path))
+        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
+            values = None
+        if not isinstance(values, dict):
+            raise UserError(f"{path}: not what training wrote; it was damaged")
         return values
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while line := file.readline(MAX_LINE):
+            if len(line) == MAX_LINE:
+                raise UserError(f"{path}: a line of more than {MAX_LINE:,} bytes; it was damaged")
+            yield line
 
 
 def settings(config: Config) -> dict[str, Any]:

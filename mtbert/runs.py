@@ -8,7 +8,9 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
+import stat
 import sys
 import time
 from collections.abc import Mapping
@@ -21,6 +23,8 @@ from mtbert.config import Config, UserError, to_yaml
 
 FORMAT = 1
 """Of run folders; goes up when an older mtbert could no longer continue one."""
+
+MAX_SMALL = 2**24
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Errors of a write that a full disk, a quota or a limit on file sizes refuses: training outlives them."""
@@ -127,17 +131,47 @@ def _absolute(path: str) -> str:
     return str(Path(path).expanduser().absolute())
 
 
-def check_format(folder: Path) -> None:
-    """Raises `UserError` for a run folder of a newer mtbert, whose settings this one might read as something else."""
+def check_run(folder: Path) -> None:
+    """Raises `UserError` for a run folder of a newer mtbert, whose settings this one might read as something else, and
+    for one in which a link leads out of it: what training writes there would land elsewhere."""
+    shared = folder / "code"  # of an array, a link to the copy that its jobs share; training writes nothing there
+    for place, folders, files in os.walk(folder):
+        for path in (path for name in (*folders, *files) if (path := Path(place, name)) != shared):
+            mode = path.lstat().st_mode
+            if stat.S_ISLNK(mode) and not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
+                raise UserError(f"{path}: is a link out of the run folder; put there what it leads to")
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or stat.S_ISLNK(mode)):
+                raise UserError(f"{path}: is neither a file nor a folder, and has no place in a run folder; remove it")
     try:
-        made_by = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        made_by = json.loads(read_small(folder / "environment.json"))
+    except (OSError, ValueError, RecursionError):
         return
-    if made_by.get("format", FORMAT) > FORMAT:
+    written = made_by.get("format", FORMAT) if isinstance(made_by, dict) else FORMAT
+    if isinstance(written, int) and written > FORMAT:
         raise UserError(
-            f"{folder}: run folder of format {made_by['format']}, from a newer mtbert; this one reads up to {FORMAT}; "
-            f"update it"
+            f"{folder}: run folder of format {written}, from a newer mtbert; this one reads up to {FORMAT}; update it"
         )
+
+
+def read_small(path: Path) -> bytes:
+    """A file of a run or a model that is small by nature. Raises `OSError`, and `UserError` for a large one."""
+    with path.open("rb") as file:
+        content = file.read(MAX_SMALL + 1)
+    if len(content) > MAX_SMALL:
+        raise UserError(f"{path}: more than {MAX_SMALL:,} bytes, which is not what its name promises")
+    return content
+
+
+_SECRET_NAMES = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|KEY)$")
+_SECRETS = re.compile(r"\bhf_[A-Za-z0-9]{8,}|(?<=://)[^/\s@]+(?=@)|(?i:(?<=token=)|(?<=password=)|(?<=secret=))\S+")
+
+
+def redacted(text: str) -> str:
+    """Without what looks like a secret: hub tokens, passwords in addresses, values of variables such as HF_TOKEN."""
+    for name, value in os.environ.items():
+        if _SECRET_NAMES.search(name) and len(value) >= 8:
+            text = text.replace(value, "[redacted]")
+    return _SECRETS.sub("[redacted]", text)
 
 
 def discard_unstarted(folder: Path) -> None:
@@ -149,7 +183,8 @@ def discard_unstarted(folder: Path) -> None:
 
 
 def _environment(command: list[str]) -> dict[str, Any]:
-    """What a reader needs to repeat the run; no environment variables, they may hold secrets."""
+    """What a reader needs to repeat the run; no environment variables, they may hold secrets, and no secret that was
+    typed."""
     packages: Mapping[str, str] = {
         name: metadata.version(name)
         for name in ("torch", "deepspeed", "torchjd", "tokenizers", "numpy", "submitit")
@@ -157,7 +192,7 @@ def _environment(command: list[str]) -> dict[str, Any]:
     }
     return {
         "format": FORMAT,
-        "command": command,
+        "command": [redacted(word) for word in command],
         "directory": str(Path.cwd()),
         "python": sys.version.split()[0],
         "platform": platform.platform(),

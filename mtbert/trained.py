@@ -24,16 +24,17 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from mtbert.checkpoint import find_checkpoint, load_weights
+from mtbert.checkpoint import load_weights
 from mtbert.config import Config, TaskConfig, UserError, load_config
 from mtbert.data import Dataset, Strings, collate, load_tokenizer, sequence_lengths, special_ids
 from mtbert.encoder import EncoderShape
 from mtbert.heads import MultiTaskModel
 from mtbert.losses import predict
+from mtbert.manifest import find_checkpoint
 from mtbert.packing import batches_by_length, pack
 from mtbert.pretrained import read_shape, write_shape
 from mtbert.ranks import choose_precision, local_device
-from mtbert.runs import Rank, check_format, write_atomically
+from mtbert.runs import Rank, check_run, read_small, write_atomically
 
 Origin = dict[str, str | None]
 
@@ -61,7 +62,13 @@ def kept_encoder(run_dir: Path) -> KeptEncoder | None:
     folder = run_dir / "encoder"
     if not (folder / "tokenizer.json").is_file():
         return None
-    origin: Origin = json.loads((folder / "origin.json").read_text(encoding="utf-8"))
+    try:
+        origin = json.loads(read_small(folder / "origin.json"))
+        texts = isinstance(origin, dict) and all(isinstance(value, str | None) for value in origin.values())
+    except (OSError, ValueError, RecursionError):
+        texts = False
+    if not texts:
+        raise UserError(f"{folder / 'origin.json'}: missing or not what training wrote; it was damaged")
     return KeptEncoder(read_shape(folder / "config.json"), load_tokenizer(folder), origin)
 
 
@@ -180,7 +187,7 @@ def load_run(
 
     Raises `UserError` where there is no checkpoint yet, or it is damaged.
     """
-    check_format(run_dir)
+    check_run(run_dir)
     config = load_config(run_dir / "config.yaml")
     kept = kept_encoder(run_dir)
     if kept is None:
@@ -188,8 +195,9 @@ def load_run(
             f"{run_dir}: no encoder/tokenizer.json; the run has not started, or continue it once (--resume)"
         )
     checkpoint = find_checkpoint(run_dir, which)
-    model = MultiTaskModel(kept.shape, config.encoder, config.tasks, config.seed, config.shared_layers)
-    model.load_state_dict(load_weights(checkpoint, {name: p.shape for name, p in model.named_parameters()}))
+    model = MultiTaskModel(kept.shape, config.encoder, config.tasks, None, config.shared_layers)
+    weights = load_weights(checkpoint, {name: p.shape for name, p in model.named_parameters()})
+    model.load_state_dict(weights, assign=True)
     device = local_device(Rank())
     dtype = choose_precision(precision or config.engine.precision, device)
     model.to(device=device, dtype=dtype)

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mtbert.checkpoint import Checkpoint, Checkpointer
+from mtbert.checkpoint import Checkpointer
 from mtbert.config import ENCODER, Config, UserError, load_config, to_yaml
 from mtbert.data import Batch, prefetch
 from mtbert.encoder import EncoderShape
@@ -38,6 +38,7 @@ from mtbert.evaluate import Evaluation, evaluate_all
 from mtbert.figures import cosine_map, evaluation_figures
 from mtbert.flops import encoder_flops, peak_flops
 from mtbert.heads import MultiTaskModel
+from mtbert.manifest import Checkpoint
 from mtbert.metrics import METRICS
 from mtbert.phases import Phase, plan
 from mtbert.pretrained import load_pretrained
@@ -45,7 +46,7 @@ from mtbert.pretrained import origin as pretrained_origin
 from mtbert.randomness import addressed_generator
 from mtbert.ranks import close_ranks, join_ranks
 from mtbert.record import RunRecord, Said, settings, write_predictions
-from mtbert.runs import NO_ROOM, Outcome, Rank, Stopwatch, check_format, write_atomically
+from mtbert.runs import NO_ROOM, Outcome, Rank, Stopwatch, check_run, write_atomically
 from mtbert.schedule import Schedule, Share
 from mtbert.surgery import Surgery, conflicts
 from mtbert.tasks import Task, load_tasks, locate_data, locate_tokenizer
@@ -78,7 +79,7 @@ def train(
     Raises `UserError` for a mistake in the configuration or the data, the same one on every rank.
     """
     launch = launch or Stopwatch()
-    check_format(run_dir)
+    check_run(run_dir)
     config = load_config(run_dir / "config.yaml")
     surgery = Surgery(config.surgery.method, config.surgery.options, config.seed)
     regression = [task.kind == "pair_regression" for task in config.tasks.values()]
@@ -237,7 +238,7 @@ class _Run:
         if checkpoint is not None:
             self.checkpointer.load(self.engine, checkpoint)
             self.first_step, self.best = checkpoint.step, checkpoint.best
-            for schedule, history in zip(self._schedules(), checkpoint.histories, strict=False):
+            for schedule, history in zip(self._schedules(), checkpoint.manifest.histories, strict=False):
                 schedule.history = [(int(step), chances) for step, chances in history]
         self.tracker = Tracker(run_dir, rank, self.first_step, self.total_steps, quiet)
         for note in built.notes:

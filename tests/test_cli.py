@@ -75,6 +75,7 @@ def imported(*arguments: str) -> set[str]:
         ["predict", "nowhere", "--task", "sst"],
         ["serve", "--help"],
         ["data", "check"],
+        ["checkpoint", "prune", "nowhere", "--keep", "1"],
         ["show-config"],
         ["show-config", "--schema"],
         ["show-config", "--reference"],
@@ -90,7 +91,7 @@ def test_help_names_the_commands() -> None:
     assert done.returncode == 0
     for command in (
         *("train", "evaluate", "compare", "report", "show-config"),
-        *("predict", "embed", "export", "serve", "data"),
+        *("predict", "embed", "export", "serve", "data", "checkpoint"),
     ):
         assert command in done.stdout
         assert mtbert(command, "--help").returncode == 0

@@ -152,7 +152,7 @@ def test_what_is_written_out_is_read_back(
     tmp_path_factory: pytest.TempPathFactory, name: str, column: str, number: float, task: str
 ) -> None:
     values = {
-        "run": {"name": name},
+        "data": {"dir": name},
         "optimizer": {"lr": number},
         "tasks": {task: {**MINIMAL["tasks"]["sst"], "columns": {"text": [column], "label": name}}},
     }
@@ -315,6 +315,10 @@ def test_a_mistake_is_named_with_its_key_and_the_way_out(minimal: Path, override
     assert told in error(minimal, *overrides)
 
 
+LAUGHS = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 200))
+"""Each line twice the one before: more values than there are atoms."""
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [
@@ -329,6 +333,14 @@ def test_a_mistake_is_named_with_its_key_and_the_way_out(minimal: Path, override
         ("a: !!python/object/apply:os.getcwd []\n", " line 1: not valid YAML: could not determine a constructor"),
         ("? [a, b]\n: 1\n", " line 1: not valid YAML: a key must be text"),
         ("a: &x [*x]\n", " line 1: not valid YAML"),
+        (LAUGHS, " line 1: not valid YAML: more than 100,000 values once its aliases are written out"),
+        ("seed: " + "9" * 5000 + "\n", ": not valid YAML: Exceeds the limit"),
+        ("seed: 0b_\n", ": not valid YAML: invalid literal"),
+        ("seed: " + "[" * 5000 + "\n", ": not valid YAML: nested too deeply"),
+        ("seed: !!binary aGk=\n", " line 1: not valid YAML: could not determine a constructor"),
+        ("#" * 2**20 + "\n", ": more than 1,048,576 bytes, which is no configuration"),
+        ("run: {name: ../x}\ntasks: {}\n", ": run.name: expected a name that stays inside of run.dir"),
+        ("run: {name: /etc/x}\ntasks: {}\n", ": run.name: expected a name that stays inside of run.dir"),
         ("1: 2\n", ": 1: a key must be text; put it in quotes"),
         ("seed: \x00\n", ": not valid YAML"),
         ("- seed\n", ": the top level must be keys and values, not a list"),
@@ -340,6 +352,7 @@ def test_a_mistake_is_named_with_its_key_and_the_way_out(minimal: Path, override
         # names that pydantic's own locations also use
         ("tasks: {int: {kind: x, train: a, dev: b}}", ": tasks.int.kind: input should be 'classification'"),
     ],
+    ids=lambda value: repr(value)[:60],
 )
 def test_a_bad_file_is_named_with_the_line(tmp_path: Path, text: str | bytes, told: str) -> None:
     path = write(tmp_path / "bad.yaml", text)

@@ -22,7 +22,7 @@ import torch
 import yaml
 
 from mtbert import cli, synthetic
-from mtbert.encoder import Encoder, EncoderShape
+from mtbert.encoder import Encoder, EncoderShape, initialise
 from mtbert.pretrained import save_pretrained
 
 ROOT = Path(__file__).parent.parent
@@ -115,7 +115,9 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (box / "MODEL").mkdir()
     synthetic.train_tokenizer(texts, box / "MODEL" / "tokenizer.json", 400)
     shape = EncoderShape(400, 8, 1, 2, 8, 64)
-    save_pretrained(Encoder(shape, 0.0).state_dict(), shape, box / "MODEL")
+    encoder = Encoder(shape, 0.0)
+    initialise(encoder, 0)
+    save_pretrained(encoder.state_dict(), shape, box / "MODEL")
     [text] = [block for block in blocks(ROOT / "README.md", "yaml") if "topic" in block]
     (box / "my.yaml").write_text(text)
     (box / "mine.yaml").write_text("base: configs/quickstart.yaml\n")

@@ -296,7 +296,7 @@ def test_the_encoder_is_shared_and_a_head_is_not() -> None:
 def test_initial_weights_follow_from_the_seed_alone() -> None:
     before = torch.get_rng_state()
     one = make_model(7).state_dict()
-    assert not torch.equal(before, torch.get_rng_state())  # torch's own initialisation, which ours replaces
+    assert torch.equal(before, torch.get_rng_state()), "torch's own initialisation draws from the global generator"
     two, other = make_model(7).state_dict(), make_model(8).state_dict()
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert not torch.equal(one["heads.sst.output.weight"], other["heads.sst.output.weight"])

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 
 FLOORS = [
     ["config"],
-    ["runs", "ranks", "randomness", "baselines", "reference"],
+    ["runs", "ranks", "randomness", "baselines", "reference", "manifest"],
     ["record"],
     ["packing", "encoder", "schedule", "surgery", "metrics", "figures", "tracking", "synthetic", "readers", "pages"],
     ["heads", "losses", "ranking", "pretrained", "flops", "phases", "weighting"],

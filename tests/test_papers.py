@@ -9,8 +9,8 @@ import pytest
 
 from benchmarks import papers
 from mtbert import synthetic
-from mtbert.checkpoint import find_checkpoint
 from mtbert.config import Config, load_config
+from mtbert.manifest import find_checkpoint
 from mtbert.runs import Rank, create_run
 from mtbert.trainer import train
 

@@ -16,7 +16,7 @@ from harness import Ranks
 from torch import Tensor
 from torch.nn import functional as F
 
-from mtbert.checkpoint import load_weights, open_checkpoint
+from mtbert.checkpoint import load_weights
 from mtbert.config import (
     Config,
     EncoderConfig,
@@ -30,6 +30,7 @@ from mtbert.encoder import EncoderShape
 from mtbert.engine import Engine, Group, parameter_groups
 from mtbert.heads import MultiTaskModel
 from mtbert.losses import example_losses
+from mtbert.manifest import open_checkpoint
 from mtbert.packing import Packed, pack
 from mtbert.randomness import addressed_rng
 from mtbert.ranking import mnrl

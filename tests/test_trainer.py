@@ -20,8 +20,9 @@ from harness import forking_context
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mtbert import checkpoint
-from mtbert.checkpoint import Checkpointer, _Reader, find_checkpoint, load_weights, open_checkpoint
+from mtbert.checkpoint import Checkpointer, _Reader, load_weights
 from mtbert.config import CheckpointConfig, Config, OptimizerConfig, PhaseConfig, UserError, load_config
+from mtbert.manifest import Best, find_checkpoint, open_checkpoint
 from mtbert.metrics import METRICS
 from mtbert.randomness import addressed_rng
 from mtbert.record import RunRecord, Said
@@ -93,7 +94,7 @@ def new_run(config: Config, name: str) -> Path:
 
 
 def digests(run_dir: Path) -> dict[str, str]:
-    return {name: entry["sha256"] for name, entry in find_checkpoint(run_dir, "latest").files.items()}
+    return {name: file.sha256 for name, file in find_checkpoint(run_dir, "latest").manifest.files.items()}
 
 
 def weights(config: Config, run_dir: Path) -> dict[str, torch.Tensor]:
@@ -180,8 +181,8 @@ def test_scores_are_those_of_the_averaged_weights(config: Config) -> None:
     _, results, _ = evaluate_run(run, "latest")
     assert [result.score for result in results] == [recorded[result.task]["score"] for result in results]
     checkpoint = find_checkpoint(run, "latest")
-    assert checkpoint.averaged_steps == STEPS
-    with _Reader(checkpoint.folder) as reader:
+    assert checkpoint.manifest.averaged_steps == STEPS
+    with _Reader(checkpoint) as reader:
         last = reader.span(Span("encoder.words.weight", 0, 160, 0), "master")
     assert not torch.equal(weights(config, run)["encoder.words.weight"].flatten()[:160], last)
 
@@ -324,14 +325,14 @@ def test_damaged_checkpoints_do_not_crowd_out_good_ones(tmp_path: Path) -> None:
     for step in (10, 11, 12):
         (tmp_path / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
     checkpointer = Checkpointer(tmp_path, Rank(), keep=1)
-    checkpointer._prune(tmp_path / "checkpoints" / "step-00000011", {"step": 10, "score": 1.0})
+    checkpointer._prune(tmp_path / "checkpoints" / "step-00000011", Best(step=10, score=1.0))
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000010", "step-00000011"]
     checkpointer._prune(tmp_path / "checkpoints" / "step-00000011", None)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000011"]
 
 
 def digests_of(folder: Path) -> dict[str, str]:
-    return {name: entry["sha256"] for name, entry in open_checkpoint(folder).files.items()}
+    return {name: file.sha256 for name, file in open_checkpoint(folder).manifest.files.items()}
 
 
 def test_losses_that_are_not_finite_end_the_run_with_a_clear_message(config: Config) -> None:

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from duties import Launch
 
-from launch.records import Lock, job_folder
+from launch.records import ROOT, Lock, job_folder, make_job_folder
+from mtbert.config import UserError
 
 QUICK_S = 20
 """Far below any time-out of torch or submitit, with room for a busy machine."""
@@ -180,3 +181,27 @@ def test_a_lock_on_another_host_is_stale_when_untouched(run: Path) -> None:
     long_ago = time.time() - 120
     os.utime(elsewhere.path, (long_ago, long_ago))
     assert Lock(run, "new-0").holder() is None
+
+
+@pytest.mark.parametrize("name", ["", "1_submitted.pkl"])
+def test_a_pickle_that_others_may_have_written_is_not_opened(run: Path, tmp_path: Path, name: str) -> None:
+    """It would leave a file behind."""
+    bomb = b"cos\nsystem\n(S'touch " + bytes(tmp_path / "opened") + b"'\ntR."
+    pickled = job_folder(run) / "1_submitted.pkl"
+    pickled.write_bytes(bomb)
+    pickled.chmod(0o600)
+    (job_folder(run) / name).chmod(0o770)
+    start = [sys.executable, ROOT / "launch" / "start.py", "-u", "-m", "submitit.core._submit", job_folder(run)]
+    done = subprocess.run(start, capture_output=True, text=True, timeout=QUICK_S)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"error: {job_folder(run) / name}: others than user {os.geteuid()} can write to it")
+    assert not (tmp_path / "opened").exists()
+
+
+def test_nobody_else_may_write_into_a_job_folder(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job_folder(run).chmod(0o777)
+    make_job_folder(run)
+    assert job_folder(run).stat().st_mode & 0o777 == 0o755
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    with pytest.raises(UserError, match="belongs to another user"):
+        make_job_folder(run)

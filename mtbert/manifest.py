@@ -1,0 +1,255 @@
+"""What lies in a run's `checkpoints` folder: finding, checking, listing and removing checkpoints. No torch in here.
+
+    manifest.json    format, step, AdamW's step counts, steps in the average of the weights, best score so far, how
+                     tasks were drawn (adaptive schedule), shapes, size and SHA-256 of each file
+
+A checkpoint may come from a stranger: a manifest is read strictly, names no file but those a checkpoint consists of,
+and nothing is opened that it does not name.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, StringConstraints, ValidationError
+
+from mtbert.config import UserError
+
+FORMAT = 1
+"""Of checkpoints; goes up when an older mtbert could no longer continue from one."""
+
+MAX_MANIFEST = 2**24
+"""Bytes. That of a large encoder on 64 ranks takes a hundredth of it."""
+
+FileName = Annotated[str, StringConstraints(pattern=r"^(rank-\d+-of-\d+|surgery|weighting)\.safetensors$")]
+
+
+class NewerFormat(UserError):
+    """What was written by a newer mtbert. Not passed over like a damaged checkpoint: an older one would undo work."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True)
+
+
+class File(_Strict):
+    size: NonNegativeInt
+    sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Best(_Strict):
+    step: NonNegativeInt
+    score: float
+
+
+class Manifest(_Strict):
+    format: int
+    step: NonNegativeInt  # steps done: training goes on with this step
+    adam_steps: list[NonNegativeInt]
+    averaged_steps: NonNegativeInt = 0  # a run from before there were averages
+    best: Best | None  # step and score of the best evaluation so far
+    histories: list[list[tuple[NonNegativeInt, list[float]]]] = []  # `Schedule.history` of every schedule of the run
+    shapes: dict[str, list[NonNegativeInt]]  # of the whole parameters
+    files: dict[FileName, File]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk whose manifest was read."""
+
+    folder: Path
+    manifest: Manifest
+
+    @property
+    def step(self) -> int:
+        return self.manifest.step
+
+    @property
+    def size(self) -> int:
+        """Bytes of its files."""
+        return sum(file.size for file in self.manifest.files.values())
+
+    @property
+    def world(self) -> int:
+        """How many ranks wrote it."""
+        return sum(name.startswith("rank-") for name in self.manifest.files)
+
+    @property
+    def best(self) -> dict[str, float] | None:
+        best = self.manifest.best
+        return None if best is None else {"step": best.step, "score": best.score}
+
+
+def folders(run_dir: Path) -> list[Path]:
+    """The folders of a run's checkpoints, newest first; whole ones and damaged ones."""
+    found = (run_dir / "checkpoints").glob("step-*")
+    return sorted((folder for folder in found if folder.name.removeprefix("step-").isdigit()), reverse=True)
+
+
+def folder_of(run_dir: Path, step: int) -> Path:
+    return run_dir / "checkpoints" / f"step-{step:08d}"
+
+
+def read_manifest(folder: Path) -> Checkpoint:
+    """A checkpoint's manifest, its files not looked at.
+
+    Raises `UserError` where it is missing or damaged, `NewerFormat` where a newer mtbert wrote it.
+    """
+    path = folder / "manifest.json"
+    if folder.is_symlink() or path.is_symlink():
+        raise UserError(f"{path}: is behind a link; a checkpoint holds its files itself")
+    try:
+        with path.open("rb") as file:
+            text = file.read(MAX_MANIFEST + 1)
+        if len(text) > MAX_MANIFEST:
+            raise ValueError
+        values = json.loads(text)
+    except (OSError, ValueError, RecursionError):
+        raise UserError(f"{path}: missing or not readable; the checkpoint is not complete") from None
+    if isinstance(values, dict) and isinstance(written := values.get("format"), int) and written > FORMAT:
+        raise NewerFormat(f"{path}: format {written} is from a newer mtbert, this one reads up to {FORMAT}; update it")
+    try:
+        manifest = Manifest.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise UserError(f"{path}: {' '.join(where.split())}: {first['msg']}; it was damaged") from None
+    return Checkpoint(folder, manifest)
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Read a checkpoint's manifest and check its files against it.
+
+    Raises `UserError` naming the file that is missing, cut short, changed, a link or from a newer mtbert.
+    """
+    checkpoint = read_manifest(folder)
+    with ThreadPoolExecutor() as pool:  # hashing releases the GIL
+        list(pool.map(partial(_verify, folder), checkpoint.manifest.files.items()))
+    return checkpoint
+
+
+def _verify(folder: Path, entry: tuple[str, File]) -> None:
+    name, wanted = entry
+    path = folder / name
+    if path.is_symlink():
+        raise UserError(f"{path}: is a link; a checkpoint holds its files itself")
+    if not path.is_file():
+        raise UserError(f"{path}: missing; the checkpoint is not complete")
+    if path.stat().st_size != wanted.size:
+        raise UserError(f"{path}: {path.stat().st_size} bytes instead of {wanted.size}; it is cut short")
+    if sha256(path) != wanted.sha256:
+        raise UserError(f"{path}: its checksum is not the one in manifest.json; it was damaged")
+
+
+def intact(run_dir: Path, message: Callable[[str], None]) -> Iterator[Checkpoint]:
+    """The checkpoints that are whole, newest first; those that are not are passed over, and `message` says why.
+
+    Raises `NewerFormat`.
+    """
+    for folder in folders(run_dir):
+        try:
+            yield open_checkpoint(folder)
+        except NewerFormat:
+            raise
+        except UserError as error:
+            message(f"checkpoint passed over: {error}")
+
+
+def find_checkpoint(run_dir: Path, which: Literal["best", "latest"]) -> Checkpoint:
+    """The newest intact checkpoint of a run, or the one with the best score. Raises `UserError` where there is none."""
+    troubles: list[str] = []
+    newest = next(intact(run_dir, troubles.append), None)
+    if newest is None:
+        raise UserError(troubles[0] if troubles else f"{run_dir}: has no checkpoint yet")
+    if which == "latest" or newest.manifest.best is None:
+        return newest
+    return open_checkpoint(folder_of(run_dir, newest.manifest.best.step))
+
+
+@dataclass(frozen=True)
+class State:
+    """How a checkpoint stands: one line of `python -m mtbert checkpoint`."""
+
+    folder: Path
+    checkpoint: Checkpoint | None  # None where it is damaged
+    trouble: str  # why it is; empty where nothing was found
+    thorough: bool  # whether its files were read
+    notes: list[str]  # of: newest, best
+
+    def record(self) -> dict[str, Any]:
+        found = self.checkpoint
+        saved = datetime.datetime.fromtimestamp(self.folder.stat().st_mtime).isoformat(" ", "seconds")
+        return {
+            "step": found.step if found else int(self.folder.name.removeprefix("step-")),
+            "saved": saved,
+            "bytes": found.size if found else None,
+            "ranks": found.world if found else None,
+            "state": "damaged" if self.trouble else "intact" if self.thorough else "not read",
+            "notes": self.notes,
+        }
+
+
+def survey(run_dir: Path, thorough: bool) -> list[State]:
+    """Every checkpoint of a run, oldest first. Raises `NewerFormat`.
+
+    Args:
+        thorough: whether all files are read and held to their checksums, not only the manifest.
+    """
+    read = open_checkpoint if thorough else read_manifest
+    found: list[tuple[Path, Checkpoint | None, str]] = []
+    for folder in folders(run_dir):
+        try:
+            found.append((folder, read(folder), ""))
+        except NewerFormat:
+            raise
+        except UserError as error:
+            found.append((folder, None, str(error)))
+    newest = next((checkpoint for _, checkpoint, _ in found if checkpoint), None)
+    best = newest.manifest.best.step if newest and newest.manifest.best else None
+    states = []
+    for folder, checkpoint, trouble in reversed(found):
+        marks = {"newest": checkpoint is newest, "best": checkpoint is not None and checkpoint.step == best}
+        notes = [mark for mark, true in marks.items() if checkpoint and true]
+        states.append(State(folder, checkpoint, trouble, thorough, notes))
+    return states
+
+
+def prune(run_dir: Path, keep: int) -> list[Path]:
+    """Remove all checkpoints but the newest `keep` intact ones and the best; returns what was removed.
+
+    Damaged ones go, too. Raises `UserError`, and removes nothing, where none is intact or one is of a newer mtbert.
+    """
+    assert keep >= 1
+    states = survey(run_dir, thorough=True)
+    whole = [state for state in states if not state.trouble]
+    if not whole:
+        raise UserError(f"{run_dir}: none of its {len(states)} checkpoints is intact; nothing was removed")
+    kept = [state.folder for state in whole[-keep:]] + [state.folder for state in whole if "best" in state.notes]
+    doomed = [state.folder for state in states if state.folder not in kept]
+    for folder in doomed:
+        discard(folder)
+    return doomed
+
+
+def discard(folder: Path) -> None:
+    """Renamed first: a reader must not find a checkpoint with half of its files."""
+    doomed = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(doomed, ignore_errors=True)
+    shutil.rmtree(folder.rename(doomed))
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()  # hashlib.file_digest came with Python 3.11
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+        return digest.hexdigest()

@@ -1,0 +1,215 @@
+"""Checkpoints looked at, checked and removed from outside; and manifests that nobody's training wrote."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mtbert.cli import main
+from mtbert.config import UserError
+from mtbert.manifest import (
+    Best,
+    File,
+    Manifest,
+    NewerFormat,
+    find_checkpoint,
+    folder_of,
+    open_checkpoint,
+    read_manifest,
+    sha256,
+)
+
+SHARD = "rank-0-of-1.safetensors"
+
+
+def make(run: Path, *steps: int, best: int | None = None) -> Path:
+    """A run folder with checkpoints that hold a few bytes."""
+    run.mkdir()
+    (run / "config.yaml").touch()
+    for step in steps:
+        folder = folder_of(run, step)
+        folder.mkdir(parents=True)
+        (folder / SHARD).write_bytes(b"%d" % step)
+        manifest = Manifest(
+            format=1,
+            step=step,
+            adam_steps=[step],
+            best=None if best is None else Best(step=best, score=0.5),
+            shapes={"w": [2]},
+            files={SHARD: File(size=len(str(step)), sha256=sha256(folder / SHARD))},
+        )
+        (folder / "manifest.json").write_text(manifest.model_dump_json())
+    return run
+
+
+def steps(run: Path) -> list[int]:
+    return [int(path.name.removeprefix("step-")) for path in sorted((run / "checkpoints").iterdir())]
+
+
+def rewrite(folder: Path, **values: Any) -> None:
+    path = folder / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+# ------------------------------------------------------------------------------------------- the commands
+
+
+def test_list_and_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make(tmp_path / "run", 10, 20, 30, best=20)
+    assert main(["checkpoint", "verify", str(run)]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert rows[0] == ["step", "saved", "MB", "ranks", "state"]
+    assert [(row[0], " ".join(row[5:])) for row in rows[1:]] == [
+        *[("10", "intact"), ("20", "intact, best"), ("30", "intact, newest")],
+    ]
+    (folder_of(run, 30) / SHARD).write_bytes(b"31")
+    assert main(["checkpoint", "list", str(run), "--json"]) == 0, "the bytes are not looked at"
+    listed = json.loads(capsys.readouterr().out)["checkpoints"]
+    assert [(each["step"], each["bytes"], each["ranks"], each["state"]) for each in listed] == [
+        (step, 2, 1, "not read") for step in (10, 20, 30)
+    ]
+    assert main(["checkpoint", "verify", str(run), "--json"]) == 1
+    printed = capsys.readouterr()
+    assert [each["notes"] for each in json.loads(printed.out)["checkpoints"]] == [[], ["newest", "best"], []]
+    assert (
+        printed.err
+        == f"mtbert: {folder_of(run, 30) / SHARD}: its checksum is not the one in manifest.json; it was damaged\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["list", "RUN"], "RUN: has no checkpoint yet"),
+        (["verify", "RUN"], "RUN: has no checkpoint yet"),
+        (["prune", "RUN", "--keep", "0"], "--keep 0: the newest one always stays; give 1 or more"),
+    ],
+    ids=str,
+)
+def test_mistakes(
+    arguments: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make(tmp_path / "RUN")
+    assert main(["checkpoint", *arguments]) == 2
+    assert capsys.readouterr().err == f"mtbert: {told}\n"
+
+
+def test_prune_keeps_the_newest_intact_ones_and_the_best(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """40 is damaged, so the newest is 30; 10 is the best."""
+    run = make(tmp_path / "run", 10, 15, 20, 30, 40, best=10)
+    (folder_of(run, 40) / SHARD).unlink()
+    assert main(["checkpoint", "prune", str(run), "--keep", "2"]) == 0
+    assert steps(run) == [10, 20, 30]
+    assert capsys.readouterr().out == "".join(f"removed {folder_of(run, step)}\n" for step in (15, 40))
+    assert main(["checkpoint", "prune", str(run), "--keep", "9"]) == 0
+    assert steps(run) == [10, 20, 30]
+
+
+def test_prune_removes_nothing_where_nothing_is_intact(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make(tmp_path / "run", 10, 20)
+    for step in (10, 20):
+        (folder_of(run, step) / SHARD).write_text("")
+    assert main(["checkpoint", "prune", str(run), "--keep", "1"]) == 2
+    assert capsys.readouterr().err == f"mtbert: {run}: none of its 2 checkpoints is intact; nothing was removed\n"
+    shutil.rmtree(folder_of(run, 20))
+    rewrite(folder_of(run, 10), format=2)
+    assert main(["checkpoint", "prune", str(run), "--keep", "1"]) == 2
+    assert "from a newer mtbert" in capsys.readouterr().err
+    assert steps(run) == [10]
+
+
+def test_best_and_latest(tmp_path: Path) -> None:
+    run = make(tmp_path / "run", 10, 20, best=10)
+    assert [find_checkpoint(run, which).step for which in ("best", "latest")] == [10, 20]
+    (folder_of(run, 20) / "manifest.json").unlink()
+    assert find_checkpoint(run, "latest").step == 10
+
+
+# -------------------------------------------------------------------------------- manifests of strangers
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (
+            {"files": {"../../secret": {"size": 1, "sha256": "0" * 64}}},
+            "should match pattern",
+        ),
+        ({"files": {"/etc/passwd": {"size": 1, "sha256": "0" * 64}}}, "should match pattern"),
+        ({"files": {f"{SHARD}\n": {"size": 1, "sha256": "0" * 64}}}, "should match pattern"),
+        ({"files": {SHARD: {"size": -1, "sha256": "0" * 64}}}, r"files\.rank-0.*size: .*greater than or equal to 0"),
+        ({"files": {SHARD: {"size": 2, "sha256": "short"}}}, "should match pattern"),
+        ({"step": "10"}, "step: .*valid integer"),
+        ({"step": None}, "step: .*valid integer"),
+        ({"shapes": {"w": [-1]}}, "greater than or equal to 0"),
+        ({"best": {"step": 3}}, r"best\.score: Field required"),
+        ({"histories": [[[1, "x"]]]}, "should be a valid (list|array)"),
+    ],
+    ids=str,
+)
+def test_a_manifest_that_no_training_wrote_is_refused(tmp_path: Path, change: dict[str, Any], told: str) -> None:
+    folder = folder_of(make(tmp_path / "run", 10), 10)
+    rewrite(folder, **change)
+    with pytest.raises(UserError, match=rf"manifest\.json: .*{told}") as error:
+        open_checkpoint(folder)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"1", b"null", b"{", b"\xff", b"[" * 100_000, b"{}", b'{"format": "x"}']
+)
+def test_what_is_no_manifest_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "manifest.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"manifest\.json: "):
+        read_manifest(tmp_path)
+
+
+def test_links_in_a_checkpoint_are_refused(tmp_path: Path) -> None:
+    folder = folder_of(make(tmp_path / "run", 10), 10)
+    for name in (SHARD, "manifest.json"):
+        shutil.copytree(folder, tmp_path / "copy")
+        (tmp_path / "copy" / name).unlink()
+        (tmp_path / "copy" / name).symlink_to(folder / name)
+        with pytest.raises(UserError, match="link"):
+            open_checkpoint(tmp_path / "copy")
+        shutil.rmtree(tmp_path / "copy")
+
+
+def test_a_newer_format_is_no_damage(tmp_path: Path) -> None:
+    """Whatever else is new about it."""
+    folder = folder_of(make(tmp_path / "run", 10), 10)
+    (folder / "manifest.json").write_text('{"format": 2, "spans": []}')
+    with pytest.raises(NewerFormat):
+        open_checkpoint(folder)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+)
+
+
+@given(st.dictionaries(st.sampled_from([*Manifest.model_fields, "more"]), JSON))
+def test_any_json_is_a_manifest_or_a_mistake(tmp_path_factory: pytest.TempPathFactory, values: dict[str, Any]) -> None:
+    folder = folder_of(make(tmp_path_factory.mktemp("any") / "run", 10), 10)
+    rewrite(folder, **values)
+    try:
+        open_checkpoint(folder)
+    except UserError as error:
+        assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b + b"\0", lambda b: bytes([b[0] ^ 1]) + b[1:]])
+def test_every_damage_to_a_file_is_seen(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
+    folder = folder_of(make(tmp_path / "run", 10), 10)
+    (folder / SHARD).write_bytes(damage((folder / SHARD).read_bytes()))
+    with pytest.raises(UserError, match=SHARD):
+        open_checkpoint(folder)
