@@ -14,7 +14,7 @@ train: $(TRAIN_READY) ## train on two nodes (local without Slurm): make train AR
 	@.venv/bin/python launch/submit.py --nodes 2 $(ARGS)
 
 test: $(TEST_READY) ## run every test: make test ARGS="-k schedule"
-	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest $(ARGS)
+	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --dist loadfile $(ARGS)
 
 check: $(TEST_READY) ## lint, formatting, types and the import rules
 	@.venv/bin/ruff check

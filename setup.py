@@ -18,6 +18,7 @@ ONNX = ["onnx>=1.18", "onnxscript>=0.5"]
 DEV = [
     "pytest>=8.3",
     "pytest-cov>=6",
+    "pytest-xdist>=3.6",
     "hypothesis>=6.100",
     "ruff>=0.12",
     "mypy>=1.17",

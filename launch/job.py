@@ -147,6 +147,7 @@ class Attempt:
         self.status = "finished"  # unless `_end` says otherwise
         self._stop = threading.Event()
         self._over = threading.Event()
+        self._ending = threading.RLock()  # held while an end is recorded and what it calls for is done
 
     def run_to_end(self, train: Train) -> str:
         """Trains, records the end, requeues where that is due. Returns the status in the record."""
@@ -202,7 +203,8 @@ class Attempt:
                 self._end("lost", rank=dead, message=f"rank {dead} was killed")
                 end = read_end(self.run, self.name)
             if end is not None and EXIT_CODES[end.status]:
-                self._leave(EXIT_CODES[end.status])
+                with self._ending:  # the main thread may be on its way to put the job back into the queue
+                    self._leave(EXIT_CODES[end.status])
             if os.getppid() != parent:
                 self._leave(1)
             if self.rank.first and time.monotonic() - beat > HEARTBEAT_S:
@@ -246,15 +248,16 @@ class Attempt:
     ) -> None:
         end = End(status, self.rank.rank if rank is None else rank, self.place.host, step, metrics or {}, message)  # type: ignore[arg-type]
         self.status = status
-        try:
-            first = write_end(self.run, self.name, end)
-        except OSError as error:
-            if error.errno not in NO_ROOM:
-                raise
-            print(f"{status}: {message}\n{self.run}: {error.strerror}", file=sys.stderr)
-            return
-        if first and status == "lost":
-            self._restart()
+        with self._ending:
+            try:
+                first = write_end(self.run, self.name, end)
+            except OSError as error:
+                if error.errno not in NO_ROOM:
+                    raise
+                print(f"{status}: {message}\n{self.run}: {error.strerror}", file=sys.stderr)
+                return
+            if first and status == "lost":
+                self._restart()
 
     def _holds_lock(self) -> bool:
         with contextlib.suppress(FileNotFoundError):

@@ -34,7 +34,19 @@ from torch import Tensor
 
 from mtbert.config import UserError
 from mtbert.engine import Engine
-from mtbert.manifest import FORMAT, Best, Checkpoint, File, Manifest, NewerFormat, discard, folder_of, intact, sha256
+from mtbert.manifest import (
+    FORMAT,
+    Best,
+    Checkpoint,
+    Course,
+    File,
+    Manifest,
+    NewerFormat,
+    discard,
+    folder_of,
+    intact,
+    sha256,
+)
 from mtbert.runs import Rank, write_atomically
 from mtbert.surgery import Surgery
 from mtbert.weighting import Weighting
@@ -85,7 +97,8 @@ class Checkpointer:
         step: int,
         best: dict[str, float] | None,
         message: Callable[[str], None],
-        histories: Sequence[list[tuple[int, list[float]]]] = (),
+        histories: Sequence[list[tuple[int, list[float]]]],
+        course: Course,
     ) -> None:
         """Collective. Copies this rank's state, and has it written in the background once the save before is done.
 
@@ -111,6 +124,7 @@ class Checkpointer:
             averaged_steps=engine.averaged_steps,
             best=None if best is None else Best(step=int(best["step"]), score=best["score"]),
             histories=list(histories),
+            course=course,
             shapes={name: list(shape) for name, shape in engine.shapes.items()},
             files={},
         )

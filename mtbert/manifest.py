@@ -1,7 +1,8 @@
 """What lies in a run's `checkpoints` folder: finding, checking, listing and removing checkpoints. No torch in here.
 
     manifest.json    format, step, AdamW's step counts, steps in the average of the weights, best score so far, how
-                     tasks were drawn (adaptive schedule), shapes, size and SHA-256 of each file
+                     tasks were drawn (adaptive schedule), where the log stands, shapes, size and SHA-256 of each
+                     file
 
 A checkpoint may come from a stranger: a manifest is read strictly, names no file but those a checkpoint consists of,
 and nothing is opened that it does not name.
@@ -38,7 +39,7 @@ class NewerFormat(UserError):
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True, frozen=True)
+    model_config = ConfigDict(strict=True, frozen=True, ser_json_inf_nan="constants")
 
 
 class File(_Strict):
@@ -51,6 +52,17 @@ class Best(_Strict):
     score: float
 
 
+class Course(_Strict):
+    """Where training and its log stand, beyond what weights and step tell."""
+
+    skips_in_a_row: NonNegativeInt
+    precision: str  # of the steps so far
+    losses: dict[str, float]  # the last line of the log
+    sums: dict[str, list[float]]  # the line that is not yet complete: losses, and everything it counts
+    counts: dict[str, float]
+    cosines: list[tuple[str, str, list[float]]]  # of pairs of tasks, since the last evaluation
+
+
 class Manifest(_Strict):
     format: int
     step: NonNegativeInt  # steps done: training goes on with this step
@@ -58,6 +70,7 @@ class Manifest(_Strict):
     averaged_steps: NonNegativeInt = 0  # a run from before there were averages
     best: Best | None  # step and score of the best evaluation so far
     histories: list[list[tuple[NonNegativeInt, list[float]]]] = []  # `Schedule.history` of every schedule of the run
+    course: Course | None = None  # a run from before it was kept
     shapes: dict[str, list[NonNegativeInt]]  # of the whole parameters
     files: dict[FileName, File]
 

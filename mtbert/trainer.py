@@ -38,7 +38,7 @@ from mtbert.evaluate import Evaluation, evaluate_all
 from mtbert.figures import cosine_map, evaluation_figures
 from mtbert.flops import encoder_flops, peak_flops
 from mtbert.heads import MultiTaskModel
-from mtbert.manifest import Checkpoint
+from mtbert.manifest import Checkpoint, Course
 from mtbert.metrics import METRICS
 from mtbert.phases import Phase, plan
 from mtbert.pretrained import load_pretrained
@@ -238,8 +238,6 @@ class _Run:
         if checkpoint is not None:
             self.checkpointer.load(self.engine, checkpoint)
             self.first_step, self.best = checkpoint.step, checkpoint.best
-            for schedule, history in zip(self._schedules(), checkpoint.manifest.histories, strict=False):
-                schedule.history = [(int(step), chances) for step, chances in history]
         self.tracker = Tracker(run_dir, rank, self.first_step, self.total_steps, quiet)
         for note in built.notes:
             self.tracker.message(note)
@@ -250,6 +248,8 @@ class _Run:
         self.peak = 1e12 * peak if peak else peak_flops(self.device, self.engine.dtype)
         self.window = _Window([task.name for task in built.tasks], self.peak)
         self.cosines: dict[tuple[str, str], list[float]] = {}  # since the last evaluation
+        if checkpoint is not None:
+            self._take_course(checkpoint)
 
     # --------------------------------------------------------------------------------------------- the loop
 
@@ -443,7 +443,30 @@ class _Run:
         if self.checkpointer.wait() and self.best is not None and self.best["step"] != step:
             self.best = self.checkpointer.best  # it may be the one that could not be saved
         histories = [list(schedule.history) for schedule in self._schedules()]
-        self.checkpointer.save(self.engine, step, self.best, self.tracker.message, histories)
+        course = Course(
+            skips_in_a_row=self.skips_in_a_row,
+            precision=str(self.engine.dtype),
+            losses=dict(self.window.losses),
+            sums={name: list(values) for name, values in self.window.sums.items()},
+            counts=dict(self.window.counts),
+            cosines=[(*pair, list(values)) for pair, values in self.cosines.items()],
+        )
+        self.checkpointer.save(self.engine, step, self.best, self.tracker.message, histories, course)
+
+    def _take_course(self, checkpoint: Checkpoint) -> None:
+        for schedule, history in zip(self._schedules(), checkpoint.manifest.histories, strict=False):
+            schedule.history = [(int(step), chances) for step, chances in history]
+        course = checkpoint.manifest.course
+        if course is None:
+            return
+        self.skips_in_a_row = course.skips_in_a_row
+        # copies: the manifest is frozen, the log goes on
+        self.window.losses |= course.losses
+        self.window.sums |= {name: list(values) for name, values in course.sums.items()}
+        self.window.counts |= course.counts
+        self.cosines = {(one, other): list(values) for one, other, values in course.cosines}
+        if course.precision != (now := str(self.engine.dtype)):
+            self.tracker.message(f"up to here in {course.precision}, from here on in {now}: results differ by rounding")
 
     def _finish_saving(self) -> None:
         if trouble := self.checkpointer.wait():
@@ -602,36 +625,40 @@ class _Window:
         self._open()
 
     def _open(self) -> None:
-        self.seconds = self.waited = self.flops = 0.0
-        self.examples = self.tokens = self.padded = self.skipped = 0
         self.sums: dict[str, list[float]] = {}
+        self.counts = dict.fromkeys(("seconds", "waited", "flops", "examples", "tokens", "padded", "skipped"), 0.0)
 
     def add(self, data: _StepData, result: StepResult, waited: float, seconds: float, flops: float) -> None:
         """`seconds` a step took, `waited` of them for its data; evaluations and saves count for neither."""
-        self.waited += waited
-        self.flops += flops
-        self.seconds += seconds
-        self.skipped += result.skipped
-        for share, batches in zip(data.shares, data.batches, strict=True):
-            self.examples += share.examples
-            self.tokens += sum(batch.packed.tokens for batch in batches)
-            self.padded += sum(batch.packed.padded for batch in batches)
+        packed = [batch.packed for batches in data.batches for batch in batches]
+        new = {
+            "seconds": seconds,
+            "waited": waited,
+            "flops": flops,
+            "examples": sum(share.examples for share in data.shares),
+            "tokens": sum(each.tokens for each in packed),
+            "padded": sum(each.padded for each in packed),
+            "skipped": result.skipped,
+        }
+        for name, value in new.items():
+            self.counts[name] += value
         for task, loss in zip(result.tasks, result.losses_K.tolist(), strict=True):
             self.sums.setdefault(self.names[task], []).append(loss)
 
     def close(self, world: int) -> dict[str, float]:
-        seconds = max(self.seconds, 1e-9)
+        count = self.counts
+        seconds = max(count["seconds"], 1e-9)
         self.losses |= {name: float(np.mean(values)) for name, values in self.sums.items()}
         values = {
-            "speed/examples_per_second": self.examples / seconds,
+            "speed/examples_per_second": count["examples"] / seconds,
             # this rank's tokens; the schedule gives every rank the same number to within a few per cent
-            "speed/tokens_per_second": world * self.tokens / seconds,
-            "speed/model_tflops": self.flops / seconds / 1e12,  # of this rank; `encoder_flops` says what is counted
-            "speed/padding_avoided": 1 - self.tokens / max(self.padded, 1),
-            "speed/waiting_for_data": self.waited / seconds,
-            "skipped_steps": float(self.skipped),
+            "speed/tokens_per_second": world * count["tokens"] / seconds,
+            "speed/model_tflops": count["flops"] / seconds / 1e12,  # of this rank; `encoder_flops` says what is counted
+            "speed/padding_avoided": 1 - count["tokens"] / max(count["padded"], 1),
+            "speed/waiting_for_data": count["waited"] / seconds,
+            "skipped_steps": count["skipped"],
         }
         if self.peak:
-            values["speed/mfu"] = self.flops / seconds / self.peak
+            values["speed/mfu"] = count["flops"] / seconds / self.peak
         self._open()
         return values

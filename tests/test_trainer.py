@@ -116,13 +116,17 @@ def equal(some: dict[str, Said], others: dict[str, Said]) -> bool:
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize(("world", "zero"), [(1, 1), (2, 1), (2, 3)])
-def test_killed_and_resumed_ends_with_the_same_bits(config: Config, world: int, zero: int) -> None:
-    config = config.model_copy(update={"engine": config.engine.model_copy(update={"zero": zero})})
+@pytest.mark.parametrize(("world", "zero", "log_every"), [(1, 1, 3), (2, 1, 1), (2, 3, 1)])
+def test_killed_and_resumed_ends_with_the_same_bits(config: Config, world: int, zero: int, log_every: int) -> None:
+    """And with the same log, also where a line sums up steps from before and after a save (every second step)."""
+    engine, run = {"zero": zero}, {"log_every": log_every}
+    config = config.model_copy(
+        update={"engine": config.engine.model_copy(update=engine), "run": config.run.model_copy(update=run)}
+    )
     undisturbed = new_run(config, "undisturbed")
     assert finished(undisturbed, world) == ("finished", STEPS)
     killed = new_run(config, "killed")
-    kill_at = int(addressed_rng(0, "kill", os.getpid(), world).integers(1, STEPS - 1))
+    kill_at = int(addressed_rng(0, "kill", os.getpid(), world).integers(1, (STEPS - 1) // log_every))
     processes = started(killed, world)
     while not (killed / "metrics.jsonl").exists() or len((killed / "metrics.jsonl").read_text().splitlines()) < kill_at:
         time.sleep(0.005)

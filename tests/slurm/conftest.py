@@ -81,10 +81,11 @@ class Cluster:
 class Submission:
     """`launch/submit.py` with these arguments, running."""
 
-    def __init__(self, place: Path, *arguments: str | Path) -> None:
+    def __init__(self, place: Path, *arguments: str | Path, path: str | None = None) -> None:
         self.process = subprocess.Popen(
             [sys.executable, ROOT / "launch" / "submit.py", *arguments],
             cwd=place,
+            env={**os.environ, "PATH": path or os.environ["PATH"]},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -227,18 +228,18 @@ class Bench:
         subprocess.run(["umount", "--lazy", self.small], check=True)
         del os.environ["SLURM_CONF"]
 
-    def type(self, *arguments: str | Path) -> Submission:
-        """`launch/submit.py` with these arguments."""
-        submission = Submission(self.place, *arguments)
+    def type(self, *arguments: str | Path, path: str | None = None) -> Submission:
+        """`launch/submit.py` with these arguments; `path`: where it and its job find programs."""
+        submission = Submission(self.place, *arguments, path=path)
         self._mine.submissions.append(submission)
         return submission
 
-    def start(self, name: str, *arguments: str | Path) -> tuple[Submission, Trained]:
+    def start(self, name: str, *arguments: str | Path, path: str | None = None) -> tuple[Submission, Trained]:
         """Submits tiny.yaml as a run of this name and follows it."""
         run = Trained(self.place / "runs" / name)
         self._mine.runs.append(run)
         base = ["--config", "tiny.yaml", "--nodes", "2", "--follow", "--set", f"run.name={name}"]
-        return self.type(*base, *arguments), run
+        return self.type(*base, *arguments, path=path), run
 
     def pair(self) -> tuple[list[str], tuple[str, str]]:
         """Two nodes that no other test uses: how to ask for them, and their names."""

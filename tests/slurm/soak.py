@@ -42,7 +42,7 @@ def soak(draw: random.Random, disturbances: int, steps: int, place: Path, cluste
     print("| # | disturbance | at step | next attempt began with | lost steps | back after |")
     print("|---|---|---|---|---|---|")
     for number in range(disturbances):
-        wait_for(run, number * STEPS_EACH + draw.randrange(30, STEPS_EACH))
+        wait_for(run, number * STEPS_EACH + draw.randrange(30, STEPS_EACH - 20))
         time.sleep(draw.random())
         kind = draw.choice(["USR2", "USR2 on one rank", "requeue", "kill -9 of a rank", "power cut"])
         before, attempts, began = run.step(), starts(run), time.monotonic()

@@ -6,6 +6,7 @@ Those that wait longest come first.
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -155,8 +156,13 @@ def test_killed_inside_a_save(bench: Bench) -> None:
 
 
 def test_a_power_cut_so_short_that_slurm_does_not_notice(bench: Bench) -> None:
+    """The rank that is left must put the job back into the queue before it goes, also where scontrol takes its time."""
     rough, (_, second) = bench.pair()
-    submission, run = bench.start("blink", *rough)
+    slow = bench.place / "slow" / "scontrol"
+    slow.parent.mkdir()
+    slow.write_text(f'#!/bin/sh\nsleep 1\nexec {shutil.which("scontrol")} "$@"\n')
+    slow.chmod(0o755)
+    submission, run = bench.start("blink", *rough, path=f"{slow.parent}:{os.environ['PATH']}")
     with run.held_at(45):
         bench.cluster("crash", second)
         bench.cluster("revive", second)
