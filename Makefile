@@ -3,9 +3,11 @@ PYTHON ?= python3
 PIP := DS_BUILD_OPS=0 .venv/bin/python -m pip install --quiet --constraint constraints.txt
 TRAIN_READY := .venv/.ready-to-train
 TEST_READY := .venv/.ready-to-test
+TOOLS_READY := .venv-tools/.ready
+TOOLS := atheris==3.0.0 mutmut==3.8.1 pip-audit==2.10.1 pip-licenses==5.5.5 cyclonedx-bom==7.5.0 uv
 BROWSER_READY := .venv/.ready-to-browse
 
-.PHONY: help train test check bench papers search clean slurm-up slurm-down test-slurm test-browser
+.PHONY: help train test check bench papers search clean slurm-up slurm-down test-slurm test-browser soak fuzz mutants audit
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -23,7 +25,7 @@ check: $(TEST_READY) ## lint, formatting, types and the import rules
 	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest --quiet tests/test_imports.py
 
 clean: ## remove .venv, caches and build products; runs/ stays
-	@rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage
+	@rm -rf .venv .venv-tools .fuzz .mutants audit build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage
 	@find mtbert launch tune tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 bench: $(TEST_READY) ## what docs/performance.md says, measured anew (half an hour; leave the machine alone)
@@ -44,6 +46,25 @@ slurm-down: ## stop it and undo what slurm-up did
 test-slurm: $(TEST_READY) ## the tests on a real Slurm, brought up and taken down (Debian, root)
 	@MTBERT_SLURM=1 OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests/slurm $(ARGS)
 
+soak: $(TEST_READY) ## 500 faults into real jobs, an hour and more (all kinds: root, strace): make soak ARGS="--faults 50 --seed 1"
+	@.venv/bin/python tests/faults/soak.py $(ARGS)
+
+fuzz: $(TOOLS_READY) ## coverage-guided fuzzing of every reader: make fuzz SECONDS=600
+	@.venv-tools/bin/python tests/faults/fuzz_readers.py --seconds $(or $(SECONDS),60) $(ARGS)
+
+mutants: $(TOOLS_READY) ## do the tests notice a wrong line? hours; a taste: make mutants ARGS="--modules schedule --sample 20"
+	@.venv-tools/bin/python tests/faults/mutants.py $(ARGS)
+
+audit: $(TOOLS_READY) ## known vulnerabilities, licences and an SBOM of what was tested, into audit/ (needs pypi.org)
+	@mkdir -p audit
+	@.venv-tools/bin/pip-licenses --python=.venv/bin/python --from=mixed --format=markdown --output-file=audit/licences.md
+	@.venv-tools/bin/cyclonedx-py environment .venv/bin/python --output-reproducible --output-file audit/sbom.json
+	@.venv-tools/bin/pip-audit --strict --require-hashes --disable-pip --requirement requirements.lock
+
+requirements.lock: constraints.txt $(TOOLS_READY) ## the tested versions with the hashes of their files
+	@.venv-tools/bin/uv pip compile --quiet --no-deps --universal --python-version 3.11 --generate-hashes --no-annotate \
+		--no-header --output-file $@ constraints.txt
+
 test-browser: ## TensorBoard and our pages in a browser, pictures into docs/ (Debian: chromium); RUN=runs/NAME takes that run
 	@command -v chromium chromium-browser google-chrome >/dev/null || { \
 		echo "test-browser needs Chromium; on Debian: apt-get install chromium" >&2; exit 1; }
@@ -62,6 +83,14 @@ $(TEST_READY): setup.py constraints.txt
 $(BROWSER_READY): setup.py constraints.txt
 	$(call install,.[browser])
 	@touch $@ $(TEST_READY) $(TRAIN_READY)
+
+# What looks at the project from outside stays out of its environment, whose packages it only sees.
+$(TOOLS_READY): setup.py $(TEST_READY)
+	@$(PYTHON) -m venv .venv-tools
+	@.venv/bin/python -c 'import site; print(site.getsitepackages()[0])' \
+		> "$$(.venv-tools/bin/python -c 'import site; print(site.getsitepackages()[0])')/tested.pth"
+	@.venv-tools/bin/python -m pip install --quiet $(TOOLS)
+	@touch $@
 
 # torch first and alone: later requirements then find the wheel the index has for this machine (a CPU one where offered).
 # DeepSpeed compiles nothing (DS_BUILD_OPS=0): the engine uses none of its operators.

@@ -29,6 +29,7 @@ from typing import Any
 
 from launch.records import (
     HEARTBEAT_S,
+    STALE_S,
     End,
     Lock,
     alive,
@@ -161,6 +162,7 @@ class Attempt:
         try:
             if self.rank.first:
                 self.lock.acquire()
+                self._clear_up()
             threading.Thread(target=self._watch, name="watch", daemon=True).start()
             outcome = train(self.run, self.rank, self._stop.is_set, not self.rank.first)
         except UserError as error:
@@ -194,29 +196,47 @@ class Attempt:
         """Ends this process when the attempt is lost, whatever the main thread is waiting for."""
         # the controller's process id; a rank that lost it would run on unseen
         parent = int(os.environ["SUBMITIT_LOCAL_JOB_ID"]) if self.place.slurm_job is None else os.getppid()
-        beat = time.monotonic()
+        beat = seen = time.monotonic()
         while not self._over.wait(WATCH_S):
-            if stop_path(self.run, self.token).exists():
-                self._stop.set()
-            end = read_end(self.run, self.name)
-            if end is None and (dead := self._dead_peer()) is not None:
-                self._end("lost", rank=dead, message=f"rank {dead} was killed")
-                end = read_end(self.run, self.name)
-            if end is not None and EXIT_CODES[end.status]:
-                with self._ending:  # the main thread may be on its way to put the job back into the queue
-                    self._leave(EXIT_CODES[end.status])
             if os.getppid() != parent:
                 self._leave(1)
-            if self.rank.first and time.monotonic() - beat > HEARTBEAT_S:
-                beat = time.monotonic()
-                if not self._holds_lock():
-                    self._end("failed", message=f"{self.run}: another job took this run folder over")
-                else:
-                    self.lock.touch()
+            try:
+                self._look()
+                if self.rank.first and time.monotonic() - beat > HEARTBEAT_S:
+                    beat = time.monotonic()
+                    if not self._holds_lock():
+                        self._end("failed", message=f"{self.run}: another job took this run folder over")
+                    else:
+                        self.lock.touch()
+                seen = time.monotonic()
+            except OSError as error:  # a file server that restarts; the watch must outlive it
+                if time.monotonic() - seen > STALE_S:
+                    print(f"{self.run}: out of reach for {STALE_S:g} s ({error}); this rank ends", file=sys.stderr)
+                    self._leave(1)
+
+    def _look(self) -> None:
+        if stop_path(self.run, self.token).exists():
+            self._stop.set()
+        end = read_end(self.run, self.name)
+        if end is None and (dead := self._dead_peer()) is not None:
+            self._end("lost", rank=dead, message=f"rank {dead} was killed")
+            end = read_end(self.run, self.name)
+        if end is not None and EXIT_CODES[end.status]:
+            with self._ending:  # the main thread may be on its way to put the job back into the queue
+                self._leave(EXIT_CODES[end.status])
+
+    def _clear_up(self) -> None:
+        """What attempts before this one left when they were killed; the folder is ours."""
+        for path in job_folder(self.run).iterdir():
+            ours = path.name.startswith(self.name if ".rank" in path.name else self.token)
+            left = path.suffix in (".rendezvous", ".stop") or ".rank" in path.suffix or ".end.json." in path.name
+            if left and not ours and not path.name.startswith(f".{self.name}"):
+                path.unlink(missing_ok=True)
 
     def _leave(self, code: int) -> None:
-        self._presence(self.rank.rank).unlink(missing_ok=True)
-        self._release()
+        with contextlib.suppress(OSError):
+            self._presence(self.rank.rank).unlink(missing_ok=True)
+            self._release()
         with contextlib.suppress(OSError):
             sys.stdout.flush()
         os._exit(code)

@@ -72,6 +72,8 @@ def run_here(
                 job._process.wait()
             time.sleep(POLL_S)
     tail.copy()
+    for suffix in ("rendezvous", "stop"):  # torch leaves the file in which the ranks met
+        (job_folder(run) / f"{token}.{suffix}").unlink(missing_ok=True)
     if shown:
         sys.stdout.buffer.write(SHOW_CURSOR)
         sys.stdout.flush()

@@ -227,13 +227,18 @@ class Lock:
 
 
 def alive(pid: int) -> bool:
+    """Whether a process of this host is there and not merely waiting for its parent to hear of its end: in containers
+    the first process may never ask."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
-        return True
-    return True
+        pass
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:  # gone meanwhile, or no Linux
+        return not Path("/proc/self").exists()
 
 
 def slurm_state(job: str) -> str:

@@ -49,8 +49,8 @@ def report(run: Path, end: End | None, resume: str) -> int:
     if end.status in ("failed", "lost"):
         print(f"rank {end.rank} on {end.host} failed; all output: {log_path(run).parent}/", file=sys.stderr)
         print(end.message.rstrip(), file=sys.stderr)
-        if end.status == "lost":
-            print(f"a rank was killed (memory?) or its node failed; continue with: {resume}", file=sys.stderr)
+        why = "a rank was killed (memory?) or its node failed; " if end.status == "lost" else ""
+        print(f"{why}continue with: {resume}", file=sys.stderr)
         return 1
     if end.status == "stopped":
         at = "before the first step" if end.step is None else f"at step {end.step}"

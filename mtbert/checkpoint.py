@@ -314,7 +314,8 @@ def _parsed(key: str, tensor: Any, path: Path) -> tuple[str, int, int, str]:
 
 def _make_empty(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    folder.parent.mkdir(exist_ok=True)  # not the run folder itself: a shared one that is away would not be missed
+    folder.mkdir()
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> File:

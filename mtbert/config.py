@@ -30,9 +30,9 @@ class Section(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _no_booleans(cls, values: Any) -> Any:
-        """No key is a boolean, but pydantic would take `true` as 1; in YAML an unquoted yes, no, on or off is one."""
+        """But where one belongs: pydantic would take `true` as 1; in YAML an unquoted yes, no, on or off is one."""
         for key in cls.model_fields.keys() & (values if isinstance(values, dict) else {}):
-            if isinstance(values[key], bool):
+            if isinstance(values[key], bool) and cls.model_fields[key].annotation is not bool:
                 raise PydanticCustomError(
                     "boolean", "{key}: is neither true nor false; a name such as yes or on needs quotes", {"key": key}
                 )
@@ -434,6 +434,11 @@ class EngineConfig(Section):
         gt=0,
         description="what one rank's device computes at best at this precision, in TFLOP/s, to draw speed/mfu against; "
         "default: the data sheet's of a few NVIDIA GPUs in bf16, elsewhere no speed/mfu",
+    )
+    deterministic: bool = Field(
+        False,
+        description="the same bits from the same seed on GPUs too, at a cost in speed (docs/reliability.md); CPUs give "
+        "them anyway",
     )
     threads: int | None = Field(None, ge=1, description="torch threads per rank; default: cores / ranks on the host")
 

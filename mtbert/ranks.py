@@ -23,6 +23,9 @@ def join_ranks(rank: Rank, config: EngineConfig, timeout_s: float = 1800) -> Non
     device = local_device(rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    if config.deterministic:  # torch then refuses what it cannot compute so; cuBLAS reads the variable when it starts
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(config.deterministic)
     torch.set_num_threads(config.threads or max(1, _cores() // rank.local_world))
     rendezvous = rank.rendezvous
     if not rendezvous:

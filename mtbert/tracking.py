@@ -74,8 +74,13 @@ class Tracker:
         self._first_step = first_step
         self._events: SummaryWriter | None = None
         self._events_from = first_step
-        self._lines = _continue(run_dir / METRICS_FILE, first_step) if rank.first else None
+        self._lines: _Lines | None = None
+        damaged = 0
+        if rank.first:
+            self._lines, damaged = _continue(run_dir / METRICS_FILE, first_step)
         self._display = _display(first_step, total_steps) if rank.first and not quiet else None
+        if damaged:
+            self.message(f"{METRICS_FILE}: {damaged} line(s) were damaged and are dropped")
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """One JSON line and one point per tag. A value that is not finite is null in JSON and named in `not_finite`."""
@@ -215,16 +220,27 @@ class _Lines:
         self._file.close()
 
 
-def _continue(path: Path, first_step: int) -> _Lines:
-    """`path` with the records before `first_step`, open to append.
+def _continue(path: Path, first_step: int) -> tuple[_Lines, int]:
+    """`path` with the records before `first_step`, open to append; and how many damaged lines were dropped.
 
-    The last line may be half a record, where its writer was killed; it is dropped.
+    The last line may be half a record, where its writer was killed; it is dropped, too.
     """
+    damaged = 0
     if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
         whole = [line for line in lines if line.endswith("\n")]
-        write_atomically(path, "".join(line for line in whole if json.loads(line)["step"] < first_step))
-    return _Lines(path)
+        steps = [_step(line) for line in whole]
+        write_atomically(path, "".join(line for line, step in zip(whole, steps, strict=True) if step < first_step))
+        damaged = sum(math.isinf(step) for step in steps)
+    return _Lines(path), damaged
+
+
+def _step(line: str) -> float:
+    """Infinity for a line that no training wrote: a disk may have."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, TypeError, LookupError, RecursionError):
+        return math.inf
 
 
 def print_table(

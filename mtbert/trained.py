@@ -3,6 +3,7 @@
     RUN/encoder/config.json       shape, as Hugging Face writes it     kept when the run starts
     RUN/encoder/tokenizer.json    as it was then
     RUN/encoder/origin.json       name, hub commit and SHA-256 of the pretrained weights
+    RUN/encoder/checksums.json    SHA-256 of these three
     RUN/checkpoints/…             weights
 
 Shapes: N examples, S texts of an example (1 or 2), B examples of a batch, C classes, D width of the encoder.
@@ -30,7 +31,7 @@ from mtbert.data import Dataset, Strings, collate, load_tokenizer, sequence_leng
 from mtbert.encoder import EncoderShape
 from mtbert.heads import MultiTaskModel
 from mtbert.losses import predict
-from mtbert.manifest import find_checkpoint
+from mtbert.manifest import find_checkpoint, sha256
 from mtbert.packing import batches_by_length, pack
 from mtbert.pretrained import read_shape, write_shape
 from mtbert.ranks import choose_precision, local_device
@@ -49,19 +50,30 @@ class KeptEncoder:
 
 
 def keep_encoder(run_dir: Path, encoder: KeptEncoder) -> None:
-    """Write it into the run folder; tokenizer last, whose presence says that all is there."""
+    """Write it into the run folder; checksums last, whose presence says that all is there."""
     folder = run_dir / "encoder"
     folder.mkdir(exist_ok=True)
     write_atomically(folder / "origin.json", json.dumps(encoder.origin, indent=2) + "\n")
     write_shape(encoder.shape, folder / "config.json")
     write_atomically(folder / "tokenizer.json", encoder.tokenizer.to_str(pretty=True))
+    checksums = {name: sha256(folder / name) for name in ("origin.json", "config.json", "tokenizer.json")}
+    write_atomically(folder / "checksums.json", json.dumps(checksums, indent=2) + "\n")
 
 
 def kept_encoder(run_dir: Path) -> KeptEncoder | None:
     """What `keep_encoder` wrote; None where a run has not got that far."""
     folder = run_dir / "encoder"
-    if not (folder / "tokenizer.json").is_file():
-        return None
+    try:
+        checksums = json.loads(read_small(folder / "checksums.json"))
+    except FileNotFoundError:
+        if not (folder / "tokenizer.json").is_file():
+            return None
+        checksums = {}  # a run from before there were any
+    except (OSError, ValueError, RecursionError):
+        raise UserError(f"{folder / 'checksums.json'}: not readable; it was damaged") from None
+    for name, wanted in checksums.items() if isinstance(checksums, dict) else [("checksums.json", "")]:
+        if name != Path(name).name or not (folder / name).is_file() or sha256(folder / name) != wanted:
+            raise UserError(f"{folder / name}: missing or changed since the run started; it was damaged")
     try:
         origin = json.loads(read_small(folder / "origin.json"))
         texts = isinstance(origin, dict) and all(isinstance(value, str | None) for value in origin.values())

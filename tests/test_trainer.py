@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import time
 from dataclasses import fields
@@ -243,6 +244,19 @@ def test_a_damaged_checkpoint_is_passed_over(config: Config) -> None:
     outcome = train(run, Rank(), quiet=True)  # goes on from the older one
     assert outcome.status == "finished" and digests_of(older) == expected
     open_checkpoint(newest)
+
+
+def test_nobody_draws_from_a_global_generator(config: Config) -> None:
+    """Trained, evaluated, drawn, saved and resumed: the generators of torch, NumPy and Python are where they were."""
+    before = torch.get_rng_state(), repr(np.random.get_state()), random.getstate()  # noqa: NPY002
+    config = config.model_copy(update={"engine": config.engine.model_copy(update={"deterministic": True})})
+    run = new_run(config, "draws")
+    polls = iter(range(STEPS))
+    assert train(run, Rank(), lambda: next(polls) == 5, quiet=True).status == "stopped"
+    assert train(run, Rank(), quiet=True).status == "finished"
+    assert torch.equal(before[0], torch.get_rng_state()), "torch"
+    assert before[1] == repr(np.random.get_state()), "NumPy"  # noqa: NPY002
+    assert before[2] == random.getstate(), "random"
 
 
 def test_a_save_that_fails_is_told_and_tried_again(

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mtbert.config import UserError
-from mtbert.runs import Outcome, Rank
+from mtbert.runs import Outcome, Rank, write_atomically
 
 Stop = Callable[[], bool]
 Launch = Callable[[str], "subprocess.Popen[str]"]
@@ -66,7 +66,7 @@ def until_stopped(run: Path, rank: Rank, stop: Stop, quiet: bool) -> Outcome:
     step = 0
     while not stop():
         step += 1
-        (run / f"step{rank.rank}").write_text(str(step))
+        write_atomically(run / f"step{rank.rank}", str(step))  # it is read meanwhile
         time.sleep(0.01)
     (run / f"saved{rank.rank}").write_text(str(step))
     return Outcome("stopped", step, {})

@@ -57,7 +57,9 @@ def test_one_lost_rank_ends_the_job_and_is_named(launch: Launch, run: Path, duty
     assert err.startswith("rank 1 on ")
     if duty == "rank_1_fails":
         assert err.count("Traceback") == 1
-        assert err.endswith("ZeroDivisionError: the flaw in rank 1\n")
+        *_, cause, advice = err.splitlines()
+        assert cause == "ZeroDivisionError: the flaw in rank 1"
+        assert advice.startswith("continue with: ") and advice.endswith(f" --resume {run}")
     else:
         assert err.splitlines()[1] == "rank 1 was killed"
 
