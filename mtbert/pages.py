@@ -27,6 +27,7 @@ def render(template: str, **values: Any) -> str:
         lstrip_blocks=True,
     )
     environment.filters["shown"] = _shown
+    environment.filters["numeric"] = _numeric
     return environment.get_template(template).render(**values)
 
 
@@ -45,15 +46,23 @@ def run_pictures(runs: Sequence[RunRecord], labels: Sequence[str]) -> Iterator[t
         "Scores": [tag for tag in tags if tag.startswith("metric/")],
         "Training loss": [tag for tag in tags if tag.startswith("loss/") and not tag.endswith("/dev")],
         "Development loss": [tag for tag in tags if tag.startswith("loss/") and tag.endswith("/dev")],
+        "Cosines of task gradients": [tag for tag in tags if tag.startswith(COSINE)],
         "Surgery": [tag for tag in tags if tag.startswith(("gradient/weight/", "gradient/conflict_rate"))],
         "Speed": [tag for tag in tags if tag in ("speed/tokens_per_second", "speed/mfu", "memory/peak_gib")],
     }
     for title, wanted in questions.items():
-        drawn = {tag.partition("/")[2].removesuffix("/dev"): curves_of(runs, tag, labels) for tag in wanted}
-        if drawn:
+        if not wanted:
+            continue
+        if wanted[0].startswith(COSINE):
+            yield title, data_uri(conflict_curves(runs, labels))
+        else:
+            drawn = {tag.partition("/")[2].removesuffix("/dev"): curves_of(runs, tag, labels) for tag in wanted}
             yield title, data_uri(panels(drawn))
-    if any(tag.startswith(COSINE) for tag in tags):
-        yield "Cosines of task gradients", data_uri(conflict_curves(runs, labels))
+
+
+def _numeric(rows: Sequence[Sequence[str | float | None]]) -> list[bool]:
+    """Of each column whether it holds numbers, which stand to the right."""
+    return [any(isinstance(cell, (int, float)) for cell in column) for column in zip(*rows, strict=True)]
 
 
 def _shown(value: str | float | None) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,29 +35,48 @@ if TYPE_CHECKING:
 
 PLAIN_LINE_EVERY_S = 10.0
 PLAIN_WIDTH = 160  # characters; log files have no width of their own
+GROUPS = {
+    "1 overview": r"metric/composite|gradient/conflict_rate|speed/tokens_per_second",
+    "2 learning": r"metric/|loss/",
+    "3 gradients": r"gradient/|weighting/",
+    "4 speed": r"speed/|memory/",
+    "5 schedule": r"",
+}
+"""TensorBoard sorts scalars by name, groups them by what stands before the first slash, and opens at the first group.
+So there, and only there, a tag has a group in front; the first pattern that the tag begins with counts."""
 LAYOUT = {
-    category: {title: ["Multiline", [pattern]] for title, pattern in charts.items()}
+    category: {title: ["Multiline", [rf"(\d [^/]+/)?{pattern}"]] for title, pattern in charts.items()}
     for category, charts in {
-        "does it learn": {
+        "does it learn, do the tasks fight, is it fast": {
             "score on the development sets": r"metric/.*",
             "training loss": r"loss/[^/]+$",
-            "development loss": r"loss/.*/dev$",
+            "cosine between tasks' gradients": r"gradient/cosine/.*",
+            "tokens per second": r"speed/tokens_per_second$",
         },
-        "do the tasks fight": {
-            "cosine between tasks": r"gradient/cosine/.*",
+        "learning": {
+            "development loss": r"loss/.*/dev$",
+            "learning rates": r"learning_rate/.*",
+            "passes over each dataset": r"passes/.*",
+        },
+        "gradients": {
             "share of pairs in conflict": r"gradient/conflict_rate$",
             "weights of surgery": r"gradient/weight/.*",
             "gradient norms": r"gradient/norm/.*",
         },
-        "is it fast": {
-            "tokens per second": r"speed/tokens_per_second$",
+        "speed": {
             "model FLOPs utilisation, or TFLOP/s of a rank": r"speed/(mfu|model_tflops)$",
             "share of padding avoided, of time spent waiting for data": r"speed/(padding_avoided|waiting_for_data)$",
+            "memory, GiB": r"memory/.*",
         },
-        "where it is": {"learning rates": r"learning_rate/.*", "passes over each dataset": r"passes/.*"},
     }.items()
 }
-"""TensorBoard's custom scalars: the questions one comes with, and what shares a chart."""
+"""TensorBoard's custom scalars: on the first screen the questions one comes with, below what else shares a chart.
+Runs of earlier versions have no group before a tag."""
+
+
+def grouped(tag: str) -> str:
+    """A scalar's name in TensorBoard."""
+    return next(f"{group}/{tag}" for group, pattern in GROUPS.items() if re.match(pattern, tag))
 
 
 class Tracker:
@@ -96,7 +116,7 @@ class Tracker:
             return  # no room for events either
         with self._no_room_survived():
             for tag, value in values.items():
-                self._writer().add_scalar(tag, value, step, walltime=now)
+                self._writer().add_scalar(grouped(tag), value, step, walltime=now)
         self._events_from = step + 1
 
     def text(self, tag: str, markdown: str) -> None:

@@ -10,6 +10,7 @@ import pty
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def records(run: Path) -> list[dict[str, Any]]:
 
 def curve(run: Path, tag: str) -> list[tuple[int, float]]:
     events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
-    return [(event.step, event.value) for event in events.Scalars(tag)]
+    return [(event.step, event.value) for event in events.Scalars(tracking.grouped(tag))]
 
 
 def write(run: Path, first: int, last: int, offset: float = 0.0, total: int = 10) -> None:
@@ -50,7 +51,7 @@ def test_both_sinks_hold_the_same(tmp_path: Path) -> None:
     write(tmp_path, 0, 4)
     assert curve(tmp_path, "loss/sst") == [(step, float(step)) for step in range(4)]
     assert [(record["step"], record["loss/sst"]) for record in records(tmp_path)] == curve(tmp_path, "loss/sst")
-    events = EventAccumulator(str(tmp_path)).Reload().Scalars("loss/sst")
+    events = EventAccumulator(str(tmp_path)).Reload().Scalars("2 learning/loss/sst")
     assert [event.wall_time for event in events] == pytest.approx(
         [record["time"] for record in records(tmp_path)], abs=1e-3
     )
@@ -107,24 +108,38 @@ def test_values_that_are_not_finite(tmp_path: Path) -> None:
     assert math.isnan(curve(tmp_path, "a")[0][1])
 
 
-def test_the_layout_puts_pairs_in_one_chart_and_finds_every_question_s_curves(tmp_path: Path) -> None:
-    pairs = ["gradient/cosine/quora~sst", "gradient/cosine/sst~sts"]
-    tags = ["gradient/norm/sst", "loss/sst", "loss/sst/dev", "metric/sst/accuracy", "speed/mfu", "passes/sst"]
+TAGS = [
+    *["gradient/cosine/quora~sst", "gradient/cosine/sst~sts", "gradient/norm/sst", "gradient/conflict_rate"],
+    *["loss/sst", "loss/sst/dev", "metric/sst/accuracy", "metric/composite", "speed/mfu", "speed/tokens_per_second"],
+    *["passes/sst", "learning_rate/heads", "memory/peak_gib"],
+]
+
+
+def test_the_first_group_of_scalars_answers_the_first_questions() -> None:
+    shown = sorted(map(tracking.grouped, TAGS))
+    assert [tag.removeprefix("1 overview/") for tag in shown[:3]] == [
+        *["gradient/conflict_rate", "metric/composite", "speed/tokens_per_second"],
+    ]
+    assert [tag.partition("/")[2] for tag in shown[3:6]] == ["loss/sst", "loss/sst/dev", "metric/sst/accuracy"]
+
+
+@pytest.mark.parametrize("named", [tracking.grouped, str], ids=["now", "by earlier versions"])
+def test_the_layout_puts_pairs_in_one_chart_and_finds_every_question_s_curves(
+    tmp_path: Path, named: Callable[[str], str]
+) -> None:
     with Tracker(tmp_path, Rank(), 0, 10, quiet=True) as tracker:
-        tracker.scalars(0, dict.fromkeys([*pairs, *tags], 0.1))
+        tracker.scalars(0, dict.fromkeys(TAGS, 0.1))
     events = EventAccumulator(str(tmp_path)).Reload()
     [event] = events.Tensors("custom_scalars__config__")
     layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
     charts = {chart.title: chart.multiline.tag[0] for category in layout.category for chart in category.chart}
     # as TensorBoard's plugin matches them: from the beginning of the tag
-    shown = {title: [tag for tag in [*pairs, *tags] if re.match(regex, tag)] for title, regex in charts.items()}
-    assert shown["cosine between tasks"] == pairs
+    shown = {title: [tag for tag in TAGS if re.match(regex, named(tag))] for title, regex in charts.items()}
+    assert shown["cosine between tasks' gradients"] == TAGS[:2]
     assert shown["training loss"] == ["loss/sst"]
     assert shown["development loss"] == ["loss/sst/dev"]
-    assert {tag for found in shown.values() for tag in found} == {*pairs, *tags}
-    assert [category.title for category in layout.category][:3] == [
-        *["does it learn", "do the tasks fight", "is it fast"],
-    ]
+    assert {tag for found in shown.values() for tag in found} == set(TAGS)
+    assert len(layout.category[0].chart) == 4  # a screen
 
 
 def test_settings_are_hparams_and_pictures_are_pixels(tmp_path: Path) -> None:
