@@ -12,6 +12,7 @@ Dropout is on when a `torch.Generator` is passed, off when it is None; `module.t
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -22,6 +23,11 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from mtbert.packing import Packed
+
+# oneDNN and its wrapper keep the last 1,024 products with all that they needed, half a megabyte each. Hardly two packed
+# batches have the same number of tokens: memory would grow by hundreds of megabytes, nearly none of it used again.
+for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+    os.environ.setdefault(cache, "256")
 
 Pooling = Literal["pooler", "cls", "mean"]
 

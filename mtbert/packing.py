@@ -15,8 +15,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-TOKENS_PER_BATCH = 8192
-"""Without gradients, over all ranks; large enough for full speed, small enough for any device that can train."""
+TOKENS_PER_BATCH = 4096
+"""Without gradients, over all ranks; large enough for full speed, small enough for any device that can train. On CPU
+twice as many cost 5 %: what a layer makes of them is given back to the kernel after each, and zeroed anew."""
+
+ALIKE = 16
+"""So many sequences of one length are a block of their own: it needs no padding, and so neither copies nor a mask."""
 
 
 @dataclass(frozen=True)
@@ -99,9 +103,15 @@ def pack(sequences: Sequence[np.ndarray], second_starts: Sequence[int] | None = 
 
 def _blocks(lengths: np.ndarray, starts: np.ndarray) -> list[Block]:
     """Cut sequences sorted by length where going on would cost more padding than a block of its own."""
+    alike = np.searchsorted(lengths, lengths, side="right") - np.searchsorted(lengths, lengths, side="left")
+    alone = alike >= ALIKE
     blocks, begin = [], 0
     while begin < len(lengths):
-        end = int(np.searchsorted(lengths, max(1.25 * lengths[begin], lengths[begin] + 4), side="right"))
+        if alone[begin]:
+            end = begin + int(alike[begin])
+        else:
+            end = int(np.searchsorted(lengths, max(1.25 * lengths[begin], lengths[begin] + 4), side="right"))
+            end = begin + int(np.argmax(np.append(alone[begin:end], True)))
         blocks.append(_block(lengths[begin:end], int(starts[begin]), int(starts[end])))
         begin = end
     return blocks
