@@ -6,7 +6,7 @@ usage: python -m benchmarks.using predict RUN FILE --task TASK [--gigabytes 1]
 RUN is a run folder, FILE a delimited file that `python -m mtbert predict` takes. `predict` answers FILE three times,
 each time beside a matrix product that says what the machine gives just then; then, as the command line does, it answers
 a small and a large file made of the same rows and a long column, and compares the memory of the two. `serve` starts
-the service, asks a text per request from many connections and compares the answers with those of `predict`; every 50th
+the service, asks a text per request from many connections and compares the answers with those of `predict`; every 20th
 request of a client is a bad one, which must be refused with a reason.
 """
 
@@ -40,7 +40,7 @@ from mtbert.readers import Record, form_of, read_table
 from mtbert.trained import Trained, load_run
 
 ROUNDS = 3
-BAD_EVERY = 50  # requests of a client
+BAD_EVERY = 20  # requests of a client
 PAYLOAD = 10_000  # characters of the column that makes a file large
 
 
@@ -159,8 +159,8 @@ def measure_serve(run_dir: str, file: str, task: str, clients: int, seconds: flo
             at = (number + clients * count) % len(texts)
             if expected[at] is None:
                 continue
-            if count % BAD_EVERY == BAD_EVERY - 1:
-                status, answer = post(connection, BAD[(number + count // BAD_EVERY) % len(BAD)])
+            if (number + count) % BAD_EVERY == 0:
+                status, answer = post(connection, BAD[(number + count) // BAD_EVERY % len(BAD)])
                 good = 400 <= status < 500 and bool(answer["detail"])
                 seen.refused, seen.not_refused = seen.refused + good, seen.not_refused + (not good)
                 continue

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 
 from mtbert.cli import main
 from mtbert.config import load_config
@@ -73,11 +72,7 @@ def test_adding_a_task(
     Path("new.csv").write_text("sentence\na good film\n")
     [block] = blocks("adding-a-task.md", "yaml")
     Path("mine.yaml").write_text(block.replace("configs/", f"{DOCS.parent}/configs/"))
-    config = load_config("mine.yaml")
-    assert (
-        list(config.tasks) == ["sst", "para", "sts", "topic"]
-        and yaml.safe_load(block)["tasks"]["topic"]["classes"] == 4
-    )
+    assert list(load_config("mine.yaml").tasks) == ["topic"]
     ran = [run(line.replace("--task topic", "--task sst")) for line in commands("adding-a-task.md") if not known(line)]
     assert len(ran) == 4
     printed = capsys.readouterr().out
