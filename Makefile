@@ -55,7 +55,7 @@ fuzz: $(TOOLS_READY) ## coverage-guided fuzzing of every reader: make fuzz SECON
 mutants: $(TOOLS_READY) ## do the tests notice a wrong line? hours; a taste: make mutants ARGS="--modules schedule --sample 20"
 	@.venv-tools/bin/python tests/faults/mutants.py $(ARGS)
 
-audit: $(TOOLS_READY) ## known vulnerabilities, licences and an SBOM of what was tested, into audit/ (needs pypi.org)
+audit: $(TOOLS_READY) ## known vulnerabilities, licences and an SBOM of what was tested, into audit/ (asks the index for advisories)
 	@mkdir -p audit
 	@.venv-tools/bin/pip-licenses --python=.venv/bin/python --from=mixed --format=markdown --output-file=audit/licences.md
 	@.venv-tools/bin/cyclonedx-py environment .venv/bin/python --output-reproducible --output-file audit/sbom.json
