@@ -7,9 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from launch.records import job_folder
 from mtbert.record import METRICS_FILE
 
 LINEAGE_FILE = "lineage.jsonl"
+STARTS_FILE = "starts.jsonl"
+"""In the job folder, a line per attempt."""
 
 
 def evaluations_in(folder: Path) -> Iterator[tuple[int, dict[str, float | None]]]:
@@ -29,3 +32,9 @@ def lineage(folder: Path) -> list[dict[str, Any]]:
     """The grafts of a run folder, oldest first: step, trial it went on from, values since then."""
     file = folder / LINEAGE_FILE
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def attempts(folder: Path) -> int:
+    """How often a trial was started."""
+    file = job_folder(folder) / STARTS_FILE
+    return len(file.read_text().splitlines()) if file.exists() else 0

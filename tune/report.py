@@ -16,7 +16,7 @@ from mtbert.config import load_config, to_yaml
 from mtbert.record import METRICS_FILE
 from mtbert.runs import write_atomically
 from tune.board import brief
-from tune.curves import evaluations_in
+from tune.curves import attempts, evaluations_in
 from tune.space import Parameter, Space
 from tune.study import COMPOSITE, Study, Tried
 
@@ -195,22 +195,24 @@ def cost(folder: Path, asked: float, examples: int) -> Cost | None:
 
 
 def _cost(folder: Path, study: Study) -> str:
-    known = [
-        found
-        for trial in study.tried()
-        if "asked" in trial.notes
-        and (found := cost(folder / "trials" / f"{trial.number:04d}", trial.notes["asked"], trial.examples)) is not None
-    ]
+    known = []
+    for trial in study.tried():
+        run = folder / "trials" / f"{trial.number:04d}"
+        once = attempts(run) == 1
+        if once and "asked" in trial.notes and (found := cost(run, trial.notes["asked"], trial.examples)) is not None:
+            known.append(found)
     if not known or "seconds" not in study.notes:
         return ""
     available = study.notes["seconds"] * study.notes.get("slots", 1)
     steps = sum(each.steps for each in known)
+    between = sum(each.whole - each.start - each.steps for each in known)
     start = float(np.median([each.start for each in known]))
     return (
         f"## Time\n\n{study.notes['seconds']:.0f} s for the whole search, {study.notes.get('slots', 1)} trial(s) at "
         f"once. From the decision for a trial to its first step {start:.1f} s (median). Of the time that trials had, "
-        f"{100 * steps / available:.0f} % were training steps; the rest is starting, evaluating, saving, baselines, "
-        f"and Ray's own start and end."
+        f"{100 * steps / available:.0f} % were training steps, {100 * between / available:.0f} % evaluations and saves "
+        f"between them, {100 - 100 * (steps + between) / available:.0f} % the rest: starting and ending trials, Ray, "
+        f"empty places at the end, {len(study.tried()) - len(known)} trial(s) that were started more than once."
     )
 
 

@@ -11,8 +11,6 @@ import json
 import os
 import shutil
 import socket
-import subprocess
-import sys
 import tempfile
 import time
 import traceback
@@ -29,13 +27,11 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from launch.records import End, job_folder, read_end
 from mtbert.config import load_config, to_yaml
 from mtbert.runs import write_atomically
-from tune.curves import LINEAGE_FILE, evaluations_in
+from tune.curves import LINEAGE_FILE, STARTS_FILE, attempts, evaluations_in
+from tune.owner import Owner
 
 TOKEN = "trial"
 """The token of a trial's job: all its attempts are one job, so a new one takes the folder over at once."""
-
-STARTS_FILE = "starts.jsonl"
-"""In the job folder, a line per attempt."""
 POLL_S = 0.2
 WRITTEN_S = 60.0
 """A checkpoint is written in the background after the evaluation it belongs to."""
@@ -145,8 +141,7 @@ class Ranks:
     def __init__(self, folder: Path, plan: Plan) -> None:
         self.folder, self.plan = folder, plan
         job_folder(folder).mkdir(exist_ok=True)
-        starts = job_folder(folder) / STARTS_FILE
-        self.attempt = len(starts.read_text().splitlines()) if starts.exists() else 0
+        self.attempt = attempts(folder)
         group = get_current_placement_group()
         assert isinstance(group, PlacementGroup)
         # the trial's own bundle holds nothing and is therefore not in the group
@@ -214,32 +209,3 @@ class Ranks:
     def kill(self) -> None:
         for owner in self.owners:
             ray.kill(owner)
-
-
-@ray.remote
-class Owner:
-    """Starts a rank on its node and outlives it. Its methods run in one thread, which the kernel ties the rank to."""
-
-    def place(self) -> dict[str, Any]:
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            port = probe.getsockname()[1]
-        address = ray.util.get_node_ip_address()
-        return {"address": address, "host": socket.gethostname(), "port": port, "gpus": ray.get_gpu_ids()}
-
-    def start(self, words: list[str], code: Path, devices: list[int]) -> int:
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-        if devices:  # all of this host: a rank picks its own by its local number
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, devices))
-        with (job_folder(Path(words[0])) / f"start{words[3]}_log.err").open("w") as early:  # until it has its own log
-            self.process = subprocess.Popen(
-                [sys.executable, str(code / "launch" / "child.py"), str(os.getpid()), *words],
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=early,
-            )
-        return self.process.pid
-
-    def wait(self) -> int:
-        return self.process.wait()
