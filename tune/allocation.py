@@ -9,9 +9,11 @@ people's, and its workers wait for minutes when the head is gone. Here Slurm end
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -20,12 +22,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch.records import ROOT
+from launch.show import STOPPED
 from mtbert.config import UserError
 from mtbert.runs import write_atomically
 from tune.cluster import OBJECT_STORE_BYTES, make_home, set_variables, write_token
 
 JOIN_S = 120
 """For all nodes to come; Slurm starts the tasks of a step together, so this is for slow file systems."""
+POLL_S = 0.5
 
 SCRIPT = """#!/bin/bash
 #SBATCH --job-name={name}
@@ -63,39 +67,29 @@ def submit(folder: Path, name: str, nodes: int, cpus: int, options: Sequence[str
 
 def main() -> int:
     """On one node of the job."""
-    folder = Path(sys.argv[1])
-    hosts = _hosts()
-    job, number = os.environ["SLURM_JOB_ID"], int(os.environ["SLURM_NODEID"])
-    port = 6380 + int(job) % 2000  # below the ports of Ray's own workers
-    home = make_home()
-    token = folder / "token"
+    # scancel and a time limit: what lies about is still taken away
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    folder, hosts = Path(sys.argv[1]), _hosts()
+    port = 6380 + int(os.environ["SLURM_JOB_ID"]) % 2000  # below the ports of Ray's own workers
+    first = os.environ["SLURM_NODEID"] == "0"
+    home, token = make_home(), folder / "token"
     try:
-        if number == 0:
-            token.unlink(missing_ok=True)
-            (folder / ".exit").unlink(missing_ok=True)
-            set_variables(write_token(folder))
-            return _drive(folder, home, socket.gethostbyname(hosts[0]), port, len(hosts))
-        _wait_for(hosts[0], port)
-        set_variables(token)
-        return subprocess.run([*_ray_start(home), f"--address={hosts[0]}:{port}", "--block"]).returncode
+        if not first:
+            return _lend(home, token, hosts[0], port)
+        token.unlink(missing_ok=True)
+        (folder / ".exit").unlink(missing_ok=True)
+        set_variables(home, write_token(folder))
+        return _drive(folder, home, socket.gethostbyname(hosts[0]), port, len(hosts))
+    except KeyboardInterrupt:
+        return STOPPED
     finally:
-        if number == 0:
+        if first:
             token.unlink(missing_ok=True)
         shutil.rmtree(home, ignore_errors=True)
 
 
 def _drive(folder: Path, home: Path, address: str, port: int, nodes: int) -> int:
-    head = subprocess.Popen(
-        [
-            *_ray_start(home),
-            "--head",
-            f"--node-ip-address={address}",
-            f"--port={port}",
-            f"--temp-dir={home}",
-            "--block",
-        ],
-        stdout=subprocess.DEVNULL,
-    )
+    head = _ray_start(home, "--head", f"--node-ip-address={address}", f"--port={port}", "--include-dashboard=false")
     try:
         _wait_for(address, port)
         from tune.search import main as search
@@ -108,13 +102,35 @@ def _drive(folder: Path, home: Path, address: str, port: int, nodes: int) -> int
     return code
 
 
-def _ray_start(home: Path) -> list[str]:
-    cpus = os.environ["SLURM_CPUS_ON_NODE"]
-    return [
-        *[sys.executable, "-c", "from ray.scripts.scripts import main; main()", "start", f"--num-cpus={cpus}"],
+def _lend(home: Path, token: Path, host: str, port: int) -> int:
+    """Until the head is gone; Ray itself would look for it for minutes."""
+    _wait_for(host, port)
+    set_variables(home, token)
+    ray = _ray_start(home, f"--address={host}:{port}")
+    try:
+        while ray.poll() is None:
+            with contextlib.suppress(TimeoutError):
+                _knock(host, port)
+            time.sleep(POLL_S)
+        return ray.returncode
+    except ConnectionRefusedError:
+        return 0
+    finally:
+        ray.terminate()
+        ray.wait()
+
+
+def _ray_start(home: Path, *options: str) -> subprocess.Popen[bytes]:
+    words = [
+        *[sys.executable, "-c", "from ray.scripts.scripts import main; main()", "start", "--block"],
+        f"--num-cpus={os.environ['SLURM_CPUS_ON_NODE']}",
+        f"--num-gpus={os.environ.get('SLURM_GPUS_ON_NODE', '0')}",
         f"--object-store-memory={OBJECT_STORE_BYTES}",
+        f"--temp-dir={home}",
         "--disable-usage-stats",
+        *options,
     ]
+    return subprocess.Popen(words, stdout=subprocess.DEVNULL)
 
 
 def _hosts() -> list[str]:
@@ -123,16 +139,19 @@ def _hosts() -> list[str]:
 
 
 def _wait_for(host: str, port: int) -> None:
-    """Until something listens there: a node that joins a head that is not there waits for a quarter of an hour."""
+    """Until the head listens: a node that joins a head that is not there waits for a quarter of an hour."""
     deadline = time.monotonic() + JOIN_S
     while True:
         try:
-            socket.create_connection((host, port), timeout=5).close()
-            return
+            return _knock(host, port)
         except OSError:
             if time.monotonic() > deadline:
                 raise SystemExit(f"error: Ray's head did not come up on {host}:{port} within {JOIN_S} s") from None
-            time.sleep(0.2)
+            time.sleep(POLL_S)
+
+
+def _knock(host: str, port: int) -> None:
+    socket.create_connection((host, port), timeout=5).close()
 
 
 if __name__ == "__main__":

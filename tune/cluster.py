@@ -31,14 +31,16 @@ SWEEP = 'cat; for i in 1 2 3 4 5 6 7 8 9 10; do rm -rf "$0"; sleep 0.5; [ -e "$0
 """Waits for the end of its input, the driver's life; Ray's processes may write for a moment longer."""
 
 
-def set_variables(token_file: Path) -> None:
+def set_variables(home: Path, token_file: Path) -> None:
     """What Ray reads when it is imported, in this process and in those it starts."""
     assert "ray" not in sys.modules, "Ray was imported before its settings were there"
     path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ |= {
+        "TMPDIR": str(home),  # so that what killed ranks leave there goes with it
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token_file),
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",  # ranks inherit it; 15, Ray's choice, starves them where anything else runs
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # else it hides the GPUs of an actor without any, with a warning
         "RAY_AIR_NEW_OUTPUT": "0",  # which prints its own account whatever the verbosity
         "RAY_CHDIR_TO_TRIAL_DIR": "0",
@@ -74,7 +76,7 @@ def local_ray(cpus: int, gpus: int, dashboard: bool) -> Iterator[Path]:
         ["sh", "-c", SWEEP, str(home)], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True
     )
     try:
-        set_variables(write_token(home))
+        set_variables(home, write_token(home))
         import ray
 
         with warnings.catch_warnings():

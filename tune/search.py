@@ -133,15 +133,16 @@ def search(args: argparse.Namespace, command: list[str]) -> int:
         of_equal_length(config, settings.examples, settings.evaluations)
         folder = make_folder(args.space or DEFAULT_SPACE, settings, config, command)
         config = load_config(folder / "base.yaml")  # with absolute paths
-    with _only_search(folder):
-        try:
+    try:
+        with _only_search(folder):
             study = open_study(folder, settings, space, config, args.resume is not None)
-            job = None if args.cluster is None else submit(args, folder, settings)
-        except UserError:
-            if args.resume is None:
-                shutil.rmtree(folder)
-            raise
-        if job is None:
+        job = None if args.cluster is None else submit(args, folder, settings)
+    except UserError:
+        if args.resume is None:
+            shutil.rmtree(folder)
+        raise
+    if job is None:
+        with _only_search(folder):
             return run(args, folder, settings, space, config, study)
     print(f"job {job}: search folder {folder}\nwatch with: tail -F {folder}/slurm.log")
     return 0
@@ -355,9 +356,10 @@ def _only_search(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _terminated() -> Iterator[None]:
-    """TERM and a hang-up stop the search as Ctrl-C does."""
-    numbers = (signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
+    """TERM and a hang-up stop the search as Ctrl-C does, unless they are ignored (`nohup`)."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    for number in [number for number, handler in before.items() if handler is not signal.SIG_IGN]:
+        signal.signal(number, signal.default_int_handler)
     try:
         yield
     finally:
