@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
-import shutil
 import signal
 import socket
 import subprocess
@@ -25,7 +24,7 @@ from launch.records import ROOT
 from launch.show import STOPPED
 from mtbert.config import UserError
 from mtbert.runs import write_atomically
-from tune.cluster import OBJECT_STORE_BYTES, make_home, set_variables, write_token
+from tune.cluster import OBJECT_STORE_BYTES, TOKEN, ray_home, set_variables, write_token
 
 JOIN_S = 120
 """For all nodes to come; Slurm starts the tasks of a step together, so this is for slow file systems."""
@@ -40,7 +39,7 @@ SCRIPT = """#!/bin/bash
 #SBATCH --requeue
 {options}
 # one task per node; when the first, which drives, has ended, the others are ended too
-srun --wait=5 {cpus} {python} -m tune.allocation {folder}
+srun --wait=30 {cpus} {python} -m tune.allocation {folder}
 exit $(cat {folder}/.exit)
 """
 
@@ -67,57 +66,43 @@ def submit(folder: Path, name: str, nodes: int, cpus: int, options: Sequence[str
 
 def main() -> int:
     """On one node of the job."""
-    # scancel and a time limit: what lies about is still taken away
+    # of scancel and a time limit, so that what is here is taken away
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     folder, hosts = Path(sys.argv[1]), _hosts()
     port = 6380 + int(os.environ["SLURM_JOB_ID"]) % 2000  # below the ports of Ray's own workers
-    first = os.environ["SLURM_NODEID"] == "0"
-    home, token = make_home(), folder / "token"
-    try:
-        if not first:
-            return _lend(home, token, hosts[0], port)
-        token.unlink(missing_ok=True)
-        (folder / ".exit").unlink(missing_ok=True)
-        set_variables(home, write_token(folder))
-        return _drive(folder, home, socket.gethostbyname(hosts[0]), port, len(hosts))
-    except KeyboardInterrupt:
-        return STOPPED
-    finally:
-        if first:
-            token.unlink(missing_ok=True)
-        shutil.rmtree(home, ignore_errors=True)
+    with contextlib.suppress(KeyboardInterrupt):
+        if os.environ["SLURM_NODEID"] == "0":
+            with ray_home(folder / TOKEN) as home:
+                return _drive(folder, home, socket.gethostbyname(hosts[0]), port, len(hosts))
+        with ray_home() as home:
+            return _lend(folder, home, hosts[0], port)
+    return STOPPED
 
 
 def _drive(folder: Path, home: Path, address: str, port: int, nodes: int) -> int:
-    head = _ray_start(home, "--head", f"--node-ip-address={address}", f"--port={port}", "--include-dashboard=false")
-    try:
-        _wait_for(address, port)
-        from tune.search import main as search
+    (folder / TOKEN).unlink(missing_ok=True)
+    (folder / ".exit").unlink(missing_ok=True)
+    set_variables(home, write_token(folder))
+    _ray_start(home, "--head", f"--node-ip-address={address}", f"--port={port}", "--include-dashboard=false")
+    _wait_for(address, port)
+    from tune.search import main as search
 
-        code = search(["--resume", str(folder), "--address", f"{address}:{port}", "--nodes", str(nodes)])
-    finally:
-        head.terminate()
-        head.wait()
+    code = search(["--resume", str(folder), "--address", f"{address}:{port}", "--nodes", str(nodes)])
     write_atomically(folder / ".exit", str(code))
     return code
 
 
-def _lend(home: Path, token: Path, host: str, port: int) -> int:
+def _lend(folder: Path, home: Path, host: str, port: int) -> int:
     """Until the head is gone; Ray itself would look for it for minutes."""
     _wait_for(host, port)
-    set_variables(home, token)
+    set_variables(home, folder / TOKEN)
     ray = _ray_start(home, f"--address={host}:{port}")
-    try:
+    with contextlib.suppress(ConnectionRefusedError):
         while ray.poll() is None:
             with contextlib.suppress(TimeoutError):
                 _knock(host, port)
             time.sleep(POLL_S)
-        return ray.returncode
-    except ConnectionRefusedError:
-        return 0
-    finally:
-        ray.terminate()
-        ray.wait()
+    return ray.poll() or 0
 
 
 def _ray_start(home: Path, *options: str) -> subprocess.Popen[bytes]:

@@ -26,9 +26,26 @@ OBJECT_STORE_BYTES = 100 * 2**20
 """Nothing but small messages passes through it; Ray would take a third of the memory."""
 
 JOIN_S = 120.0
+TOKEN = "token"
 
-SWEEP = 'cat; for i in 1 2 3 4 5 6 7 8 9 10; do rm -rf "$0"; sleep 0.5; [ -e "$0" ] || exit 0; done'
-"""Waits for the end of its input, the driver's life; Ray's processes may write for a moment longer."""
+SWEEP = """
+trap : TERM INT HUP
+cat
+clean=0
+for _ in $(seq 40); do
+    left=$(grep -lszx "TMPDIR=$0" /proc/[0-9]*/environ)
+    for each in $left; do
+        pid=${each#/proc/}
+        kill -9 "${pid%/environ}"
+    done
+    rm -rf "$0" "$@"
+    if [ -n "$left" ] || [ -e "$0" ]; then clean=0; else clean=$((clean + 1)); fi
+    [ $clean -lt 2 ] || exit 0
+    sleep 0.25
+done
+"""
+"""Waits for the end of its input, the life of the process that started it, or for a signal to all of a Slurm step. Ends
+what Ray left: its agents would look for it for another minute."""
 
 
 def set_variables(home: Path, token_file: Path) -> None:
@@ -52,30 +69,42 @@ def set_variables(home: Path, token_file: Path) -> None:
     }
 
 
-def make_home() -> Path:
-    """A folder for Ray on this node, only for this user. Under /tmp when the usual place has a long name.
+@contextlib.contextmanager
+def ray_home(*secrets: Path) -> Iterator[Path]:
+    """A folder for Ray on this node, only for this user; it, `secrets` and all processes that use it go with the block,
+    also after a kill -9.
 
-    Ray's sockets lie 62 characters below, and the path of a socket has 107 at most.
+    Under /tmp when the usual place has a long name: Ray's sockets lie 62 characters below, and the path of a socket has
+    107 at most.
     """
     usual = tempfile.gettempdir()
-    return Path(tempfile.mkdtemp(prefix="mtbert-ray-", dir=usual if len(usual) < 25 else "/tmp"))
+    home = Path(tempfile.mkdtemp(prefix="mtbert-ray-", dir=usual if len(usual) < 25 else "/tmp"))
+    sweeper = subprocess.Popen(
+        ["sh", "-c", SWEEP, str(home), *map(str, secrets)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        yield home
+    finally:
+        assert sweeper.stdin
+        sweeper.stdin.close()
+        sweeper.wait()
 
 
 def write_token(folder: Path) -> Path:
-    file = folder / "token"
+    file = folder / TOKEN
     file.touch(mode=0o600, exist_ok=False)  # before there is anything in it to be read
     file.write_text(secrets.token_hex(32))
     return file
 
 
 @contextlib.contextmanager
-def local_ray(cpus: int, gpus: int, dashboard: bool) -> Iterator[Path]:
-    """Ray on this machine while the block lasts. Yields its folder, gone afterwards, also after a kill -9."""
-    home = make_home()
-    sweeper = subprocess.Popen(
-        ["sh", "-c", SWEEP, str(home)], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True
-    )
-    try:
+def local_ray(cpus: int, gpus: int, dashboard: bool) -> Iterator[None]:
+    """Ray on this machine while the block lasts."""
+    with ray_home() as home:
         set_variables(home, write_token(home))
         import ray
 
@@ -92,13 +121,9 @@ def local_ray(cpus: int, gpus: int, dashboard: bool) -> Iterator[Path]:
                 _temp_dir=str(home),
             )
         try:
-            yield home
+            yield
         finally:
             ray.shutdown()
-    finally:
-        assert sweeper.stdin
-        sweeper.stdin.close()
-        sweeper.wait()
 
 
 @contextlib.contextmanager

@@ -152,6 +152,8 @@ class Conductor:
         self.board.show(number)
 
     def completed(self, tune_id: str, result: dict[str, Any] | None, error: bool) -> None:
+        if result is not None and "examples" in result:
+            self.reported(tune_id, result)  # that for which a trial is stopped, Tune tells only here
         number = self.numbers.pop(tune_id)
         folder = self._run(number)
         trial = self.study.tried()[number]

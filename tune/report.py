@@ -212,7 +212,7 @@ def _cost(folder: Path, study: Study) -> str:
         f"once. From the decision for a trial to its first step {start:.1f} s (median). Of the time that trials had, "
         f"{100 * steps / available:.0f} % were training steps, {100 * between / available:.0f} % evaluations and saves "
         f"between them, {100 - 100 * (steps + between) / available:.0f} % the rest: starting and ending trials, Ray, "
-        f"empty places at the end, {len(study.tried()) - len(known)} trial(s) that were started more than once."
+        f"empty places at the end, {len(study.tried()) - len(known)} trial(s) too short or started more than once."
     )
 
 

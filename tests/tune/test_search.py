@@ -1,15 +1,237 @@
-"""Whole searches through the command line: what is refused before anything starts."""
+"""Whole searches through the command line: Ray, ranks, death and return; and what is refused before anything starts."""
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import optuna
 import pytest
+import yaml
 
+from mtbert.record import METRICS_FILE
 from tune.search import main
 
 ROOT = Path(__file__).parent.parent.parent
+
+TINY = {
+    "base": str(ROOT / "configs" / "quickstart.yaml"),
+    "data": {"generate": {"train": 200, "dev": 60}},
+    "encoder": {"shape": {"hidden_size": 32, "layers": 1, "heads": 2, "intermediate_size": 64}, "dropout": 0.1},
+    "engine": {"precision": "fp32"},
+    "run": {"log_every": 1},
+}
+BAD, GOOD, WORSE, ABSURD = 1e-6, 5e-3, 1e-7, 1e30
+"""Learning rates: hardly learning; learning; not at all; overflowing."""
+SPACE = {
+    "parameters": {
+        "optimizer.lr": {"choice": [BAD, GOOD, WORSE, ABSURD]},
+        "weights": {"simplex": 3, "keys": ["tasks.*.weight"]},
+        "schedule.length": {"logint": [10, 100]},
+    },
+    "starts": [{"optimizer.lr": rate} for rate in (BAD, GOOD, WORSE, ABSURD)],
+}
+
+
+class Place:
+    """A folder in which searches are started as from a shell, with a folder for temporary files of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.tmp = Path(tempfile.mkdtemp(prefix="s"))  # a short name: the paths of sockets have 107 characters at most
+        tiny = {**TINY, "data": {"generate": {"train": 200, "dev": 60}, "cache": str(folder / "cache")}}
+        (folder / "tiny.yaml").write_text(yaml.safe_dump(tiny))
+        (folder / "space.yaml").write_text(yaml.safe_dump(SPACE))
+
+    def start(self, *words: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "tune", *words],
+            cwd=self.folder,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(self.tmp), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # a process group of its own, as a shell's job
+        )
+
+    def new(self, name: str, trials: int) -> subprocess.Popen[str]:
+        return self.start(
+            *["--config", "tiny.yaml", "--space", "space.yaml", "--name", name, "--trials", str(trials)],
+            *["--examples", "1500", "--evaluations", "4", "--concurrent", "1", "--ranks-per-trial", "2"],
+        )
+
+    def run(self, name: str) -> Path:
+        return self.folder / "runs" / name
+
+    def assert_all_gone(self, processes: set[int]) -> None:
+        """Of a search that has ended: these processes, and every temporary file."""
+        deadline = time.monotonic() + 60
+        while left := [*map(command, filter(alive, processes)), *map(str, self.tmp.iterdir())]:
+            assert time.monotonic() < deadline, left
+            time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    place = Place(tmp_path_factory.mktemp("search"))
+    yield place
+    shutil.rmtree(place.tmp)
+
+
+@pytest.fixture(scope="module")
+def whole(place: Place) -> Path:
+    """A search that nobody disturbed: only read it."""
+    out = ended(place.new("whole", 4))
+    assert "every trial trains on 1,500 examples" in out
+    place.assert_all_gone(set())
+    return place.run("whole")
+
+
+def ended(process: subprocess.Popen[str], code: int = 0, timeout: float = 600) -> str:
+    """Waits for the end of a search; what it printed."""
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        out, err = process.communicate()
+        pytest.fail(f"not over after {timeout} s\n{out}\n{err}", pytrace=False)
+    assert (process.returncode, err) == (code, ""), f"{out}\n{err}"
+    return out
+
+
+def wait_for(happened: Callable[[], bool], what: str, timeout: float = 600) -> None:
+    deadline = time.monotonic() + timeout
+    while not happened():
+        assert time.monotonic() < deadline, f"{what}: not within {timeout} s"
+        time.sleep(0.05)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def command(pid: int) -> str:
+    return " ".join(Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ").split())
+
+
+def descendants(pid: int) -> set[int]:
+    """Process ids."""
+    parents = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+    found = {pid}
+    while more := {child for child, parent in parents.items() if parent in found} - found:
+        found |= more
+    return found
+
+
+def ranks_in(pids: set[int]) -> set[int]:
+    return {pid for pid in pids if b"launch/child.py" in Path(f"/proc/{pid}/cmdline").read_bytes()}
+
+
+def steps(run: Path) -> int:
+    return len((run / METRICS_FILE).read_text().splitlines()) if (run / METRICS_FILE).exists() else 0
+
+
+def curve(run: Path) -> list[dict[str, Any]]:
+    """What a run's metrics say of its training, without what depends on the clock and the machine."""
+    lines = [json.loads(line) for line in (run / METRICS_FILE).read_text().splitlines()]
+    return [
+        {k: v for k, v in line.items() if k != "time" and not k.startswith(("speed/", "memory/"))} for line in lines
+    ]
+
+
+def outcome(search: Path) -> list[tuple[str, Any, list[dict[str, Any]]]]:
+    """Of every trial: state, values, curve."""
+    study = optuna.load_study(study_name=search.name, storage=f"sqlite:///{search}/study.db")
+    return [
+        (trial.state.name, trial.user_attrs["values"], curve(search / "trials" / f"{trial.number:04d}"))
+        for trial in study.trials
+    ]
+
+
+@pytest.mark.ranks
+def test_what_a_search_leaves(place: Place, whole: Path) -> None:
+    """The second trial learns, the third is stopped early, the fourth breaks and is recorded with the reason."""
+    study = optuna.load_study(study_name="whole", storage=f"sqlite:///{whole}/study.db")
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE", "COMPLETE", "PRUNED", "FAIL"]
+    assert [len(trial.intermediate_values) for trial in study.trials] == [4, 4, 1, 0]
+    assert re.match(r"score of .*composite.* is not a number after \d+ examples", study.trials[3].user_attrs["error"])
+    assert [path.parent.name for path in whole.glob("trials/*/checkpoints")] == ["0001"]
+    tokenised = [path.stat().st_mtime for path in place.folder.glob("cache/tokens/*/manifest.json")]
+    assert len(tokenised) == 6 and max(tokenised) < (whole / "trials" / "0000" / "config.yaml").stat().st_mtime
+    report = (whole / "report.md").read_text()
+    for words in ("trains on 1,500 examples", "equal numbers of examples", "Best: trial 1", "sigma.png", "## σ"):
+        assert words in report
+    for picture in ("progress", "curves", "parallel", "sigma", "values"):
+        assert (whole / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.ranks
+def test_best_yaml_trains_to_the_same_curve(place: Place, whole: Path) -> None:
+    words = ["--local", "--ranks-per-node", "2", "--config", str(whole / "best.yaml"), "--set", "run.name=again"]
+    again = subprocess.run(
+        [sys.executable, str(ROOT / "launch" / "submit.py"), *words], cwd=place.folder, capture_output=True, text=True
+    )
+    assert again.returncode == 0, again.stderr
+    assert curve(place.run("again")) == outcome(whole)[1][2]
+
+
+@pytest.mark.ranks
+def test_a_search_that_was_stopped_and_killed_ends_as_an_undisturbed_one(place: Place, whole: Path) -> None:
+    """Ctrl-C in the first trial, kill -9 of the driver in the second, kill -9 of a rank and TERM in the third."""
+    search = place.run("cut")
+    trials = [search / "trials" / f"{number:04d}" for number in range(3)]
+
+    driver = place.new("cut", 3)
+    wait_for(lambda: steps(trials[0]) > 0, "trial 0")
+    processes = descendants(driver.pid)
+    assert len(ranks_in(processes)) == 2
+    os.killpg(driver.pid, signal.SIGINT)
+    assert f"stopped; continue with: python -m tune --resume {search}" in ended(driver, 130)
+    place.assert_all_gone(processes)
+
+    driver = place.start("--resume", "runs/cut")
+    wait_for(lambda: any(trials[1].glob("checkpoints/step-*")), "trial 1")
+    first = curve(trials[0])
+    processes = descendants(driver.pid)
+    driver.kill()
+    driver.communicate()
+    place.assert_all_gone(processes)
+
+    driver = place.start("--resume", "runs/cut")
+    wait_for(lambda: steps(trials[2]) > 0, "trial 2")
+    processes = descendants(driver.pid)
+    os.kill(ranks_in(processes).pop(), signal.SIGKILL)
+    starts = trials[2] / "job" / "starts.jsonl"
+    wait_for(lambda: len(starts.read_text().splitlines()) == 2, "another start of trial 2")
+    processes |= descendants(driver.pid)
+    driver.terminate()
+    ended(driver, 130)
+    place.assert_all_gone(processes)
+
+    ended(place.start("--resume", "runs/cut"))
+    assert curve(trials[0]) == first, "a finished trial was trained again"
+    assert outcome(search) == outcome(whole)[:3]
+    best = [(each / "best.yaml").read_text().partition("\n")[2] for each in (search, whole)]
+    assert best[0] == best[1]
+    place.assert_all_gone(set())
 
 
 @pytest.mark.parametrize(
