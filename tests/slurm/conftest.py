@@ -207,13 +207,18 @@ class Bench:
 
     def __init__(self, place: Path) -> None:
         self.place = place
+        self.small = place / "small"
+        self.small.mkdir()
+        # before there are nodes: they would not see it afterwards
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", self.small], check=True)
         (place / "tiny.yaml").write_text(yaml.safe_dump(CONFIG))
         self.cluster = Cluster(place / "lab", 2 * PAIRS)
         os.environ["SLURM_CONF"] = str(self.cluster.lab / "slurm.conf")
-        self.cluster("up")
-        self.small = place / "small"
-        self.small.mkdir()
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", self.small], check=True)
+        try:
+            self.cluster("up")
+        except BaseException:
+            subprocess.run(["umount", self.small], check=False)
+            raise
         scontrol("update", "PartitionName=main", "Nodes=node[1-2]")
         rough = "PriorityTier=1 PreemptMode=REQUEUE GraceTime=30"
         scontrol("create", "PartitionName=rough", f"Nodes=node[3-{2 * PAIRS}]", *rough.split())
