@@ -383,5 +383,7 @@ def _read_parquet(path: Path, names: Sequence[str], shown: str) -> Iterator[Row 
                 for values in zip(*columns, strict=True):
                     number += 1
                     yield Row(number, values, None)
-    except (pyarrow.ArrowException, OSError) as error:
+    except UserError:
+        raise
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError, LookupError, MemoryError) as error:
         raise UserError(f"{shown}: not a readable Parquet file: {' '.join(str(error).split())}") from None

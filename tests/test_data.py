@@ -8,6 +8,7 @@ import http.server
 import json
 import math
 import os
+import random
 import re
 import subprocess
 import sys
@@ -22,7 +23,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from tokenizers import BertWordPieceTokenizer, Tokenizer
 
 from mtbert.config import DataConfig, TaskConfig, UserError
@@ -581,6 +582,24 @@ def test_single_texts(home: Home) -> None:
     expected = [home.tokenizer.encode(text).ids for (text,) in dataset.raw([1, 2])]
     assert sequences(packed.ids_T, packed.lengths_B, packed.first_B) == expected
     assert sequence_lengths(dataset, False, 512).tolist() == [4, 4, 3]
+
+
+ANY = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=40)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.builds("{} films {}".format, ANY, ANY), min_size=1, max_size=12), st.integers(3, 20), st.randoms())
+def test_any_texts_come_out_of_the_pack_as_the_tokenizer_splits_them(
+    home: Home, texts: list[str], longest: int, order: random.Random
+) -> None:
+    """Through the file, the cache, the batch and the pack, in any order, cut to any length."""
+    task = make_task(file="any.jsonl")
+    dataset = home.load("".join(json.dumps({"text": text, "label": 0}) + "\n" for text in texts), task)
+    indices = order.sample(range(len(texts)), len(texts))
+    packed = collate(dataset, np.array(indices), task, special_ids(home.tokenizer), longest).packed
+    whole = [home.tokenizer.encode(texts[n]).ids for n in indices]
+    expected = [[*ids[: min(len(ids), longest) - 1], ids[-1]] for ids in whole]
+    assert sequences(packed.ids_T, packed.lengths_B, packed.first_B) == expected
 
 
 @pytest.mark.parametrize("head", ["joint", "concat"])

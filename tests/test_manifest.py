@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from mtbert.manifest import (
     NewerFormat,
     find_checkpoint,
     folder_of,
+    intact,
     open_checkpoint,
     read_manifest,
     sha256,
@@ -91,7 +93,7 @@ def test_list_and_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         (["verify", "RUN"], "RUN: has no checkpoint yet"),
         (["prune", "RUN", "--keep", "0"], "--keep 0: the newest one always stays; give 1 or more"),
     ],
-    ids=str,
+    ids=itertools.count(),
 )
 def test_mistakes(
     arguments: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -133,6 +135,16 @@ def test_best_and_latest(tmp_path: Path) -> None:
     assert find_checkpoint(run, "latest").step == 10
 
 
+def test_what_is_passed_over_is_told(tmp_path: Path) -> None:
+    run = make(tmp_path / "run", 10, 20)
+    (folder_of(run, 20) / SHARD).unlink()
+    told: list[str] = []
+    assert [checkpoint.step for checkpoint in intact(run, told.append)] == [10]
+    assert told == [f"checkpoint passed over: {folder_of(run, 20) / SHARD}: missing; the checkpoint is not complete"]
+    with pytest.raises(UserError, match="has no checkpoint yet"):
+        find_checkpoint(make(tmp_path / "empty"), "latest")
+
+
 # -------------------------------------------------------------------------------- manifests of strangers
 
 
@@ -153,7 +165,7 @@ def test_best_and_latest(tmp_path: Path) -> None:
         ({"best": {"step": 3}}, r"best\.score: Field required"),
         ({"histories": [[[1, "x"]]]}, "should be a valid (list|array)"),
     ],
-    ids=str,
+    ids=itertools.count(),
 )
 def test_a_manifest_that_no_training_wrote_is_refused(tmp_path: Path, change: dict[str, Any], told: str) -> None:
     folder = folder_of(make(tmp_path / "run", 10), 10)
@@ -164,7 +176,9 @@ def test_a_manifest_that_no_training_wrote_is_refused(tmp_path: Path, change: di
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"[]", b"1", b"null", b"{", b"\xff", b"[" * 100_000, b"{}", b'{"format": "x"}']
+    "content",
+    [b"", b"[]", b"1", b"null", b"{", b"\xff", b"[" * 100_000, b"{}", b'{"format": "x"}'],
+    ids=itertools.count(),
 )
 def test_what_is_no_manifest_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "manifest.json").write_bytes(content)

@@ -527,3 +527,8 @@ def test_pcd_needs_its_tasks_every_step() -> None:
 def test_gram_matrix_that_is_not_finite_is_our_own_bug() -> None:
     with pytest.raises(AssertionError, match="not finite"):
         surgery("sum").weights(torch.full((2, 2), torch.nan), step=0)
+
+
+@methods("upgrad", "dualproj", "mgda", "cagrad", "fairgrad")
+def test_without_any_gradient_tasks_weigh_the_same(method: str) -> None:
+    assert surgery(method).weights(torch.zeros(4, 4), step=0).tolist() == [0.25] * 4

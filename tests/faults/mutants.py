@@ -55,21 +55,23 @@ def mutmut(place: Path, *arguments: str) -> str:
     done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, errors="replace")
     if done.returncode and arguments[0] != "run":
         raise SystemExit(done.stdout[-3000:] + done.stderr[-3000:])
-    return done.stdout
+    return done.stdout + done.stderr * (arguments[0] == "run")
 
 
 def score(module: str, sample: int | None) -> dict[str, object]:
     place = prepare(module)
     if sample is None:
-        mutmut(place, "run")
+        told = mutmut(place, "run")
     else:
         mutmut(place, "run", "no such mutant")  # makes them all, and runs none
         names = [line.split(":")[0].strip() for line in mutmut(place, "results", "--all", "true").splitlines()]
-        mutmut(place, "run", *random.Random(0).sample(sorted(names), min(sample, len(names))))
+        told = mutmut(place, "run", *random.Random(0).sample(sorted(names), min(sample, len(names))))
     results = mutmut(place, "results", "--all", "true").splitlines()
     states = dict(line.strip().split(": ", 1) for line in results if ": " in line)
     counts = collections.Counter(state for state in states.values() if state != "not checked")
     tried = sum(counts.values())
+    if not tried:
+        raise SystemExit(f"{module}: nothing was tried\n{told[-3000:]}")
     killed = sum(counts[state] for state in KILLED)
     survived = sorted(name for name, state in states.items() if state not in (*KILLED, "not checked"))
     return {"mutants": len(states), "tried": tried, "killed": killed, "states": counts, "survived": survived}
