@@ -124,7 +124,11 @@ def alive(pid: int) -> bool:
 
 
 def command(pid: int) -> str:
-    return " ".join(Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ").split())
+    """Nothing when it has just ended."""
+    try:
+        return " ".join(Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ").split())
+    except OSError:
+        return ""
 
 
 def descendants(pid: int) -> set[int]:
@@ -142,7 +146,7 @@ def descendants(pid: int) -> set[int]:
 
 
 def ranks_in(pids: set[int]) -> set[int]:
-    return {pid for pid in pids if b"launch/child.py" in Path(f"/proc/{pid}/cmdline").read_bytes()}
+    return {pid for pid in pids if "launch/child.py" in command(pid)}
 
 
 def steps(run: Path) -> int:
@@ -157,11 +161,16 @@ def curve(run: Path) -> list[dict[str, Any]]:
     ]
 
 
-def outcome(search: Path) -> list[tuple[str, Any, list[dict[str, Any]]]]:
-    """Of every trial: state, values, curve."""
+def outcome(search: Path) -> list[tuple[str, Any, dict[int, float], list[dict[str, Any]] | None]]:
+    """Of every trial: state, values, scores; its curve, unless it was stopped, a moment after the last score."""
     study = optuna.load_study(study_name=search.name, storage=f"sqlite:///{search}/study.db")
     return [
-        (trial.state.name, trial.user_attrs["values"], curve(search / "trials" / f"{trial.number:04d}"))
+        (
+            trial.state.name,
+            trial.user_attrs["values"],
+            trial.intermediate_values,
+            curve(search / "trials" / f"{trial.number:04d}") if trial.state.name == "COMPLETE" else None,
+        )
         for trial in study.trials
     ]
 
@@ -190,7 +199,7 @@ def test_best_yaml_trains_to_the_same_curve(place: Place, whole: Path) -> None:
         [sys.executable, str(ROOT / "launch" / "submit.py"), *words], cwd=place.folder, capture_output=True, text=True
     )
     assert again.returncode == 0, again.stderr
-    assert curve(place.run("again")) == outcome(whole)[1][2]
+    assert curve(place.run("again")) == outcome(whole)[1][3]
 
 
 @pytest.mark.ranks
@@ -216,9 +225,10 @@ def test_a_search_that_was_stopped_and_killed_ends_as_an_undisturbed_one(place: 
     place.assert_all_gone(processes)
 
     driver = place.start("--resume", "runs/cut")
-    wait_for(lambda: steps(trials[2]) > 0, "trial 2")
+    rank = trials[2] / "job" / "trial-0.rank1"  # its host and process id, before it trains
+    wait_for(lambda: rank.exists() and " " in rank.read_text(), "trial 2")
     processes = descendants(driver.pid)
-    os.kill(ranks_in(processes).pop(), signal.SIGKILL)
+    os.kill(int(rank.read_text().split()[1]), signal.SIGKILL)
     starts = trials[2] / "job" / "starts.jsonl"
     wait_for(lambda: len(starts.read_text().splitlines()) == 2, "another start of trial 2")
     processes |= descendants(driver.pid)
