@@ -1,6 +1,6 @@
 """Every system of the four papers on given data and encoder, and the page that sets our scores beside the papers'.
 
-usage: python -m benchmarks.papers --data DIR --encoder DIR [--rows A5 'B*'] [--seeds 3] [--steps N] [--page FILE]
+usage: python -m benchmarks.papers --data DIR --encoder DIR [--rows A5 'B*'] [--seeds 3] [--jobs N] [--page FILE]
 
 Runs lie in `--out`, one folder per row and seed, started the way users do (`python -m mtbert train`). Interrupt it and
 call it again: a finished run is not repeated, an interrupted one continues from its checkpoint. Rows whose
@@ -14,12 +14,14 @@ import argparse
 import fnmatch
 import json
 import math
+import os
 import shutil
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -276,6 +278,18 @@ def perform(run: Run) -> None:
         raise SystemExit(f"{run.row.name} seed {run.seed}: exit code {code}; {log} ends: {' | '.join(lines[-2:])}")
 
 
+def perform_all(runs: Sequence[Run], jobs: int) -> Iterator[Run]:
+    """Every run, `jobs` at a time, in the order in which they end; after a failure no other is started."""
+    with ThreadPoolExecutor(jobs) as pool:
+        started = {pool.submit(perform, run): run for run in runs}
+        try:
+            for future in as_completed(started):
+                future.result()
+                yield started[future]
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
 # ------------------------------------------------------------------------------------------------------ reporting
 
 
@@ -469,6 +483,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rows", nargs="+", default=["*"], metavar="ROW", help="names or patterns, such as A5 'D*'")
     parser.add_argument("--seeds", type=int, default=3, help="of the rows that a finding rests on; the others get one")
     parser.add_argument("--steps", type=int, help="cut every row to so many steps: a look at whether all works")
+    parser.add_argument("--jobs", type=int, default=1, help="rows at a time, which share the cores")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="for every row")
     parser.add_argument("--page", default=str(ROOT / "docs" / "papers.md"))
     parser.add_argument("--report", action="store_true", help="run nothing, write the page")
@@ -481,19 +496,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.encoder:
         folder = Path(options.encoder)
         settings.append(f"encoder.pretrained={folder.absolute() if folder.is_dir() else options.encoder}")
+    if options.jobs > 1:  # a thread a run wastes less than all threads on one: about a fifth on two cores
+        settings.append(f"engine.threads={max(1, len(os.sched_getaffinity(0)) // options.jobs)}")
     out, target = Path(options.out).absolute(), Path(options.page)
     command = 'make papers ARGS="--data DATA --encoder MODEL'
     if options.rows != ["*"]:
         command += f" --rows {' '.join(options.rows)}"
-    command += f" --seeds {options.seeds}" + (f" --steps {options.steps}" if options.steps else "") + '"'
+    command += f" --seeds {options.seeds} --jobs {options.jobs}"
+    command += (f" --steps {options.steps}" if options.steps else "") + '"'
     try:
         runs = runs_of(rows, options.seeds, out, settings, options.steps)
-        todo = [] if options.report else [run for run in runs if run.result is None]
+        waiting = {run.folder: run for run in reversed(runs) if run.result is None}  # rows may share one run
+        todo = [] if options.report else list(reversed(waiting.values()))
         sizes: dict[str, tuple[int, int]] = {}
-        for number, run in enumerate(todo):
-            if run.result is None:  # another row's run may have been this one
-                print(f"{number + 1}/{len(todo)} {run.row.name} seed {run.seed}: {run.row.system}", flush=True)
-                perform(run)
+        for number, run in enumerate(perform_all(todo, options.jobs)):
+            print(f"{number + 1}/{len(todo)} {run.row.name} seed {run.seed}: {run.row.system}", flush=True)
             if not options.keep_checkpoints:
                 shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
             sizes = sizes or dataset_sizes(rows, settings)
