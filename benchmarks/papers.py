@@ -28,7 +28,8 @@ from typing import Any
 
 import numpy as np
 
-from mtbert.config import Config, UserError, load_config
+from mtbert.config import Config, load_config
+from mtbert.errors import UserError
 from mtbert.runs import write_atomically
 
 ROOT = Path(__file__).parent.parent

@@ -41,7 +41,7 @@ from launch.records import (
     stop_path,
     write_end,
 )
-from mtbert.config import UserError
+from mtbert.errors import UserError
 from mtbert.runs import NO_ROOM, Outcome, Rank, Stopwatch
 
 Train = Callable[[Path, Rank, Callable[[], bool], bool], Outcome]

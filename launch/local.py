@@ -31,7 +31,7 @@ from launch.records import (
     write_note,
 )
 from launch.show import Tail
-from mtbert.config import UserError
+from mtbert.errors import UserError
 
 POLL_S = 0.05
 YEAR_MIN = 60 * 24 * 365

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from launch.job import Job
 from launch.records import JobNote, Lock, make_job_folder, write_note
-from mtbert.config import UserError, load_config
+from mtbert.config import load_config
+from mtbert.errors import UserError
 from mtbert.runs import create_run
 
 

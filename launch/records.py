@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from mtbert.config import UserError
+from mtbert.errors import UserError
 from mtbert.runs import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent

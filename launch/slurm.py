@@ -39,7 +39,7 @@ from launch.records import (
     write_note,
 )
 from launch.show import STOPPED, Tail, report
-from mtbert.config import UserError
+from mtbert.errors import UserError
 
 GRACE_S = 90
 """Seconds before the time limit at which ranks are asked to save; half the limit where that is shorter."""

@@ -15,7 +15,8 @@ if not __package__:  # started as a script: the checkout, not launch/, is where 
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from launch.records import ROOT, JobNote, Lock, make_job_folder, read_note, snapshot_code
-from mtbert.config import Config, UserError, load_config, to_yaml
+from mtbert.config import Config, load_config, to_yaml
+from mtbert.errors import UserError
 from mtbert.runs import check_run, create_run, discard_unstarted, write_atomically
 
 DEFAULT_CONFIG = Path("configs") / "quickstart.yaml"
@@ -39,9 +40,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "verb", nargs="?", choices=("train", "status", "cancel"), default="train", help=argparse.SUPPRESS
-    )
+    parser.add_argument("verb", nargs="?", default="train", help=argparse.SUPPRESS)  # checked after unknown options
     parser.add_argument("runs", nargs="*", type=Path, help=argparse.SUPPRESS)
 
     what = parser.add_argument_group("what to train")
@@ -75,9 +74,12 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     args = parser().parse_args(words)
+    others = {"status": status, "cancel": cancel}
+    if args.verb != "train" and args.verb not in others:
+        parser().error(f"{args.verb}: expected an option, or one of train, {', '.join(others)}")
     try:
         if args.verb != "train":
-            return {"status": status, "cancel": cancel}[args.verb](args.runs)
+            return others[args.verb](args.runs)
         if isinstance(args.follow, Path):
             return follow_again(args.follow)
         return train(args, ["python", "launch/submit.py", *words])

@@ -32,8 +32,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mtbert.config import UserError
 from mtbert.engine import Engine
+from mtbert.errors import UserError
 from mtbert.manifest import (
     FORMAT,
     Best,

@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mtbert.config import Config, UserError, load_config, schema, to_yaml
+from mtbert.config import Config, load_config, schema, to_yaml
+from mtbert.errors import UserError
 from mtbert.reference import reference
 from mtbert.runs import Rank, create_run, discard_unstarted
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mtbert.config import UserError
+from mtbert.errors import UserError
 from mtbert.metrics import METRICS, composite
 from mtbert.pages import Table, render, run_pictures, write_page_at
 from mtbert.randomness import addressed_rng

@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 
-from mtbert.config import DataConfig, TaskConfig, UserError
+from mtbert.config import DataConfig, TaskConfig
+from mtbert.errors import UserError
 from mtbert.packing import Packed, pack
 from mtbert.readers import Quarantined
 from mtbert.token_cache import Progress, ensure

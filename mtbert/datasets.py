@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mtbert.config import Config, UserError
+from mtbert.config import Config
+from mtbert.errors import UserError
 from mtbert.pretrained import refuse_damaged
 from mtbert.readers import Quarantined, Row, form_of, read_rows, read_table
 from mtbert.runs import write_atomically

@@ -26,9 +26,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mtbert import __version__
-from mtbert.config import TaskConfig, UserError
+from mtbert.config import TaskConfig
 from mtbert.data import special_ids
 from mtbert.encoder import Encoder, Layer, Pooling
+from mtbert.errors import UserError
 from mtbert.heads import Head, MultiTaskModel
 from mtbert.pretrained import save_pretrained
 from mtbert.trained import Trained, kept_encoder

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mtbert.config import TaskConfig, UserError
+from mtbert.config import TaskConfig
+from mtbert.errors import UserError
 from mtbert.record import Curve, RunRecord, Said
 
 if TYPE_CHECKING:

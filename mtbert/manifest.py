@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, StringConstraints, ValidationError
 
-from mtbert.config import UserError
+from mtbert.errors import UserError
 
 FORMAT = 1
 """Of checkpoints; goes up when an older mtbert could no longer continue from one."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from mtbert.config import UserError
+from mtbert.errors import UserError
 from mtbert.figures import COSINE, conflict_curves, curves_of, data_uri, panels
 from mtbert.record import RunRecord
 from mtbert.runs import write_atomically

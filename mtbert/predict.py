@@ -26,7 +26,8 @@ from typing import Any, BinaryIO, NamedTuple, TextIO
 import numpy as np
 from numpy.typing import NDArray
 
-from mtbert.config import TaskConfig, UserError
+from mtbert.config import TaskConfig
+from mtbert.errors import UserError
 from mtbert.readers import Quarantined, Record, Table, form_of, read_table
 from mtbert.trained import Trained, unusable
 

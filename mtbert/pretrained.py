@@ -16,8 +16,8 @@ from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from torch import Tensor
 
-from mtbert.config import UserError
 from mtbert.encoder import Encoder, EncoderShape
+from mtbert.errors import UserError
 from mtbert.runs import read_small, write_atomically
 
 _TO_HUGGING_FACE = {

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from mtbert.config import UserError
+from mtbert.errors import UserError
 
 MAX_LINE = 2**24
 """Bytes; a longer line means that this is no text file, and would only fill the memory."""

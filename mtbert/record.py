@@ -23,7 +23,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from mtbert.config import Config, UserError, load_config
+from mtbert.config import Config, load_config
+from mtbert.errors import UserError
 from mtbert.runs import read_small, write_atomically
 
 METRICS_FILE = "metrics.jsonl"

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mtbert.config import TaskConfig, UserError, to_yaml
+from mtbert.config import TaskConfig, to_yaml
 from mtbert.data import locate_file
+from mtbert.errors import UserError
 from mtbert.figures import data_uri, evaluation_figures
 from mtbert.metrics import METRICS
 from mtbert.pages import Table, render, run_pictures, write_page_at

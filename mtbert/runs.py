@@ -19,7 +19,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from mtbert.config import Config, UserError, to_yaml
+from mtbert.config import Config, to_yaml
+from mtbert.errors import UserError
 
 FORMAT = 1
 """Of run folders; goes up when an older mtbert could no longer continue one."""

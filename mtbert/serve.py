@@ -26,7 +26,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from mtbert import __version__
-from mtbert.config import UserError
+from mtbert.errors import UserError
 from mtbert.predict import answer_texts, embed_texts
 from mtbert.trained import Trained, unusable
 

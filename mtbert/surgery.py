@@ -42,7 +42,7 @@ import torch
 from pydantic import ValidationError, validate_call
 from torch import Tensor
 
-from mtbert.config import UserError
+from mtbert.errors import UserError
 from mtbert.randomness import addressed_rng
 
 Reduction = Literal["sum", "mean"]

@@ -18,8 +18,9 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from mtbert import synthetic
-from mtbert.config import Config, DataConfig, Generate, TaskConfig, UserError
+from mtbert.config import Config, DataConfig, Generate, TaskConfig
 from mtbert.data import Batch, Dataset, collate, load_dataset, load_tokenizer, sequence_lengths, special_ids
+from mtbert.errors import UserError
 from mtbert.losses import example_losses
 from mtbert.ranking import mnrl
 

@@ -25,7 +25,8 @@ import filelock
 import numpy as np
 from tokenizers import Tokenizer
 
-from mtbert.config import TaskConfig, UserError
+from mtbert.config import TaskConfig
+from mtbert.errors import UserError
 from mtbert.readers import Quarantined, Row, read_rows
 from mtbert.runs import write_atomically
 

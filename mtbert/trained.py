@@ -26,9 +26,10 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from mtbert.checkpoint import load_weights
-from mtbert.config import Config, TaskConfig, UserError, load_config
+from mtbert.config import Config, TaskConfig, load_config
 from mtbert.data import Dataset, Strings, collate, load_tokenizer, sequence_lengths, special_ids
 from mtbert.encoder import EncoderShape
+from mtbert.errors import UserError
 from mtbert.heads import MultiTaskModel
 from mtbert.losses import predict
 from mtbert.manifest import find_checkpoint, sha256

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mtbert.checkpoint import Checkpointer
-from mtbert.config import ENCODER, Config, UserError, load_config, to_yaml
+from mtbert.config import ENCODER, Config, load_config, to_yaml
 from mtbert.data import Batch, prefetch
 from mtbert.encoder import EncoderShape
 from mtbert.engine import (
@@ -34,6 +34,7 @@ from mtbert.engine import (
     StepResult,
     parameter_groups,
 )
+from mtbert.errors import UserError
 from mtbert.evaluate import Evaluation, evaluate_all
 from mtbert.figures import cosine_map, evaluation_figures
 from mtbert.flops import encoder_flops, peak_flops

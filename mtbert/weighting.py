@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtbert.config import UserError
+from mtbert.errors import UserError
 from mtbert.randomness import addressed_rng
 from mtbert.surgery import build_method
 

@@ -11,7 +11,8 @@ from scipy import stats
 
 from mtbert.cli import main
 from mtbert.compare import bootstrap, compare, grouped, holm
-from mtbert.config import UserError, load_config, to_yaml
+from mtbert.config import load_config, to_yaml
+from mtbert.errors import UserError
 from mtbert.metrics import METRICS
 from mtbert.record import RunRecord, Said, write_predictions
 from mtbert.runs import Rank

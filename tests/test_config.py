@@ -16,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from mtbert.config import Config, Section, UserError, load_config, schema, to_yaml
+from mtbert.config import Config, Section, load_config, schema, to_yaml
+from mtbert.errors import UserError
 from mtbert.reference import reference
 
 ROOT = Path(__file__).parent.parent

@@ -26,7 +26,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from tokenizers import BertWordPieceTokenizer, Tokenizer
 
-from mtbert.config import DataConfig, TaskConfig, UserError
+from mtbert.config import DataConfig, TaskConfig
 from mtbert.data import (
     Dataset,
     collate,
@@ -37,6 +37,7 @@ from mtbert.data import (
     sequence_lengths,
     special_ids,
 )
+from mtbert.errors import UserError
 from mtbert.readers import Row, read_rows
 from mtbert.token_cache import intact
 
@@ -471,7 +472,8 @@ def hub() -> Iterator[str]:
 
 LOAD_FROM_HUB = """
 import sys
-from mtbert.config import DataConfig, TaskConfig, UserError
+from mtbert.config import DataConfig, TaskConfig
+from mtbert.errors import UserError
 from mtbert.data import load_dataset, load_tokenizer
 folder, *files = sys.argv[1:]
 for file in files:

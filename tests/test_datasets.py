@@ -13,8 +13,9 @@ import pytest
 from hub import stand_in_hub, use_hub
 
 from mtbert.cli import main
-from mtbert.config import UserError, load_config
+from mtbert.config import load_config
 from mtbert.datasets import SOURCES, check, fetch, wanted_by, wanted_files
+from mtbert.errors import UserError
 from mtbert.readers import Row, read_rows
 
 ROOT = Path(__file__).parent.parent

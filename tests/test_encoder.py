@@ -21,8 +21,8 @@ from hub import stand_in_hub, use_hub
 from torch import Generator, Tensor
 from transformers import BertConfig, BertModel
 
-from mtbert.config import UserError
 from mtbert.encoder import Encoder, EncoderShape, attention, dropout, initialise
+from mtbert.errors import UserError
 from mtbert.packing import Packed, pack
 from mtbert.pretrained import load_pretrained, save_pretrained
 

@@ -17,7 +17,7 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoTokenizer, BertModel
 
 from mtbert.cli import main
-from mtbert.config import UserError
+from mtbert.errors import UserError
 from mtbert.export import PaddedEncoder, export
 from mtbert.packing import pack
 from mtbert.readers import Row, read_rows

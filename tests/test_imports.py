@@ -16,6 +16,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 FLOORS = [
+    ["errors"],
+    ["yaml_files"],
     ["config"],
     ["runs", "ranks", "randomness", "baselines", "reference", "manifest"],
     ["record"],

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mtbert.cli import main
-from mtbert.config import UserError
+from mtbert.errors import UserError
 from mtbert.manifest import (
     Best,
     File,

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from mtbert import predict
 from mtbert.cli import main
-from mtbert.config import UserError
 from mtbert.data import special_ids
+from mtbert.errors import UserError
 from mtbert.packing import pack
 from mtbert.predict import ADDED, embed_file, predict_file
 from mtbert.trained import Trained, load_run

@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 from hypothesis import example, given, settings
 
-from mtbert.config import UserError
+from mtbert.errors import UserError
 from mtbert.readers import Quarantined, Row, read_rows
 
 

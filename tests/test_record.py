@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mtbert.config import UserError, load_config, to_yaml
+from mtbert.config import load_config, to_yaml
+from mtbert.errors import UserError
 from mtbert.record import RunRecord, Said, settings, write_predictions
 from mtbert.runs import Rank
 from mtbert.tracking import Tracker

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from mtbert.config import Config, DataConfig, EncoderConfig, UserError, load_config
+from mtbert.config import Config, DataConfig, EncoderConfig, load_config
+from mtbert.errors import UserError
 from mtbert.runs import Outcome, Rank, create_run, discard_unstarted, write_atomically
 
 ROOT = Path(__file__).parent.parent
@@ -103,7 +104,8 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
 FULL_DISK = """
     import resource, signal, sys
     from pathlib import Path
-    from mtbert.config import UserError, load_config
+    from mtbert.config import load_config
+    from mtbert.errors import UserError
     from mtbert.runs import create_run, write_atomically
     task = "tasks.a={kind: classification, train: t, dev: d}"
     config = load_config(None, [f"run.dir={sys.argv[1]}", "run.name=first", task])

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torchjd.aggregation import GradVacWeighting, PCDWeighting, PCGradWeighting
 
-from mtbert.config import UserError
+from mtbert.errors import UserError
 from mtbert.surgery import AGGREGATORS, Reduction, Surgery, conflicts, pcgrad, pcgrad_vectors, task_orders
 
 SCALES = [0.0, 1e-15, 1e-5, 1.0, 1e15]

@@ -19,9 +19,10 @@ from tokenizers import Tokenizer
 from torch.nn import functional as F
 
 from mtbert import synthetic
-from mtbert.config import Config, UserError, load_config
+from mtbert.config import Config, load_config
 from mtbert.data import load_tokenizer
 from mtbert.encoder import EncoderShape
+from mtbert.errors import UserError
 from mtbert.heads import MultiTaskModel
 from mtbert.phases import plan
 from mtbert.tasks import Task, load_tasks, locate_data, locate_tokenizer

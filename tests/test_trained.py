@@ -12,9 +12,10 @@ import yaml
 from hub import stand_in_hub, use_hub
 from test_trainer import TINY, digests
 
-from mtbert.config import Config, UserError
+from mtbert.config import Config
 from mtbert.data import load_tokenizer
 from mtbert.encoder import Encoder, EncoderShape, initialise
+from mtbert.errors import UserError
 from mtbert.pretrained import save_pretrained
 from mtbert.runs import Outcome, Rank, create_run
 from mtbert.synthetic import train_tokenizer

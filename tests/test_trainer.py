@@ -22,7 +22,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from mtbert import checkpoint
 from mtbert.checkpoint import Checkpointer, _Reader, load_weights
-from mtbert.config import CheckpointConfig, Config, OptimizerConfig, PhaseConfig, UserError, load_config
+from mtbert.config import CheckpointConfig, Config, OptimizerConfig, PhaseConfig, load_config
+from mtbert.errors import UserError
 from mtbert.manifest import Best, find_checkpoint, open_checkpoint
 from mtbert.metrics import METRICS
 from mtbert.randomness import addressed_rng

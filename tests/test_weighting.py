@@ -11,7 +11,7 @@ import torch
 import torchjd.scalarization as torchjd
 from torch import Tensor
 
-from mtbert.config import UserError
+from mtbert.errors import UserError
 from mtbert.weighting import WEIGHTINGS, Weighting
 
 OPTIONS: dict[str, dict[str, Any]] = {"stch": {"mu": 0.3}, "cosmos": {"lambda_": 0.5}, "imtl_l": {"lr": 0.1}}

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from launch.records import ROOT
 from launch.show import STOPPED
-from mtbert.config import UserError
+from mtbert.errors import UserError
 from mtbert.runs import write_atomically
 from tune.cluster import OBJECT_STORE_BYTES, TOKEN, ray_home, set_variables, write_token
 

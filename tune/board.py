@@ -11,7 +11,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from mtbert.config import inline_yaml
+from mtbert.yaml_files import inline_yaml
 from tune.study import COMPOSITE, Study, Tried
 
 if TYPE_CHECKING:

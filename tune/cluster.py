@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.records import ROOT
-from mtbert.config import UserError
+from mtbert.errors import UserError
 
 OBJECT_STORE_BYTES = 100 * 2**20
 """Nothing but small messages passes through it; Ray would take a third of the memory."""

@@ -15,7 +15,8 @@ from ray.tune import Callback, FailureConfig, PlacementGroupFactory, RunConfig, 
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, PopulationBasedTraining, TrialScheduler
 from ray.tune.search import Searcher
 
-from mtbert.config import Config, UserError, config_of, to_yaml
+from mtbert.config import Config, config_of, to_yaml
+from mtbert.errors import UserError
 from mtbert.randomness import addressed_rng
 from mtbert.runs import create_run
 from tune.board import Board

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mtbert.config import Config, UserError
+from mtbert.config import Config
+from mtbert.errors import UserError
 from mtbert.phases import plan
 from mtbert.tasks import Task
 from mtbert.trainer import build

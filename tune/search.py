@@ -31,8 +31,10 @@ import filelock
 
 from launch.records import ROOT, snapshot_code
 from launch.show import STOPPED
-from mtbert.config import Config, UserError, inline_yaml, load_config, read_yaml, to_yaml
+from mtbert.config import Config, load_config, to_yaml
+from mtbert.errors import UserError
 from mtbert.runs import create_run, write_atomically
+from mtbert.yaml_files import inline_yaml, read_yaml
 from tune.space import Space, load_space
 
 DEFAULT_CONFIG = ROOT / "configs" / "quickstart.yaml"

@@ -29,7 +29,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from mtbert.config import Config, UserError, config_of, inline_yaml, read_yaml
+from mtbert.config import Config, config_of
+from mtbert.errors import UserError
+from mtbert.yaml_files import inline_yaml, read_yaml
 
 Values = dict[str, Any]
 """Parameter → value; of a simplex the list of its weights. A parameter whose `when` does not hold is not in it."""

@@ -19,7 +19,7 @@ from optuna.storages import InMemoryStorage, RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
-from mtbert.config import UserError
+from mtbert.errors import UserError
 from mtbert.randomness import addressed_rng
 from tune.space import Space, Values
 

@@ -24,7 +24,9 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
 
 CORPUS = HERE / "corpus"
-INSTRUMENTED = ["mtbert.config", "mtbert.readers", "mtbert.manifest", "mtbert.checkpoint", "mtbert.record", "yaml"]
+INSTRUMENTED = ["yaml"] + [
+    f"mtbert.{room}" for room in ("config", "yaml_files", "readers", "manifest", "checkpoint", "record")
+]
 LIMITS = ["-timeout=20", "-rss_limit_mb=2500", "-max_len=4096", "-print_final_stats=1", "-verbosity=0"]
 
 
@@ -113,7 +115,7 @@ READERS: dict[str, Callable[[bytes, Path], None]] = {
 
 
 def refuses_or_reads(reader: str, content: bytes, place: Path) -> None:
-    from mtbert.config import UserError
+    from mtbert.errors import UserError
 
     try:
         READERS[reader](content, place)

@@ -23,9 +23,10 @@ from harness import forking_context
 from safetensors.numpy import save_file
 
 from mtbert.cli import main
-from mtbert.config import UserError, load_config
+from mtbert.config import load_config
 from mtbert.data import load_tokenizer
 from mtbert.encoder import EncoderShape
+from mtbert.errors import UserError
 from mtbert.manifest import read_manifest
 from mtbert.pretrained import load_pretrained, read_shape, write_shape
 from mtbert.readers import read_rows

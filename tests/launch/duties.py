@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from mtbert.config import UserError
+from mtbert.errors import UserError
 from mtbert.runs import Outcome, Rank, write_atomically
 
 Stop = Callable[[], bool]

@@ -14,7 +14,7 @@ import pytest
 from duties import Launch
 
 from launch.records import ROOT, Lock, job_folder, make_job_folder
-from mtbert.config import UserError
+from mtbert.errors import UserError
 
 QUICK_S = 20
 """Far below any time-out of torch or submitit, with room for a busy machine."""

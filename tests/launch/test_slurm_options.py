@@ -8,7 +8,7 @@ import pytest
 
 from launch.slurm import minutes, script
 from launch.submit import parser
-from mtbert.config import UserError
+from mtbert.errors import UserError
 
 
 @pytest.mark.parametrize(

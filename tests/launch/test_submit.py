@@ -89,6 +89,15 @@ def test_a_wrong_number_of_nodes_is_refused(nodes: str, config: Path, tmp_path: 
     assert done.stderr.endswith(f"error: argument --nodes: {nodes!r} is not a number from 1\n")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "told"), [(["--nods", "2"], "unrecognized arguments: --nods"), (["statsu"], "statsu: expected an")]
+)
+def test_a_wrong_word_is_named_itself(arguments: list[str], told: str, tmp_path: Path) -> None:
+    done = submit(*arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(f"python launch/submit.py: error: {told}")
+
+
 def test_missing_data_are_named_before_anything_starts(config: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
     data.mkdir()

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mtbert.config import Config, UserError, load_config
+from mtbert.config import Config, load_config
+from mtbert.errors import UserError
 from mtbert.phases import Phase, plan
 from mtbert.trainer import build
 from tune.length import of_equal_length, own_examples

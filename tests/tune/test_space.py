@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mtbert.config import Config, UserError, config_of, load_config
+from mtbert.config import Config, config_of, load_config
+from mtbert.errors import UserError
 from tune.space import Space, load_space
 
 ROOT = Path(__file__).parent.parent.parent

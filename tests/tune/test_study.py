@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mtbert.config import UserError, load_config
+from mtbert.config import load_config
+from mtbert.errors import UserError
 from tune.space import Space, Values, load_space
 from tune.study import Study
 
