@@ -24,7 +24,7 @@ from launch.records import ROOT
 from launch.show import STOPPED
 from mtbert.errors import UserError
 from mtbert.runs import write_atomically
-from tune.cluster import OBJECT_STORE_BYTES, TOKEN, ray_home, set_variables, write_token
+from tune.cluster import OBJECT_STORE_BYTES, ray_home, set_variables, write_token
 
 JOIN_S = 120
 """For all nodes to come; Slurm starts the tasks of a step together, so this is for slow file systems."""
@@ -40,7 +40,8 @@ SCRIPT = """#!/bin/bash
 {options}
 # one task per node; when the first, which drives, has ended, the others are ended too
 srun --wait=30 {cpus} {python} -m tune.allocation {folder}
-exit $(cat {folder}/.exit)
+code=$(cat {folder}/.exit-$SLURM_JOB_ID) && rm {folder}/.exit-$SLURM_JOB_ID
+exit ${{code:-1}}
 """
 
 
@@ -68,34 +69,34 @@ def main() -> int:
     """On one node of the job."""
     # of scancel and a time limit, so that what is here is taken away
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    folder, hosts = Path(sys.argv[1]), _hosts()
-    port = 6380 + int(os.environ["SLURM_JOB_ID"]) % 2000  # below the ports of Ray's own workers
+    folder, hosts, job = Path(sys.argv[1]), _hosts(), os.environ["SLURM_JOB_ID"]
+    port = 6380 + int(job) % 2000  # below the ports of Ray's own workers
+    token = folder / f".token-{job}"  # of this job: another one may search here, or be about to
     with contextlib.suppress(KeyboardInterrupt):
         if os.environ["SLURM_NODEID"] == "0":
-            with ray_home(folder / TOKEN) as home:
-                return _drive(folder, home, socket.gethostbyname(hosts[0]), port, len(hosts))
+            with ray_home(token) as home:
+                code = _drive(folder, token, home, socket.gethostbyname(hosts[0]), port, len(hosts))
+                write_atomically(folder / f".exit-{job}", str(code))
+                return code
         with ray_home() as home:
-            return _lend(folder, home, hosts[0], port)
+            return _lend(token, home, hosts[0], port)
     return STOPPED
 
 
-def _drive(folder: Path, home: Path, address: str, port: int, nodes: int) -> int:
-    (folder / TOKEN).unlink(missing_ok=True)
-    (folder / ".exit").unlink(missing_ok=True)
-    set_variables(home, write_token(folder))
+def _drive(folder: Path, token: Path, home: Path, address: str, port: int, nodes: int) -> int:
+    token.unlink(missing_ok=True)  # of an attempt before a requeue
+    set_variables(home, write_token(token))
     _ray_start(home, "--head", f"--node-ip-address={address}", f"--port={port}", "--include-dashboard=false")
     _wait_for(address, port)
     from tune.search import main as search
 
-    code = search(["--resume", str(folder), "--address", f"{address}:{port}", "--nodes", str(nodes)])
-    write_atomically(folder / ".exit", str(code))
-    return code
+    return search(["--resume", str(folder), "--address", f"{address}:{port}", "--nodes", str(nodes)])
 
 
-def _lend(folder: Path, home: Path, host: str, port: int) -> int:
+def _lend(token: Path, home: Path, host: str, port: int) -> int:
     """Until the head is gone; Ray itself would look for it for minutes."""
     _wait_for(host, port)
-    set_variables(home, folder / TOKEN)
+    set_variables(home, token)
     ray = _ray_start(home, f"--address={host}:{port}")
     with contextlib.suppress(ConnectionRefusedError):
         while ray.poll() is None:

@@ -26,18 +26,15 @@ OBJECT_STORE_BYTES = 100 * 2**20
 """Nothing but small messages passes through it; Ray would take a third of the memory."""
 
 JOIN_S = 120.0
-TOKEN = "token"
 
 SWEEP = """
 trap : TERM INT HUP
 cat
 clean=0
 for _ in $(seq 40); do
-    left=$(grep -lszx "TMPDIR=$0" /proc/[0-9]*/environ)
-    for each in $left; do
-        pid=${each#/proc/}
-        kill -9 "${pid%/environ}"
-    done
+    left=$({ grep -lszx "TMPDIR=$0" /proc/[0-9]*/environ; find /proc/[0-9]*/fd -lname "$0/*"; } 2>/dev/null |
+        cut -d / -f 3 | sort -u | grep -vx $PPID)
+    [ -z "$left" ] || kill -9 $left
     rm -rf "$0" "$@"
     if [ -n "$left" ] || [ -e "$0" ]; then clean=0; else clean=$((clean + 1)); fi
     [ $clean -lt 2 ] || exit 0
@@ -45,7 +42,8 @@ for _ in $(seq 40); do
 done
 """
 """Waits for the end of its input, the life of the process that started it, or for a signal to all of a Slurm step. Ends
-what Ray left: its agents would look for it for another minute."""
+what Ray left: its agents would look for it for another minute. They write their names over their environment, and are
+known by the log files that they hold open."""
 
 
 def set_variables(home: Path, token_file: Path) -> None:
@@ -94,8 +92,7 @@ def ray_home(*secrets: Path) -> Iterator[Path]:
         sweeper.wait()
 
 
-def write_token(folder: Path) -> Path:
-    file = folder / TOKEN
+def write_token(file: Path) -> Path:
     file.touch(mode=0o600, exist_ok=False)  # before there is anything in it to be read
     file.write_text(secrets.token_hex(32))
     return file
@@ -105,7 +102,7 @@ def write_token(folder: Path) -> Path:
 def local_ray(cpus: int, gpus: int, dashboard: bool) -> Iterator[None]:
     """Ray on this machine while the block lasts."""
     with ray_home() as home:
-        set_variables(home, write_token(home))
+        set_variables(home, write_token(home / "token"))
         import ray
 
         with warnings.catch_warnings():
@@ -158,7 +155,7 @@ def check_room(nodes: Sequence[Mapping[str, Any]], ranks: int, cpus: int, gpus: 
     per_node = [
         min(
             int(node.get("CPU", 0) // cpus),
-            int(node.get("GPU", 0) // gpus) if gpus else ranks * len(nodes) * int(node.get("CPU", 0)),
+            int(node.get("GPU", 0) / gpus + 1e-9) if gpus else ranks * len(nodes) * int(node.get("CPU", 0)),
         )
         for node in nodes
     ]

@@ -73,6 +73,7 @@ class Conductor:
                 tune_config=TuneConfig(
                     search_alg=None if population else _Asks(self),
                     scheduler=self._scheduler(),
+                    reuse_actors=True,
                     num_samples=1 if population else left,
                     # a population takes turns
                     max_concurrent_trials=None if population else at_once,
@@ -94,18 +95,22 @@ class Conductor:
         settings = self.settings
         if settings.scheduler == "none":
             return FIFOScheduler()
-        common: dict[str, Any] = {"time_attr": "examples", "metric": self.study.first_metric, "mode": "max"}
-        apart = settings.examples // settings.evaluations
+        # by evaluations: where steps differ in size, two trials' evaluations lie at slightly different examples
+        common: dict[str, Any] = {"time_attr": "evaluation", "metric": self.study.first_metric, "mode": "max"}
         if settings.scheduler == "pbt":
             # Tune recommends another kind of trainable
             warnings.filterwarnings("ignore", message="Consider boosting PBT", category=UserWarning)
             return PopulationBasedTraining(
-                **common, perturbation_interval=apart, custom_explore_fn=self._explore, log_config=False
+                **common,
+                perturbation_interval=1,
+                custom_explore_fn=self._explore,
+                log_config=False,
+                require_attrs=False,  # a trial that cannot be scored reports an error instead
             )
         asha = ASHAScheduler(
             **common,
-            grace_period=apart,
-            max_t=settings.examples - 1,  # no rung at the end, where nothing is left to be stopped
+            grace_period=1,
+            max_t=max(1, settings.evaluations - 1),  # no rung at the end, where nothing is left to be stopped
             reduction_factor=settings.reduction,
             stop_last_trials=False,
         )
@@ -113,8 +118,8 @@ class Conductor:
             if trial.state != "running":
                 known = SimpleNamespace(trial_id=f"before-{trial.number}")
                 asha.on_trial_add(None, known)
-                for examples, score in sorted(trial.curve.items()):
-                    asha.on_trial_result(None, known, {"examples": examples, self.study.first_metric: score})
+                for evaluation, (_, score) in enumerate(sorted(trial.curve.items()), 1):
+                    asha.on_trial_result(None, known, {"evaluation": evaluation, self.study.first_metric: score})
         return asha
 
     # ------------------------------------------------------------------------------ what Tune asks and tells
@@ -145,17 +150,18 @@ class Conductor:
             return plan.settings()
 
     def reported(self, tune_id: str, result: dict[str, Any]) -> None:
-        if "error" in result:
-            return
-        number = self.numbers[tune_id]
+        if "error" not in result:
+            self._record(self.numbers[tune_id], result)
+            self.board.show(self.numbers[tune_id])
+
+    def _record(self, number: int, result: dict[str, Any]) -> None:
         scores = {name: result[name] for name in ("composite", *self.base.tasks) if name in result}
-        self.study.report(number, result["examples"], scores)
-        self.board.show(number)
+        self.study.report(number, result["examples"], scores, grafted=self.settings.scheduler == "pbt")
 
     def completed(self, tune_id: str, result: dict[str, Any] | None, error: bool) -> None:
-        if result is not None and "examples" in result:
-            self.reported(tune_id, result)  # that for which a trial is stopped, Tune tells only here
         number = self.numbers.pop(tune_id)
+        if result is not None and "examples" in result:
+            self._record(number, result)  # that for which a trial is stopped, Tune tells only here
         folder = self._run(number)
         trial = self.study.tried()[number]
         if error or result is None:
@@ -164,9 +170,11 @@ class Conductor:
         elif "error" in result:
             self.study.finish(number, "failed", result["error"])
         else:
-            self.study.finish(number, "complete" if trial.examples >= self.goals[number] else "pruned")
+            # a member of a population may have taken over another's schedule, which ends elsewhere past the aim
+            goal = min(self.goals[number], self.settings.examples)
+            self.study.finish(number, "complete" if trial.examples >= goal else "pruned")
         if moves := lineage(folder):
-            self.study.note(number, lineage=moves)
+            self.study.note(number, lineage=moves, values=moves[-1]["values"])
         if self.settings.scheduler != "pbt":  # there, others may yet go on from it
             self._tidy()
         self.board.show(number)
@@ -203,7 +211,9 @@ class Conductor:
             }
         )
         trials = str(self.folder / "trials")
-        plan = Plan(number, trials, to_yaml(config), values, examples, settings.ranks, settings.cpus, settings.gpus)
+        replay = settings.scheduler != "pbt"
+        size = settings.ranks, settings.cpus, settings.gpus
+        plan = Plan(number, trials, to_yaml(config), values, examples, replay, *size)
         return plan, config
 
     def _explore(self, donor: dict[str, Any]) -> dict[str, Any]:

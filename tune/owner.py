@@ -27,8 +27,8 @@ class Owner:
 
     def start(self, words: list[str], code: Path, devices: list[int]) -> int:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-        if devices:  # all of this host: a rank picks its own by its local number
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, devices))
+        # all of the trial's on this host, of which a rank picks its own by its local number; none for a rank on CPUs
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, devices))
         with (job_folder(Path(words[0])) / f"start{words[3]}_log.err").open("w") as early:  # until it has its own log
             self.process = subprocess.Popen(
                 [sys.executable, str(code / "launch" / "child.py"), str(os.getpid()), *words],

@@ -42,14 +42,14 @@ def write_best(folder: Path, settings: Settings, study: Study) -> Tried | None:
     for trial, path in chosen:
         config = load_config(folder / "trials" / f"{trial.number:04d}" / "config.yaml")
         place = config.run.model_copy(update={"dir": base.run.dir, "name": None})
-        ranks = f" --ranks-per-node {settings.ranks}" if settings.ranks > 1 else ""
+        ranks = f"--{'gpus' if settings.gpus else 'ranks'}-per-node {settings.ranks}"
         scores = ", ".join(f"{name} {score:.4f}" for name, score in trial.scores.items())
         head = f"# Trial {trial.number} of {settings.name}: {scores} after {trial.examples:,} examples.\n"
         if "lineage" in trial.notes:
             head += (
                 "# Population-based: these values are the last ones; the weights saw others before (lineage.jsonl).\n"
             )
-        head += f"# Trains again with: python launch/submit.py{ranks} --config {path.name}\n"
+        head += f"# Trains again with: python launch/submit.py {ranks} --config {path.name}\n"
         write_atomically(path, head + to_yaml(config.model_copy(update={"run": place})))
     return best
 
@@ -318,7 +318,7 @@ def _position(parameter: Parameter, number: float, low: float, high: float) -> f
 
 
 def _parallel(figure: Any, parameters: Sequence[Parameter], tried: Sequence[Tried], metric: str) -> None:
-    """A line per trial over all coordinates and the score; a parameter that a trial does not have breaks its line."""
+    """A line per trial over the coordinates that it has, and the score."""
     from matplotlib import colormaps
 
     axis: Axes = figure.subplots()
@@ -336,12 +336,14 @@ def _parallel(figure: Any, parameters: Sequence[Parameter], tried: Sequence[Trie
     colours = colormaps["viridis"]
     for trial in sorted(tried, key=lambda trial: trial.scores[metric]):
         merit = (trial.scores[metric] - low) / (high - low) if high > low else 0.5
-        heights = [
-            _position(parameter, of(trial.values[parameter.name]), *end) if parameter.name in trial.values else math.nan
-            for (parameter, _, of), end in zip(columns, ends, strict=True)
-        ]
+        heights = {
+            place: _position(parameter, of(trial.values[parameter.name]), *end)
+            for place, ((parameter, _, of), end) in enumerate(zip(columns, ends, strict=True))
+            if parameter.name in trial.values
+        }
+        heights[len(columns)] = merit
         style = "-" if trial.state == "complete" else ":"
-        axis.plot(range(len(columns) + 1), [*heights, merit], style, c=colours(merit), lw=1.2, marker=".", ms=4)
+        axis.plot(list(heights), list(heights.values()), style, c=colours(merit), lw=1.2, marker=".", ms=4)
     for place, ((parameter, _, _), end) in enumerate(zip(columns, ends, strict=True)):
         if parameter.kind == "choice":
             for option, text in enumerate(parameter.options):
@@ -354,7 +356,7 @@ def _parallel(figure: Any, parameters: Sequence[Parameter], tried: Sequence[Trie
     axis.text(len(columns), -0.04, f"{low:.4f}", fontsize="x-small", ha="center", va="top")
     labels = [label.removesuffix(".weight") for _, label, _ in columns] + [metric]
     axis.set_xticks(range(len(labels)), labels, rotation=25, ha="right", fontsize="small")
-    axis.set_yticks([])
+    axis.set(yticks=[], ylim=(-0.1, 1.08))
     axis.grid(axis="x", alpha=0.4)
 
 
@@ -374,6 +376,9 @@ def _scatter(figure: Any, parameters: Sequence[Parameter], tried: Sequence[Tried
             )
             if parameter.kind in ("loguniform", "logint"):
                 axis.set_xscale("log")
+                marks = np.geomspace(parameter.low, parameter.high, 3)
+                axis.set_xticks(marks, [f"{mark:.2g}" for mark in marks], fontsize=7)
+                axis.set_xticks([], minor=True)
             if parameter.kind == "choice":
                 axis.set_xticks(range(len(parameter.options)), [brief(each) for each in parameter.options], fontsize=7)
             axis.set_xlabel("σ" if label == SIGMA else label, fontsize="small")

@@ -123,6 +123,8 @@ def search(args: argparse.Namespace, command: list[str]) -> int:
         folder, settings = args.resume.absolute(), resumed_settings(args)
         config = load_config(folder / "base.yaml")
         space = load_space(folder / "space.yaml", config)
+        if space.stages and settings.trials != space.staged_trials():
+            raise UserError(f"--trials {settings.trials}: the stages of the space have {space.staged_trials()} trials")
     else:
         config = load_config(args.config or DEFAULT_CONFIG, args.overrides)
         space = load_space(args.space or DEFAULT_SPACE, config)
@@ -138,6 +140,7 @@ def search(args: argparse.Namespace, command: list[str]) -> int:
     try:
         with _only_search(folder):
             study = open_study(folder, settings, space, config, args.resume is not None)
+            write_settings(folder, settings)  # a resume may have changed them
         job = None if args.cluster is None else submit(args, folder, settings)
     except UserError:
         if args.resume is None:
@@ -239,7 +242,7 @@ def _judged(settings: Settings) -> str:
 def new_settings(args: argparse.Namespace, config: Config, space: Space) -> Settings:
     """Raises `UserError` for what does not fit together."""
     metrics = args.metrics or ["composite"]
-    valid = ["composite", *config.tasks]
+    valid = ["composite", *(name for name, task in config.tasks.items() if task.dev is not None)]
     for metric in metrics:
         if metric not in valid:
             raise UserError(f"--metric {metric}: no trial reports it; valid: {', '.join(valid)}")
@@ -293,11 +296,7 @@ def resumed_settings(args: argparse.Namespace) -> Settings:
     settings = Settings(**read_yaml(args.resume / "search.yaml"))
     if args.trials is not None and args.trials < settings.trials:
         raise UserError(f"--trials {args.trials}: the search has {settings.trials} already; ask for more")
-    changed = replace(
-        settings, trials=args.trials or settings.trials, concurrent=args.concurrent or settings.concurrent
-    )
-    write_settings(args.resume, changed)
-    return changed
+    return replace(settings, trials=args.trials or settings.trials, concurrent=args.concurrent or settings.concurrent)
 
 
 def make_folder(space: Path, settings: Settings, config: Config, command: list[str]) -> Path:
@@ -305,7 +304,6 @@ def make_folder(space: Path, settings: Settings, config: Config, command: list[s
     folder = create_run(config.model_copy(update={"run": place}), settings.source, command).absolute()
     (folder / "config.yaml").rename(folder / "base.yaml")
     shutil.copyfile(space, folder / "space.yaml")
-    write_settings(folder, settings)
     snapshot_code(folder)
     (folder / "trials").mkdir()
     return folder

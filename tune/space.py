@@ -23,7 +23,7 @@ import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,7 +31,7 @@ import numpy as np
 
 from mtbert.config import Config, config_of
 from mtbert.errors import UserError
-from mtbert.yaml_files import inline_yaml, read_yaml
+from mtbert.yaml_files import inline_yaml, merge, parse_override, read_yaml
 
 Values = dict[str, Any]
 """Parameter → value; of a simplex the list of its weights. A parameter whose `when` does not hold is not in it."""
@@ -114,7 +114,7 @@ class Space:
     parameters: tuple[Parameter, ...]
     starts: tuple[Values, ...]
     stages: tuple[tuple[str, ...], ...]
-    base: Mapping[str, Any]
+    base: dict[str, Any]
 
     def draw(self, draw: Draw) -> Values:
         values: Values = {}
@@ -286,6 +286,8 @@ def _condition(key: str, wanted: Any, above: Sequence[Parameter], values: Mappin
             raise ValueError(
                 f"when: {key} is never {option!r}; its options: {', '.join(map(inline_yaml, parameter.options))}"
             )
+    if parameter.kind != "choice":
+        raise ValueError(f"when: {key} is a {parameter.kind}; only a choice can be a condition")
     return options
 
 
@@ -343,24 +345,37 @@ class _Corner:
 
 
 def _try_out(path: Path, space: Space) -> None:
-    """Builds a configuration at both ends of every range and with every option. Raises what it complains of."""
+    """Builds a configuration at both ends of every range and with every option. Raises what it complains of.
+
+    A parameter that this configuration leaves out is tried with one that does not.
+    """
     rng = np.random.default_rng(0)  # not addressed: nothing but this check sees it
     for parameter in space.parameters:
+        places, settings = _enabling(space, parameter)
+        base = space.base
+        for setting in settings:
+            base = merge(base, parse_override(setting))
+        enabled = replace(space, base=base)
         for label in parameter.labels:
             for place in range(len(parameter.options) or 2):
-                corner = _Corner({**_enabling(space, parameter), label: place}, rng)
-                config_of(space.base, space.overrides(space.draw(corner)), str(path))
+                values = enabled.draw(_Corner({**places, label: place}, rng))
+                assert parameter.name in values
+                config_of(base, enabled.overrides(values), str(path))
 
 
-def _enabling(space: Space, parameter: Parameter) -> dict[str, int]:
-    """Options of other parameters under which `parameter` is searched."""
+def _enabling(space: Space, parameter: Parameter) -> tuple[dict[str, int], list[str]]:
+    """Options of other parameters, and overrides of the configuration, under which `parameter` is searched."""
     places: dict[str, int] = {}
-    for other in space.parameters:
-        if other.name in parameter.when:
-            places |= _enabling(space, other)
-            if other.kind == "choice":
-                places[other.name] = other.options.index(parameter.when[other.name][0])
-    return places
+    settings: list[str] = []
+    for name, wanted in parameter.when.items():
+        other = next((each for each in space.parameters if each.name == name), None)
+        if other is not None:
+            above, further = _enabling(space, other)
+            places |= {**above, name: other.options.index(wanted[0])}
+            settings += further
+        elif _at(space.base, name) not in wanted:
+            settings.append(f"{name}={inline_yaml(wanted[0])}")
+    return places, settings
 
 
 # ------------------------------------------------------------------------------------------------- small things

@@ -161,16 +161,18 @@ class Study:
         best = max((trial for trial in before if trial.scores), key=self._merit, default=None)
         return self.space.staged(number, best.values if best else {})
 
-    @staticmethod
-    def _merit(trial: Tried) -> tuple[bool, float]:
-        return trial.state == "complete", trial.scores[COMPOSITE]
+    def _merit(self, trial: Tried) -> tuple[bool, float]:
+        return trial.state == "complete", trial.scores[self.first_metric]
 
     # ----------------------------------------------------------------------------------------- recording
 
-    def report(self, number: int, examples: int, scores: Scores) -> None:
-        """After an evaluation. One that is known already is let pass: a continued trial tells all of them again."""
+    def report(self, number: int, examples: int, scores: Scores, *, grafted: bool = False) -> None:
+        """After an evaluation. One that is known already is let pass: a continued trial tells all of them again.
+
+        `grafted`: the trial may have gone on from the weights of one that had seen less.
+        """
         trial = self._trial(number)
-        if examples <= trial.user_attrs.get("examples", 0):
+        if examples <= trial.user_attrs.get("examples", 0) and not grafted:
             return
         if len(self.metrics) == 1:
             self.study._storage.set_trial_intermediate_value(trial._trial_id, examples, scores[self.metrics[0]])

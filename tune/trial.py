@@ -26,6 +26,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from launch.records import End, job_folder, read_end
 from mtbert.config import load_config, to_yaml
+from mtbert.record import METRICS_FILE
 from mtbert.runs import write_atomically
 from tune.curves import LINEAGE_FILE, STARTS_FILE, attempts, evaluations_in
 from tune.owner import Owner
@@ -48,6 +49,7 @@ class Plan:
     config: str  # YAML; the run folder's own name is put in
     values: dict[str, Any]
     examples: dict[int, int]  # evaluation's step → examples seen
+    replay: bool  # a continued trial reports again what it reported before: ASHA judges it anew; a population does not
     ranks: int
     cpus: int
     gpus: float
@@ -83,11 +85,14 @@ def _train(folder: Path, plan: Plan) -> None:
             saved = json.loads((Path(directory) / "checkpoint.json").read_text())
         last = saved["step"]
         if saved["run"] != str(folder):
-            graft(folder, Path(saved["run"]), last, plan)
+            last = graft(folder, Path(saved["run"]), last, plan)
+    elif not plan.replay:
+        last = max(0, _saved(folder) - 1)  # the newest is told again: nobody knows whether it was heard
     ranks = Ranks(folder, plan)
     try:
         for step, scores in ranks.evaluations(after=last):
-            result = {"step": step, "examples": plan.examples[step], **scores}
+            evaluation = 1 + sorted(plan.examples).index(step)
+            result = {"step": step, "examples": plan.examples[step], "evaluation": evaluation, **scores}
             if broken := [name for name, score in scores.items() if score is None]:
                 seen = plan.examples[step]
                 ray_tune.report({"error": f"score of {', '.join(broken)} is not a number after {seen:,} examples"})
@@ -104,11 +109,16 @@ def _train(folder: Path, plan: Plan) -> None:
         raise LostRanks(end.message)
 
 
-def graft(folder: Path, donor: Path, step: int, plan: Plan) -> None:
+def _saved(folder: Path) -> int:
+    """The step of a run folder's newest checkpoint, 0 without one."""
+    return max((int(path.name.removeprefix("step-")) for path in (folder / "checkpoints").glob("step-*")), default=0)
+
+
+def graft(folder: Path, donor: Path, step: int, plan: Plan) -> int:
     """Continue `folder` from a checkpoint of another trial, with the plan's configuration (population-based training).
 
     The donor may have moved on meanwhile and removed that checkpoint; then its oldest later one serves. Or it may
-    still be writing it.
+    still be writing it. Returns the checkpoint's step; what the trial itself had recorded from there on is gone.
     """
     own = folder / "checkpoints"
     deadline = time.monotonic() + WRITTEN_S
@@ -130,9 +140,14 @@ def graft(folder: Path, donor: Path, step: int, plan: Plan) -> None:
     own_file = folder / "config.yaml"
     write_atomically(own_file, plan.config)
     write_atomically(own_file, to_yaml(load_config(own_file, [f"run.name={folder.name!r}"])))
+    start = int(source.name.removeprefix("step-"))
+    if (records := folder / METRICS_FILE).exists():  # the ranks would cut it, after old scores were read as new ones
+        lines = records.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < start]
+        write_atomically(records, "".join(kept))
     with (folder / LINEAGE_FILE).open("a") as file:
-        line = {"step": int(source.name.removeprefix("step-")), "from": donor.name, "values": plan.values}
-        file.write(json.dumps(line) + "\n")
+        file.write(json.dumps({"step": start, "from": donor.name, "values": plan.values}) + "\n")
+    return start
 
 
 class Ranks:

@@ -19,6 +19,7 @@ import optuna
 import pytest
 import yaml
 
+from mtbert.config import load_config, to_yaml
 from mtbert.record import METRICS_FILE
 from tune.search import main
 
@@ -244,6 +245,50 @@ def test_a_search_that_was_stopped_and_killed_ends_as_an_undisturbed_one(place: 
     place.assert_all_gone(set())
 
 
+@pytest.mark.ranks
+def test_a_population_outlives_a_broken_member_and_a_stop(place: Place) -> None:
+    """Who hardly learns goes on from the weights and values of who does, and is judged by what it does from there."""
+    search = place.run("population")
+    driver = place.start(
+        *["--config", "tiny.yaml", "--space", "space.yaml", "--name", "population", "--trials", "4"],
+        *["--examples", "1500", "--evaluations", "4", "--scheduler", "pbt"],
+    )
+    wait_for(lambda: any(search.glob("trials/*/lineage.jsonl")), "one member takes over another")
+    driver.send_signal(signal.SIGINT)
+    ended(driver, 130)
+    ended(place.start("--resume", "runs/population"))
+    study = optuna.load_study(study_name="population", storage=f"sqlite:///{search}/study.db")
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE", "COMPLETE", "COMPLETE", "FAIL"]
+    assert "is not a number" in study.trials[3].user_attrs["error"]
+    heirs = [trial for trial in study.trials if "lineage" in trial.user_attrs]
+    assert heirs
+    for trial in heirs:
+        folder = search / "trials" / f"{trial.number:04d}"
+        last = trial.user_attrs["lineage"][-1]
+        assert trial.user_attrs["values"] == last["values"]
+        assert load_config(folder / "config.yaml").optimizer.lr == last["values"]["optimizer.lr"]
+    for trial in study.trials[:3]:
+        folder = search / "trials" / f"{trial.number:04d}"
+        steps_done = [line["step"] for line in curve(folder)]
+        assert steps_done == sorted(set(steps_done))
+        assert trial.value == [line for line in curve(folder) if "metric/composite" in line][-1]["metric/composite"]
+    place.assert_all_gone(set())
+
+
+@pytest.mark.ranks
+def test_several_metrics_leave_a_front(place: Place) -> None:
+    ended(
+        place.start(
+            *["--config", "tiny.yaml", "--space", "space.yaml", "--name", "front", "--trials", "2"],
+            *["--examples", "600", "--evaluations", "1", "--metric", "sst", "sts"],
+        )
+    )
+    study = optuna.load_study(study_name="front", storage=f"sqlite:///{place.run('front')}/study.db")
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE", "COMPLETE"]
+    fronts = {f"{trial.number:04d}.yaml" for trial in study.best_trials}
+    assert fronts and {path.name for path in place.run("front").glob("pareto/*")} == fronts
+
+
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
@@ -254,6 +299,13 @@ def test_a_search_that_was_stopped_and_killed_ends_as_an_undisturbed_one(place: 
         (["--ranks-per-trial", "2", "--gpus-per-rank", "0.5"], "only one rank per trial can do with part of a GPU"),
         (["--gpus-per-rank", "64"], "a trial needs 1 × 1 CPU and 1 × 64 GPU"),
         (["--metric", "accuracy"], "--metric accuracy: no trial reports it; valid: composite, sst, para, sts"),
+        (
+            [
+                *["--metric", "pairs", "--set"],
+                "tasks.pairs={kind: triplets, train: t.csv, columns: {text: [a, b, c]}, head: {kind: cosine}}",
+            ],
+            "--metric pairs: no trial reports it",
+        ),
         (["--metric", "sst", "sts", "--scheduler", "asha"], "--scheduler asha: needs one metric to judge by, not 2"),
         (["--scheduler", "pbt", "--trials", "3"], "a population of at least 4, not --trials 3"),
         (["--space", str(ROOT / "configs/search/c7.yaml"), "--trials", "7"], "the stages of the space have 6 trials"),
@@ -277,3 +329,16 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
     assert out == "" and err.startswith("error: ") and err.count("\n") == 1
     assert re.search(complaint, err)
     assert not list(tmp_path.iterdir())
+
+
+def test_stages_cannot_be_asked_for_more_trials(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "base.yaml").write_text(to_yaml(load_config(ROOT / "configs" / "quickstart.yaml")))
+    shutil.copyfile(ROOT / "configs" / "search" / "c7.yaml", tmp_path / "space.yaml")
+    one_line = (
+        "{source: q, trials: 6, examples: 900, evaluations: 2, metrics: [composite], scheduler: asha, reduction: 3,"
+    )
+    one_line += " sampler: tpe, seed: 0, ranks: 1, cpus: 1, gpus: 0.0, concurrent: null, storage: '', name: n}"
+    (tmp_path / "search.yaml").write_text(one_line)
+    assert main(["--resume", str(tmp_path), "--trials", "10"]) == 2
+    assert capsys.readouterr().err == "error: --trials 10: the stages of the space have 6 trials\n"
+    assert (tmp_path / "search.yaml").read_text() == one_line

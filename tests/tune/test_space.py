@@ -192,6 +192,15 @@ def test_the_spaces_that_come_with_us_fit_the_quick_start(path: Path, config: Co
             "when: schedule.kind is never 'sample'; its options: round_robin, sampled",
         ),
         (
+            "parameters: {schedule.alfa: {uniform: [0, 1], when: {schedule.kind: sampled}}}",
+            "schedule.alfa: unknown key; did you mean 'alpha'?",
+        ),
+        (
+            "parameters: {optimizer.lr: {uniform: [0, 1]},"
+            " encoder.dropout: {uniform: [0, 0.3], when: {optimizer.lr: 1}}}",
+            "when: optimizer.lr is a uniform; only a choice can be a condition",
+        ),
+        (
             "parameters: {optimizer.lr: {uniform: [0, 1]}}\nstarts: [{optimizer.lrr: 0.5}]",
             "did you mean 'optimizer.lr'?",
         ),

@@ -107,14 +107,18 @@ def test_starts_come_first_and_leave_the_rest_to_the_sampler(tmp_path: Path) -> 
     assert third["optimizer.lr"] != 2e-5
 
 
-def test_stages_wait_for_each_other_and_keep_the_best(tmp_path: Path) -> None:
+@pytest.mark.parametrize("metric", ["composite", "sst"])
+def test_stages_wait_for_each_other_and_keep_the_best(metric: str, tmp_path: Path) -> None:
     path = ROOT / "configs" / "search" / "c7.yaml"
-    study = study_of(load_space(path, load_config(ROOT / "configs" / "quickstart.yaml")))
+    study = study_of(load_space(path, load_config(ROOT / "configs" / "quickstart.yaml")), metrics=[metric])
     merit = {1e-4: 0.3, 1e-5: 0.9, 1e-6: 0.5}
     for _ in range(3):
         asked = study.ask()
         assert asked is not None
-        study.report(asked[0], 100, {"composite": merit[asked[1]["optimizer.lr"]]})
+        other = {"composite", "sst"} - {metric}
+        study.report(
+            *(asked[0], 100), {metric: (score := merit[asked[1]["optimizer.lr"]]), **dict.fromkeys(other, -score)}
+        )
     assert study.ask() is None, "the second stage began before the first was over"
     for number in range(3):
         study.finish(number, "complete")
