@@ -163,6 +163,8 @@ class Conductor:
         if result is not None and "examples" in result:
             self._record(number, result)  # that for which a trial is stopped, Tune tells only here
         folder = self._run(number)
+        if moves := lineage(folder):
+            self.study.note(number, lineage=moves, values=moves[-1]["values"])
         trial = self.study.tried()[number]
         if error or result is None:
             told = folder / "error.txt"
@@ -173,8 +175,6 @@ class Conductor:
             # a member of a population may have taken over another's schedule, which ends elsewhere past the aim
             goal = min(self.goals[number], self.settings.examples)
             self.study.finish(number, "complete" if trial.examples >= goal else "pruned")
-        if moves := lineage(folder):
-            self.study.note(number, lineage=moves, values=moves[-1]["values"])
         if self.settings.scheduler != "pbt":  # there, others may yet go on from it
             self._tidy()
         self.board.show(number)

@@ -91,7 +91,8 @@ def _train(folder: Path, plan: Plan) -> None:
     ranks = Ranks(folder, plan)
     try:
         for step, scores in ranks.evaluations(after=last):
-            evaluation = 1 + sorted(plan.examples).index(step)
+            # nothing is decided at the end: a trial that is over can neither be stopped nor take over another's weights
+            evaluation = 0 if step == max(plan.examples) else 1 + sorted(plan.examples).index(step)
             result = {"step": step, "examples": plan.examples[step], "evaluation": evaluation, **scores}
             if broken := [name for name, score in scores.items() if score is None]:
                 seen = plan.examples[step]
