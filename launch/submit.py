@@ -6,9 +6,11 @@ No torch in here: mistakes in the command or the configuration show at once, bef
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 if not __package__:  # started as a script: the checkout, not launch/, is where imports begin
@@ -148,10 +150,30 @@ def _check_files(config: Config) -> None:
 # ----------------------------------------------------------------------------------------- run folders
 
 
+@contextlib.contextmanager
+def _new_folders() -> Iterator[list[Path]]:
+    """A list of folders; those in it are removed when a `UserError` leaves the block."""
+    folders: list[Path] = []
+    try:
+        yield folders
+    except UserError:
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)  # one may have held the next
+        raise
+
+
 def _folders(
-    args: argparse.Namespace, source: Path, configs: list[Config], values: list[str | None], command: list[str]
+    args: argparse.Namespace,
+    source: Path,
+    configs: list[Config],
+    values: list[str | None],
+    command: list[str],
+    new: list[Path],
 ) -> tuple[Path, list[Path]]:
-    """The folder that holds the job's code, and a run folder per configuration: itself, or those of an array in it."""
+    """The folder that holds the job's code, and a run folder per configuration: itself, or those of an array in it.
+
+    What it makes is added to `new`. An array that is there already gets more runs.
+    """
     if args.resume is not None:
         run: Path = args.resume
         if holder := Lock(run, "-").holder():
@@ -161,14 +183,18 @@ def _folders(
         return run, [run]
     if not args.array:
         run = create_run(configs[0], str(source), command)
+        new.append(run)
         make_job_folder(run)
         return run, [run]
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     folder = Path(configs[0].run.dir).expanduser() / (configs[0].run.name or f"{stamp}-{source.stem}-array")
+    if not folder.exists():
+        new.append(folder)
     runs = []
     for config, value in zip(configs, values, strict=True):
         place = config.run.model_copy(update={"dir": str(folder), "name": value})
         runs.append(create_run(config.model_copy(update={"run": place}), str(source), command))
+        new.append(runs[-1])
         make_job_folder(runs[-1])
         (runs[-1] / "code").symlink_to(Path("..") / "code")
     snapshot_code(folder)
@@ -197,7 +223,8 @@ def _here(
     if args.dry_run:
         _show_configurations(configs, values)
         return 0
-    _, runs = _folders(args, source, configs, values, command)
+    with _new_folders() as new:
+        _, runs = _folders(args, source, configs, values, command, new)
     code = 0
     for run in runs:
         print(f"run folder {run}", flush=True)
@@ -230,13 +257,9 @@ def _on_slurm(
             f"--resume {args.resume}: job {note.id} is not over; watch it with --follow {args.resume}, "
             f"or end it with: python launch/submit.py cancel {args.resume}"
         )
-    folder, runs = _folders(args, source, configs, values, command)
-    try:
+    with _new_folders() as new:
+        folder, runs = _folders(args, source, configs, values, command, new)
         notes = slurm.submit_jobs(args, f"mtbert-{folder.name}", folder, runs)
-    except UserError:
-        if args.resume is None:
-            shutil.rmtree(folder)
-        raise
     for run, note in zip(runs, notes, strict=True):
         print(f"job {note.id}: {args.nodes} node(s) × {note.ranks_per_node} rank(s), run folder {run}", flush=True)
     if not args.follow:

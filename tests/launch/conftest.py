@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from duties import Launch
+from fake_slurm import FakeSlurm
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -24,6 +26,14 @@ run = Path(sys.argv[1])
 note, end = run_here(run, 2, 1, train=getattr(duties, sys.argv[2]))
 sys.exit(report(run, end, note.again(run)))
 """
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
+    """First in the PATH of the test and of what it starts."""
+    slurm = FakeSlurm(tmp_path / "bin")
+    monkeypatch.setenv("PATH", f"{slurm.place}:{os.environ['PATH']}")
+    return slurm
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from fake_slurm import FakeSlurm
 
 from mtbert.config import load_config
 from mtbert.runs import create_run
@@ -125,6 +126,29 @@ def test_a_taken_name_is_not_overwritten(config: Path, tmp_path: Path) -> None:
     done = submit("--config", config, "--local", "--set", "run.name=mine", cwd=tmp_path)
     assert done.returncode == 2 and "exists already" in done.stderr
     assert list(taken.iterdir()) == []
+
+
+def test_a_refused_array_takes_only_its_own_runs_with_it(config: Path, tmp_path: Path, slurm: FakeSlurm) -> None:
+    """Whether sbatch refuses it or one of its names is taken; the others in the array stay."""
+    slurm.does("sbatch", "echo 'sbatch: error: no room' >&2; exit 1")
+    array = tmp_path / "runs" / "seeds"
+    arguments = ["--config", config, "--set", "run.name=seeds", "--array"]
+    done = submit(*arguments, "seed=0,1", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "sbatch refused the job: no room" in done.stderr and done.stderr.count("\n") == 1
+    assert not array.exists()
+
+    slurm.does("sbatch", "echo Submitted batch job 7")
+    assert submit(*arguments, "seed=1", cwd=tmp_path).returncode == 0
+    slurm.does("sbatch", "exit 1")
+    for more in ("seed=2,3", "seed=2,1"):
+        done = submit(*arguments, more, cwd=tmp_path)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1
+        assert sorted(path.name for path in array.iterdir()) == ["code", "job", "seed=1"]
+    slurm.does("sbatch", "echo Submitted batch job 8")
+    done = submit(*arguments, "seed=2,3", cwd=tmp_path)
+    assert done.returncode == 0 and "job 8_1:" in done.stdout
+    assert all((array / f"seed={seed}" / "code" / "launch").is_dir() for seed in (1, 2, 3))
 
 
 def test_a_run_folder_from_a_newer_version_is_refused(config: Path, tmp_path: Path) -> None:
