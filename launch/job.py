@@ -60,9 +60,6 @@ KILLED_RESTARTS = 5
 BATCH_STARTED, RANK_STARTED = "MTBERT_BATCH_STARTED", "MTBERT_RANK_STARTED"
 """Variables with the times at which the batch script and this process began, in seconds since 1970."""
 
-IDLE_RESTARTS = 3
-"""Attempts in a row that may end at the step they began with, before a job is no longer put back into the queue."""
-
 
 @dataclass(frozen=True)
 class Job:
@@ -293,13 +290,6 @@ class Attempt:
         """
         job = self.place.slurm_job
         if job is None or not self.rank.first or slurm_state(job) != "RUNNING":
-            return
-        idle = sum(
-            (end := read_end(self.run, f"{self.token}-{number}")) is not None and end.step == step
-            for number in range(max(0, self.place.restarts - IDLE_RESTARTS), self.place.restarts)
-        )
-        if idle == IDLE_RESTARTS:
-            print(f"stopped at step {step} for the fourth time: the time limit is too short, so the job ends here")
             return
         print(f"stopped at step {step}; back into the queue", flush=True)
         subprocess.run(["scontrol", "requeue", job], check=True, timeout=60)
