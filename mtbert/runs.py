@@ -138,7 +138,10 @@ def check_run(folder: Path) -> None:
     shared = folder / "code"  # of an array, a link to the copy that its jobs share; training writes nothing there
     for place, folders, files in os.walk(folder):
         for path in (path for name in (*folders, *files) if (path := Path(place, name)) != shared):
-            mode = path.lstat().st_mode
+            try:
+                mode = path.lstat().st_mode
+            except FileNotFoundError:  # its job may still run
+                continue
             if stat.S_ISLNK(mode) and not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
                 raise UserError(f"{path}: is a link out of the run folder; put there what it leads to")
             if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or stat.S_ISLNK(mode)):

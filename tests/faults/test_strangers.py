@@ -247,6 +247,13 @@ def test_a_pipe_in_a_run_folder_does_not_hold_us_up(copy: Path) -> None:
         check_run(copy)
 
 
+def test_a_file_that_goes_while_a_run_folder_is_checked(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = list(os.walk(copy))
+    (copy / "config.yaml").unlink()
+    monkeypatch.setattr(os, "walk", lambda folder: seen)
+    check_run(copy)
+
+
 # ------------------------------------------------------------------------------------------------ secrets
 
 
