@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import yaml
-from conftest import CONFIG, Cluster, Submission, Trained, scontrol
+from conftest import CONFIG, Cluster, Submission, Trained, scontrol, wait_until
 
 STEPS_EACH = 130
 EVERY_STEPS = 20
@@ -47,8 +47,7 @@ def soak(draw: random.Random, disturbances: int, steps: int, place: Path, cluste
         kind = draw.choice(["USR2", "USR2 on one rank", "requeue", "kill -9 of a rank", "power cut"])
         before, attempts, began = run.step(), starts(run), time.monotonic()
         disturb(kind, run, cluster, draw)
-        while starts(run) == attempts:
-            time.sleep(0.2)
+        wait_for_start(run, attempts + 1)
         first = int(continued(run)[-1])
         lost = max(0, before + 1 - first)
         print(f"| {number + 1} | {kind} | {before} | {first} | {lost} | {time.monotonic() - began:.0f} s |", flush=True)
@@ -87,6 +86,10 @@ def disturb(kind: str, run: Trained, cluster: Cluster, draw: random.Random) -> N
 
 def starts(run: Trained) -> int:
     return len(continued(run))
+
+
+def wait_for_start(run: Trained, number: int) -> None:
+    wait_until(lambda: starts(run) >= number, 300, f"start {number} after the first")
 
 
 def continued(run: Trained) -> list[str]:

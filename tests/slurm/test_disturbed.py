@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 from conftest import STEPS, Bench, Trained, assert_same_course, finish, scontrol, send, wait_until
 
+from launch.records import alive
+
 
 def test_a_job_at_its_time_limit_goes_on_until_it_is_done(bench: Bench) -> None:
     """One minute, of which the second half is for saving; the ranks stand still until they are asked to."""
@@ -100,8 +102,9 @@ def test_a_second_signal_while_the_first_one_is_obeyed(bench: Bench) -> None:
     submission, run = bench.start("twice")
     with run.held_at(45) as pids:
         asked_to_stop(run, pids)
-    with run.held(lambda: saving(run) or not Path(f"/proc/{pids[0]}").exists(), "the save"):
-        send(signal.SIGUSR2, pids)
+        with run.held(lambda: saving(run) or not alive(pids[1]), "the save"):
+            assert alive(pids[0]), "the ranks were gone before the second signal"
+            send(signal.SIGUSR2, pids)
     finish(submission, run, bench.undisturbed)
 
 
