@@ -69,7 +69,9 @@ exit $code"""
 
 POLL_S = 0.2
 ASK_EVERY_S = 2.0
-OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
+OVER = (
+    "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "PREEMPTED"
+)  # fmt: skip
 
 
 def parameters(args: argparse.Namespace, name: str, folder: Path) -> dict[str, Any]:
@@ -193,7 +195,7 @@ def standing(job: str) -> Standing:
 def follow(run: Path, note: JobNote, from_start: bool) -> int:
     """Shows rank 0's log until the job is over, through requeues; returns the job's exit code.
 
-    Ctrl-C leaves: the job goes on.
+    Ctrl-C ends the whole command: the job goes on.
     """
     tail = Tail(log_path(run), last_lines=not from_start)
     told = ""
@@ -217,7 +219,7 @@ def follow(run: Path, note: JobNote, from_start: bool) -> int:
             f"end it: python launch/submit.py cancel {run}",
             file=sys.stderr,
         )
-        return STOPPED
+        sys.exit(STOPPED)
     end = last_end(run, note.token)
     if end and end.status == "finished" and now.state in ("COMPLETED", "UNKNOWN"):
         return 0

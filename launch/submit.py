@@ -192,7 +192,8 @@ def _folders(
         new.append(folder)
     runs = []
     for config, value in zip(configs, values, strict=True):
-        place = config.run.model_copy(update={"dir": str(folder), "name": value})
+        name = str(value).replace("/", "_")  # one folder deep, whatever the value
+        place = config.run.model_copy(update={"dir": str(folder), "name": name})
         runs.append(create_run(config.model_copy(update={"run": place}), str(source), command))
         new.append(runs[-1])
         make_job_folder(runs[-1])

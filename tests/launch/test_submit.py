@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -149,6 +150,35 @@ def test_a_refused_array_takes_only_its_own_runs_with_it(config: Path, tmp_path:
     done = submit(*arguments, "seed=2,3", cwd=tmp_path)
     assert done.returncode == 0 and "job 8_1:" in done.stdout
     assert all((array / f"seed={seed}" / "code" / "launch").is_dir() for seed in (1, 2, 3))
+
+
+def test_a_value_with_a_slash_makes_one_folder(config: Path, tmp_path: Path, slurm: FakeSlurm) -> None:
+    slurm.does("sbatch", "echo Submitted batch job 7")
+    words = ["--set", "run.name=files", "--array", "data.cache=cache/a,cache/b"]
+    done = submit("--config", config, *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    runs = [tmp_path / "runs" / "files" / f"data.cache=cache_{letter}" for letter in "ab"]
+    assert all((run / "code" / "launch").is_dir() for run in runs)
+
+
+def test_ctrl_c_while_an_array_is_watched_leaves_at_once(config: Path, tmp_path: Path, slurm: FakeSlurm) -> None:
+    slurm.does("sbatch", "echo Submitted batch job 7")
+    slurm.does("scontrol", "echo JobState=RUNNING NodeList=n1")
+    words = [ROOT / "launch" / "submit.py", "--config", config, "--array", "seed=0,1", "--follow"]
+    following = subprocess.Popen([sys.executable, *words], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    assert following.stderr and following.stderr.readline() == "job 7_0: running on n1\n"
+    following.send_signal(signal.SIGINT)
+    _, err = following.communicate(timeout=20)
+    assert following.returncode == 130
+    assert "job 7_0 goes on" in err and "7_1" not in err
+
+
+def test_a_preempted_job_that_slurm_cancelled_is_over(config: Path, tmp_path: Path, slurm: FakeSlurm) -> None:
+    slurm.does("sbatch", "echo Submitted batch job 7")
+    assert submit("--config", config, "--set", "run.name=mine", cwd=tmp_path).returncode == 0
+    slurm.does("scontrol", "echo JobState=PREEMPTED Restarts=0")
+    done = submit("status", "runs/mine", cwd=tmp_path)
+    assert done.stdout.splitlines()[1].split() == ["runs/mine", "slurm", "7", "killed", "-"]
 
 
 def test_a_run_folder_from_a_newer_version_is_refused(config: Path, tmp_path: Path) -> None:
