@@ -28,7 +28,9 @@ from pathlib import Path
 from typing import Any
 
 from launch.records import (
+    ASK_EVERY_S,
     HEARTBEAT_S,
+    PATIENCE_S,
     STALE_S,
     End,
     Lock,
@@ -37,6 +39,8 @@ from launch.records import (
     job_folder,
     log_path,
     read_end,
+    scontrol,
+    scontrol_complaint,
     slurm_state,
     stop_path,
     write_end,
@@ -289,10 +293,9 @@ class Attempt:
         Slurm says which: a job that was preempted or nears its time limit is still running, a cancelled one is not.
         """
         job = self.place.slurm_job
-        if job is None or not self.rank.first or slurm_state(job) != "RUNNING":
-            return
-        print(f"stopped at step {step}; back into the queue", flush=True)
-        subprocess.run(["scontrol", "requeue", job], check=True, timeout=60)
+        if job and self.rank.first and _goes_on(job):
+            print(f"stopped at step {step}; back into the queue", flush=True)
+            _back_into_queue(job)
 
     def _restart(self) -> None:
         """Puts a job that lost a rank back into the queue. The batch script does so only when no rank is left to.
@@ -300,12 +303,33 @@ class Attempt:
         Not its business alone, because srun waits for ever for a node that fails and comes back before Slurm notices.
         """
         job = self.place.slurm_job
-        if job is None or slurm_state(job) != "RUNNING":
+        if job is None or not _goes_on(job):
             return
         saved = max((path.stat().st_mtime for path in (self.run / "checkpoints").glob("step-*")), default=0.0)
         ends = job_folder(self.run).glob(f"{self.token}-*.end.json")
         if sum(path.stat().st_mtime > saved for path in ends) <= KILLED_RESTARTS:
-            subprocess.run(["scontrol", "requeue", job], check=False, timeout=60)
+            _back_into_queue(job)
+
+
+def _goes_on(job: str) -> bool:
+    """Whether Slurm, unless it is silent, has not ended the job."""
+    return slurm_state(job) in ("RUNNING", "UNKNOWN")
+
+
+def _back_into_queue(job: str) -> None:
+    """Asks more than once: slurmctld may be restarting."""
+    until = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            scontrol("requeue", job)
+            return
+        except (OSError, subprocess.SubprocessError) as error:
+            if time.monotonic() > until:
+                print(f"not put back into the queue: {scontrol_complaint(error)}", file=sys.stderr)
+                return
+        time.sleep(ASK_EVERY_S)
+        if not _goes_on(job):
+            return
 
 
 def _peer_lost(error: Exception) -> bool:

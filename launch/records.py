@@ -35,6 +35,10 @@ HEARTBEAT_S = 5.0
 STALE_S = 60.0
 """A lock untouched for this long belongs to nobody: twelve missed heartbeats, more than any pause of a file server."""
 
+ASK_EVERY_S = 2.0
+PATIENCE_S = 30.0
+"""How long slurmctld may be silent, or refuse, before that counts: it restarts, or is busy."""
+
 
 @dataclass(frozen=True)
 class JobNote:
@@ -241,10 +245,40 @@ def alive(pid: int) -> bool:
         return not Path("/proc/self").exists()
 
 
+def slurm_fields(job: str) -> dict[str, str]:
+    """What slurmctld says of a job; nothing when it has forgotten it, or there is no Slurm here.
+
+    Raises `UserError` with the complaint when there is no answer for `PATIENCE_S`.
+    """
+    until = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            shown = scontrol("show", "job", "-o", job)
+            return dict(word.partition("=")[::2] for word in shown.split())
+        except FileNotFoundError:
+            return {}
+        except (OSError, subprocess.SubprocessError) as error:
+            complaint = scontrol_complaint(error)
+        if "Invalid job id" in complaint:
+            return {}
+        if time.monotonic() > until:
+            raise UserError(f"Slurm does not answer: {complaint}")
+        time.sleep(ASK_EVERY_S)
+
+
 def slurm_state(job: str) -> str:
-    """JobState of a job; UNKNOWN when Slurm has forgotten it, or there is no Slurm here."""
+    """JobState of a job; UNKNOWN when Slurm has forgotten it or does not answer, or there is no Slurm here."""
     try:
-        shown = subprocess.run(["scontrol", "show", "job", "-o", job], capture_output=True, text=True, timeout=60)
-    except FileNotFoundError:
+        return slurm_fields(job).get("JobState", "UNKNOWN")
+    except UserError:
         return "UNKNOWN"
-    return dict(word.partition("=")[::2] for word in shown.stdout.split()).get("JobState", "UNKNOWN")
+
+
+def scontrol(*words: str) -> str:
+    """What it prints. Raises `OSError` and `subprocess.SubprocessError`."""
+    done = subprocess.run(["scontrol", *words], check=True, capture_output=True, text=True, timeout=PATIENCE_S)
+    return done.stdout
+
+
+def scontrol_complaint(error: Exception) -> str:
+    return " ".join(str(getattr(error, "stderr", None) or error).split())

@@ -12,7 +12,6 @@ import io
 import re
 import secrets
 import shlex
-import shutil
 import subprocess
 import sys
 import time
@@ -27,12 +26,14 @@ from submitit.slurm.slurm import _make_sbatch_string
 
 from launch.job import BATCH_STARTED, KILLED_RESTARTS, Job
 from launch.records import (
+    ASK_EVERY_S,
     JobNote,
     Lock,
     job_folder,
     last_end,
     log_path,
     read_note,
+    slurm_fields,
     snapshot_code,
     stop_path,
     writable_by_me_alone,
@@ -68,7 +69,6 @@ fi
 exit $code"""
 
 POLL_S = 0.2
-ASK_EVERY_S = 2.0
 OVER = (
     "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "PREEMPTED"
 )  # fmt: skip
@@ -179,15 +179,14 @@ class Standing:
     restarts: str = "0"
 
 
+SILENT = Standing("SILENT")
+
+
 def standing(job: str) -> Standing:
-    while True:
-        shown = subprocess.run(["scontrol", "show", "job", "-o", job], capture_output=True, text=True)
-        if shown.returncode == 0:
-            break
-        if "Invalid job id" in shown.stderr:
-            return Standing("UNKNOWN")
-        time.sleep(ASK_EVERY_S)  # slurmctld restarts or is busy; the job does not mind
-    fields = {key: value for key, _, value in (word.partition("=") for word in shown.stdout.split())}
+    """Raises `UserError` when Slurm does not answer."""
+    fields = slurm_fields(job)
+    if "JobState" not in fields:
+        return Standing("UNKNOWN")
     nodes = fields.get("NodeList", "").replace("(null)", "")
     return Standing(fields["JobState"], nodes, fields.get("Reason", ""), fields.get("Restarts", "0"))
 
@@ -202,8 +201,12 @@ def follow(run: Path, note: JobNote, from_start: bool) -> int:
     over = 0
     try:
         while True:
-            now = standing(note.id)
-            if (words := _words(note, now)) != told:
+            try:
+                now = standing(note.id)
+                words = _words(note, now)
+            except UserError as error:  # the job does not mind
+                now, words = SILENT, f"{error}; waiting for it"
+            if words != told:
                 print(words, file=sys.stderr, flush=True)
                 told = words
             # a failed node ends a job for a moment before it is queued again
@@ -243,11 +246,7 @@ def _words(note: JobNote, now: Standing) -> str:
 
 def queued(note: JobNote) -> bool:
     """Whether a job waits, runs or will run again."""
-    return (
-        note.cluster == "slurm"
-        and shutil.which("scontrol") is not None
-        and (standing(note.id).state not in (*OVER, "UNKNOWN"))
-    )
+    return note.cluster == "slurm" and standing(note.id).state not in (*OVER, "UNKNOWN")
 
 
 def cancel(run: Path, note: JobNote) -> str:
