@@ -50,6 +50,9 @@ from mtbert.runs import NO_ROOM, Outcome, Rank, Stopwatch
 
 Train = Callable[[Path, Rank, Callable[[], bool], bool], Outcome]
 
+STOPS = (signal.SIGUSR2, signal.SIGTERM)
+"""Signals that ask a rank to save and stop. They are blocked from its first line until it has handlers for them."""
+
 WATCH_S = 0.25
 BLAME_S = 1.0
 """How long a failing rank waits before it takes the blame: a rank whose peer was killed learns of it by an exception
@@ -153,10 +156,11 @@ class Attempt:
 
     def run_to_end(self, train: Train) -> str:
         """Trains, records the end, requeues where that is due. Returns the status in the record."""
-        for number in (signal.SIGUSR2, signal.SIGTERM):
+        for number in STOPS:
             signal.signal(number, lambda *_: self._stop.set())
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a whole terminal; the submitter asks for the stop
         signal.signal(signal.SIGCONT, signal.SIG_DFL)  # Slurm sends it along; submitit would report it in our output
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)  # one that came during the start arrives now
         _set_variables(self.place)
         presence = self._presence(self.rank.rank)
         presence.write_text(f"{self.place.host} {os.getpid()}")
@@ -177,7 +181,7 @@ class Attempt:
             if self.rank.first:
                 self._end(outcome.status, outcome.step, outcome.metrics)
             # a late signal must not end scontrol, nor the interpreter on its way out, which drops our handlers
-            for number in (signal.SIGUSR2, signal.SIGTERM):
+            for number in STOPS:
                 signal.signal(number, signal.SIG_IGN)
             if outcome.status == "stopped":
                 self._requeue(outcome.step)

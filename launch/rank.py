@@ -10,8 +10,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from pathlib import Path
+
+if __name__ == "__main__":
+    # a signal that asks for a stop would end the interpreter; it waits until the job has its own handlers
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2, signal.SIGTERM})
 
 from launch.job import Job
 from launch.records import JobNote, Lock, make_job_folder, write_note

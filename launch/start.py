@@ -12,8 +12,8 @@ from pathlib import Path
 
 os.environ["MTBERT_RANK_STARTED"] = str(time.time())
 
-# until the job has its own handlers, a signal that asks for a stop would end the interpreter
-signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+# a signal that asks for a stop would end the interpreter; it waits until the job has its own handlers
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2, signal.SIGTERM})
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 folder = Path(sys.argv[-1])
 sys.argv[1:] = [str(folder)]
