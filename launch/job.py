@@ -124,15 +124,22 @@ class Place:
         if os.environ.get("SUBMITIT_EXECUTOR") == "local":
             number, world = _numbers("SUBMITIT_LOCAL_GLOBALID", "SUBMITIT_LOCAL_NTASKS")
             return cls(Rank(number, world, number, world, f"file://{rendezvous}"), host, (host,), 0, None)
-        job = os.environ["SLURM_JOB_ID"]
         number, world, local, nodes = _numbers("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_JOB_NUM_NODES")
         restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         listed = ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]]
         hosts = subprocess.run(listed, check=True, capture_output=True, text=True, timeout=60).stdout.split()
         # derived from the job, so that every rank knows it; another one after a requeue, lest the old one lingers
-        port = 20_000 + (int(job) * 7 + restarts) % 10_000
+        port = 20_000 + (int(os.environ["SLURM_JOB_ID"]) * 7 + restarts) % 10_000
         rank = Rank(number, world, local, world // nodes, f"tcp://{hosts[0]}:{port}")
-        return cls(rank, host, tuple(hosts), restarts, job)
+        return cls(rank, host, tuple(hosts), restarts, _slurm_job())
+
+
+def _slurm_job() -> str:
+    """What scontrol calls this job. Each task of an array has a plain id too, but one task's is that of the array, and
+    scontrol takes it for all of them."""
+    if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
+        return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    return os.environ["SLURM_JOB_ID"]
 
 
 def _numbers(*names: str) -> tuple[int, ...]:
