@@ -232,7 +232,8 @@ class Attempt:
         end = read_end(self.run, self.name)
         if end is None and (dead := self._dead_peer()) is not None:
             self._end("lost", rank=dead, message=f"rank {dead} was killed")
-            end = read_end(self.run, self.name)
+            # a full disk takes no record, and the other ranks are to end all the same
+            end = read_end(self.run, self.name) or End("lost", dead, self.place.host)
         if end is not None and EXIT_CODES[end.status]:
             with self._ending:  # the main thread may be on its way to put the job back into the queue
                 self._leave(EXIT_CODES[end.status])
@@ -282,14 +283,12 @@ class Attempt:
         self.status = status
         with self._ending:
             try:
-                first = write_end(self.run, self.name, end)
+                if write_end(self.run, self.name, end) and status == "lost":
+                    self._restart()
             except OSError as error:
                 if error.errno not in NO_ROOM:
                     raise
                 print(f"{status}: {message}\n{self.run}: {error.strerror}", file=sys.stderr)
-                return
-            if first and status == "lost":
-                self._restart()
 
     def _holds_lock(self) -> bool:
         with contextlib.suppress(FileNotFoundError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -40,6 +41,18 @@ def rank_1_is_killed(run: Path, rank: Rank, stop: Stop, quiet: bool) -> Outcome:
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(600)
     raise AssertionError("nobody ended this rank")
+
+
+def rank_1_is_killed_when_the_disk_is_full(run: Path, rank: Rank, stop: Stop, quiet: bool) -> Outcome:
+    if rank.first:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # no file takes a byte
+        (run / "full").touch()
+        time.sleep(600)
+        raise AssertionError("nobody ended this rank")
+    while not (run / "full").exists():
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError
 
 
 def killed_inside_a_collective(run: Path, rank: Rank, stop: Stop, quiet: bool) -> Outcome:

@@ -64,6 +64,13 @@ def test_one_lost_rank_ends_the_job_and_is_named(launch: Launch, run: Path, duty
         assert err.splitlines()[1] == "rank 1 was killed"
 
 
+def test_a_lost_rank_ends_the_job_also_when_the_disk_is_full(launch: Launch) -> None:
+    job = launch("rank_1_is_killed_when_the_disk_is_full")
+    _, err = job.communicate(timeout=QUICK_S)
+    assert job.returncode == 1
+    assert err.startswith("error: the job was killed; ")
+
+
 def test_a_users_mistake_found_in_a_rank_is_one_line(launch: Launch) -> None:
     job = launch("rank_1_finds_a_mistake")
     out, err = job.communicate(timeout=QUICK_S)
