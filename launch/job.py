@@ -316,8 +316,12 @@ class Attempt:
         if job is None or not _goes_on(job):
             return
         saved = max((path.stat().st_mtime for path in (self.run / "checkpoints").glob("step-*")), default=0.0)
-        ends = job_folder(self.run).glob(f"{self.token}-*.end.json")
-        if sum(path.stat().st_mtime > saved for path in ends) <= KILLED_RESTARTS:
+        # the batch script counts in it too: a line per attempt since the last new checkpoint
+        killed = job_folder(self.run) / f"{job}.killed"
+        before = killed.read_text().split() if killed.exists() and killed.stat().st_mtime > saved else []
+        attempts = [*before, str(self.place.restarts)]
+        killed.write_text("".join(f"{attempt}\n" for attempt in attempts))
+        if len(attempts) <= KILLED_RESTARTS:
             _back_into_queue(job)
 
 

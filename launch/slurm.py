@@ -46,26 +46,39 @@ GRACE_S = 90
 """Seconds before the time limit at which ranks are asked to save; half the limit where that is shorter."""
 
 LOOK = r"""
-# every node must see the run folder; one that has just come back may refuse a step, which is no answer
+# every node must see the run folder: a new file in it, for a node may have an old copy of its own;
+# one that has just come back may refuse a step, which is no answer
+mark="$run/job/$job-${SLURM_RESTART_COUNT:-0}.mark"
+: >"$mark"
 for wait in 1 5 10 20 0; do
     # --overlap: or the next step may find these CPUs still taken, and asks again only a minute later
-    srun --overlap --nodes=$nodes --ntasks=$nodes --ntasks-per-node=1 bash -c 'test -e "$0/code/launch/start.py" || {
-        echo "error: $(hostname) does not see $0; put run.dir on a file system that all nodes share" >&2
+    srun --overlap --nodes=$nodes --ntasks=$nodes --ntasks-per-node=1 bash -c 'test -e "$0" || {
+        echo "error: $(hostname) does not see $1; put run.dir on a file system that all nodes share" >&2
         exit 2
-    }' "$run"
-    case $? in 0) break ;; 2) exit 2 ;; *) sleep $wait ;; esac
-done"""
+    }' "$mark" "$run"
+    case $? in 0) break ;; 2) rm -f "$mark"; exit 2 ;; *) sleep $wait ;; esac
+done
+rm -f "$mark"
+"""
 
 RESTART = r"""
 # a rank was killed, or its node: start again from the last checkpoint
-killed="$run/job/$SLURM_JOB_ID.killed"
-if [ $code -gt 128 ] && scontrol show job -o $SLURM_JOB_ID | grep -q JobState=RUNNING; then
-    : >>"$killed"
-    # one line per time, counted from the last new checkpoint
-    find "$run" -path '*/checkpoints/step-*' -newer "$killed" | grep -q . && : >"$killed"
-    date >>"$killed"
-    [ $(wc -l <"$killed") -gt $limit ] || { scontrol requeue $SLURM_JOB_ID && sleep 60; }
-fi
+killed="$run/job/$job.killed" attempt=${SLURM_RESTART_COUNT:-0}
+[ $code -gt 128 ] || exit $code
+# slurmctld may be restarting
+for wait in 1 5 10 20 0; do
+    case $(scontrol show job -o $job 2>&1) in
+        *JobState=RUNNING*)
+            # one line per attempt since the last new checkpoint; a rank that was left may have written this one's
+            find "$run/checkpoints" -name 'step-*' -newer "$killed" 2>/dev/null | grep -q . && rm "$killed"
+            grep -qsx $attempt "$killed" || echo $attempt >>"$killed" || break
+            [ $(wc -l <"$killed") -le $limit ] || break
+            scontrol requeue $job && sleep 60 && break
+            ;;
+        *JobState=* | *"Invalid job id"*) break ;;
+    esac
+    sleep $wait
+done
 exit $code"""
 
 POLL_S = 0.2
@@ -74,8 +87,8 @@ OVER = (
 )  # fmt: skip
 
 
-def parameters(args: argparse.Namespace, name: str, folder: Path) -> dict[str, Any]:
-    """Arguments of submitit's batch script. `folder` is the run folder, or that of an array."""
+def parameters(args: argparse.Namespace, name: str, runs: Sequence[Path]) -> dict[str, Any]:
+    """Arguments of submitit's batch script."""
     limit_min = None if args.time is None else minutes(args.time)
     return {
         "job_name": name,
@@ -99,7 +112,11 @@ def parameters(args: argparse.Namespace, name: str, folder: Path) -> dict[str, A
         + ([f"--cpus-per-task={args.cpus_per_rank}"] if args.cpus_per_rank else []),
         "setup": [
             f"export {BATCH_STARTED}=$(date +%s.%N)",
-            f"run={shlex.quote(str(folder.resolve()))}",
+            f"runs=({' '.join(shlex.quote(str(run.resolve())) for run in runs)})",
+            "run=${runs[${SLURM_ARRAY_TASK_ID:-0}]}",
+            # an array's own id stands for all of its tasks
+            "job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}",
+            "job=${job:-$SLURM_JOB_ID}",
             f"nodes={args.nodes}",
             *LOOK.splitlines(),
         ],
@@ -107,12 +124,12 @@ def parameters(args: argparse.Namespace, name: str, folder: Path) -> dict[str, A
     }
 
 
-def script(args: argparse.Namespace, name: str, folder: Path, count: int = 1) -> str:
-    """The batch script `submit_jobs` would hand to sbatch; `count` > 1 makes it an array."""
+def script(args: argparse.Namespace, name: str, folder: Path, runs: Sequence[Path]) -> str:
+    """The batch script `submit_jobs` would hand to sbatch; several runs make it an array."""
     command = f"{_python(folder)} -u -m submitit.core._submit {shlex.quote(str(job_folder(folder).resolve()))}"
-    array = {"map_count": count} if count > 1 else {}
+    array = {"map_count": len(runs)} if len(runs) > 1 else {}
     text: str = _make_sbatch_string(
-        command=command, folder=job_folder(folder).resolve(), **parameters(args, name, folder), **array
+        command=command, folder=job_folder(folder).resolve(), **parameters(args, name, runs), **array
     )
     return text
 
@@ -121,7 +138,7 @@ def submit_jobs(args: argparse.Namespace, name: str, folder: Path, runs: Sequenc
     """One job per run folder, as a Slurm array when there are several. Raises `UserError` with sbatch's complaint."""
     snapshot_code(folder)
     executor = submitit.SlurmExecutor(job_folder(folder), python=_python(folder))
-    executor.update_parameters(**parameters(args, name, folder))
+    executor.update_parameters(**parameters(args, name, runs))
     jobs = [Job(run.resolve(), secrets.token_hex(4)) for run in runs]
     try:
         # submitit prints the complaint and raises it as well

@@ -192,8 +192,7 @@ def _folders(
         new.append(folder)
     runs = []
     for config, value in zip(configs, values, strict=True):
-        name = str(value).replace("/", "_")  # one folder deep, whatever the value
-        place = config.run.model_copy(update={"dir": str(folder), "name": name})
+        place = config.run.model_copy(update={"dir": str(folder), "name": _folder_name(str(value))})
         runs.append(create_run(config.model_copy(update={"run": place}), str(source), command))
         new.append(runs[-1])
         make_job_folder(runs[-1])
@@ -201,6 +200,11 @@ def _folders(
     snapshot_code(folder)
     make_job_folder(folder)
     return folder, runs
+
+
+def _folder_name(value: str) -> str:
+    """Of a run in an array."""
+    return value.replace("/", "_")
 
 
 # --------------------------------------------------------------------------------------- on this machine
@@ -250,7 +254,8 @@ def _on_slurm(
         slurm.minutes(args.time)
     if args.dry_run:
         folder = args.resume or Path(configs[0].run.dir) / (configs[0].run.name or "RUN")
-        print(slurm.script(args, f"mtbert-{folder.name}", folder, len(configs)))
+        runs = [folder / _folder_name(value) for value in values if value] or [folder]
+        print(slurm.script(args, f"mtbert-{folder.name}", folder, runs))
         _show_configurations(configs, values)
         return 0
     if args.resume is not None and (note := read_note(args.resume)) and slurm.queued(note):

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
+from fake_slurm import FakeSlurm
 
+from launch.job import KILLED_RESTARTS, Attempt, Place
 from launch.slurm import minutes, script
 from launch.submit import parser
 from mtbert.errors import UserError
+from mtbert.runs import Rank
 
 
 @pytest.mark.parametrize(
@@ -27,7 +32,7 @@ def test_what_is_no_time_limit_is_refused(text: str) -> None:
 
 def test_the_script_asks_for_what_was_typed(tmp_path: Path) -> None:
     words = "--nodes 2 --gpus-per-node 4 --partition gpu --time 1:00 --qos long --mem 64G --slurm reservation=mine"
-    text = script(parser().parse_args(words.split()), "mtbert-x", tmp_path)
+    text = script(parser().parse_args(words.split()), "mtbert-x", tmp_path, [tmp_path])
     for line in ("nodes=2", "gpus-per-node=4", "ntasks-per-node=4", "partition=gpu", "time=1", "qos=long", "mem=64G"):
         assert f"#SBATCH --{line}\n" in text
     assert "#SBATCH --reservation=mine\n" in text
@@ -38,5 +43,86 @@ def test_the_script_asks_for_what_was_typed(tmp_path: Path) -> None:
 
 def test_a_path_with_a_space_survives_the_script(tmp_path: Path) -> None:
     folder = tmp_path / "my runs" / "one"
-    text = script(parser().parse_args(["--nodes", "2"]), "mtbert-one", folder)
+    text = script(parser().parse_args(["--nodes", "2"]), "mtbert-one", folder, [folder])
     assert f"'{folder}/code/launch/start.py'" in text
+
+
+@pytest.fixture
+def array(tmp_path: Path) -> list[Path]:
+    """The run folders of an array of two."""
+    runs = [tmp_path / "array" / f"seed={seed}" for seed in (0, 1)]
+    for run in runs:
+        (run / "job").mkdir(parents=True)
+        (run / "checkpoints").mkdir()
+    return runs
+
+
+def run_script(runs: list[Path], attempt: int) -> subprocess.CompletedProcess[str]:
+    """The batch script as the second task of array 7, which slurmd would run with the id of the whole array."""
+    text = script(parser().parse_args(["--nodes", "2"]), "mtbert-array", runs[0].parent, runs)
+    task = {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1"}
+    variables = {**os.environ, **task, "SLURM_RESTART_COUNT": str(attempt)}
+    return subprocess.run(["bash"], input=text, env=variables, capture_output=True, text=True, timeout=60)
+
+
+KILLED = "case $* in *--overlap*) exit 0 ;; *) exit 137 ;; esac"
+"""srun when all nodes see the run folder and a rank is killed."""
+
+
+def test_restarts_without_a_new_checkpoint_are_counted_once_whoever_asks_for_them(
+    array: list[Path], slurm: FakeSlurm
+) -> None:
+    """The rank that is left does in one attempt, the batch script in the next, both in the one after."""
+    slurm.does("srun", KILLED)
+    slurm.does("sleep", "exit 0")
+    slurm.does("scontrol", "[ $1 = requeue ] || echo JobState=RUNNING")
+
+    def lose(attempt: int) -> bool:
+        """Whether the job goes back into the queue."""
+        before = len(requeues())
+        if attempt % 3 != 1:
+            Attempt(array[1], "token", Place(Rank(), "here", ("here",), attempt, "7_1"))._restart()
+        if attempt % 3 != 0:
+            assert run_script(array, attempt).returncode == 137
+        return len(requeues()) > before
+
+    def requeues() -> list[str]:
+        return [call for call in slurm.calls("scontrol") if call.startswith("requeue")]
+
+    assert [lose(attempt) for attempt in range(8)] == [True] * KILLED_RESTARTS + [False] * 3
+    (array[0] / "checkpoints" / "step-00000001").mkdir()
+    assert not lose(8), "a checkpoint of another task"
+    (array[1] / "checkpoints" / "step-00000001").mkdir()
+    assert lose(9)
+    assert set(requeues()) == {"requeue 7_1"}
+
+
+def test_the_batch_script_asks_again_while_slurmctld_restarts_and_leaves_a_cancelled_job_alone(
+    array: list[Path], slurm: FakeSlurm
+) -> None:
+    slurm.does("srun", KILLED)
+    slurm.does("sleep", "exit 0")
+    slurm.does("scontrol", "[ $(wc -l <$0.calls) -gt 2 ] || exit 1; echo JobState=RUNNING")
+    run_script(array, 0)
+    assert slurm.calls("scontrol") == [*["show job -o 7_1"] * 3, "requeue 7_1"]
+    slurm.does("scontrol", "echo JobState=COMPLETING")
+    run_script(array, 1)
+    assert slurm.calls("scontrol")[4:] == ["show job -o 7_1"]
+
+
+def test_a_node_with_an_old_copy_of_the_run_folder_is_found_out(array: list[Path], slurm: FakeSlurm) -> None:
+    run = array[1]
+    copy = run.parent.with_name("copy")
+    copy.symlink_to(run.parent)
+    # srun whose node has the array's folder elsewhere
+    there = f"shared={run.parent} mine={copy}"
+    slurm.does("srun", there + '; while [[ $1 == -* ]]; do shift; done; "${@//$shared/$mine}"')
+    assert "does not see" not in run_script(array, 0).stderr
+    copy.unlink()
+    (copy / run.name / "code" / "launch").mkdir(parents=True)
+    (copy / run.name / "code" / "launch" / "start.py").touch()
+    (copy / run.name / "job").mkdir()
+    done = run_script(array, 0)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and "put run.dir on a file system that all nodes share" in done.stderr
+    assert list((run / "job").iterdir()) == []
