@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from launch.records import End, job_folder, log_path
+from launch.records import End, JobNote, job_folder, log_path
 
 REMEMBERED = 4000
 """Bytes of a log shown to someone who joins late, about a screen and a half."""
@@ -37,10 +37,11 @@ class Tail:
         sys.stdout.flush()
 
 
-def report(run: Path, end: End | None, resume: str) -> int:
+def report(run: Path, note: JobNote, end: End | None) -> int:
     """Last words of a job to its user; returns the exit code. The trainer itself has told a finished run's."""
+    resume = note.again(run)
     if end is None:
-        words = _launcher_errors(run) or f"the job was killed; see {log_path(run).parent}/"
+        words = _launcher_errors(run, note) or f"the job was killed; see {log_path(run).parent}/"
         print(f"error: {words}\ncontinue with: {resume}", file=sys.stderr)
         return 1
     if end.status == "mistake":
@@ -59,9 +60,15 @@ def report(run: Path, end: End | None, resume: str) -> int:
     return 0
 
 
-def _launcher_errors(run: Path) -> str:
-    """What the batch script, srun or an interpreter that could not start wrote before any rank had a log."""
-    newest = sorted(job_folder(run).glob("*_log.err"), key=lambda path: path.stat().st_mtime)
+def launcher_logs(run: Path, note: JobNote) -> list[Path]:
+    """Of the batch script, srun and an interpreter that could not start; for an array they lie in its folder."""
+    places = (job_folder(run), job_folder(run.resolve().parent))
+    return [path for place in places for path in place.glob(f"{note.id}_*_log.err")]
+
+
+def _launcher_errors(run: Path, note: JobNote) -> str:
+    """What they say of why no rank had a log. Attempts write one after another."""
+    newest = sorted(launcher_logs(run, note), key=lambda path: path.stat().st_mtime)
     lines = [line for path in newest for line in path.read_text(errors="replace").splitlines() if line.strip()]
     told = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    return told[0] if told else "\n".join(lines[-10:])
+    return told[-1] if told else "\n".join(lines[-10:])

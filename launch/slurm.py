@@ -27,11 +27,13 @@ from submitit.slurm.slurm import _make_sbatch_string
 from launch.job import BATCH_STARTED, KILLED_RESTARTS, Job
 from launch.records import (
     ASK_EVERY_S,
+    End,
     JobNote,
     Lock,
     job_folder,
     last_end,
     log_path,
+    read_end,
     read_note,
     slurm_fields,
     snapshot_code,
@@ -39,7 +41,7 @@ from launch.records import (
     writable_by_me_alone,
     write_note,
 )
-from launch.show import STOPPED, Tail, report
+from launch.show import STOPPED, Tail, launcher_logs, report
 from mtbert.errors import UserError
 
 GRACE_S = 90
@@ -240,19 +242,24 @@ def follow(run: Path, note: JobNote, from_start: bool) -> int:
             file=sys.stderr,
         )
         sys.exit(STOPPED)
-    end = last_end(run, note.token)
+    end = _end(run, note, now)
     if end and end.status == "finished" and now.state in ("COMPLETED", "UNKNOWN"):
         return 0
     if now.state == "CANCELLED":
         print(f"job {note.id} was cancelled; continue with: {note.again(run)}")
         return STOPPED
-    if end is None and not any(job_folder(run).glob("*_log.err")):
+    if end is None and not launcher_logs(run, note):
         print(f"error: the first node could not write to {run}; put run.dir on a file system that all nodes share",
               file=sys.stderr)  # fmt: skip
         return 1
     if end and end.status == "stopped" and now.state != "COMPLETED":
         end = None
-    return report(run, end, note.again(run))
+    return report(run, note, end)
+
+
+def _end(run: Path, note: JobNote, now: Standing) -> End | None:
+    """How a job ended: its last attempt, which may have left no word, where Slurm still knows which that is."""
+    return last_end(run, note.token) if now.state == "UNKNOWN" else read_end(run, f"{note.token}-{now.restarts}")
 
 
 def _words(note: JobNote, now: Standing) -> str:
@@ -282,8 +289,11 @@ def status_of(run: Path) -> tuple[str, ...]:
         return str(run), "-", "no job", "-"
     end = last_end(run, note.token)
     step = "-" if end is None or end.step is None else str(end.step)
-    if queued(note):
-        return str(run), f"slurm {note.id}", _words(note, standing(note.id)).partition(": ")[2], step
+    if note.cluster == "slurm":
+        now = standing(note.id)
+        if now.state not in (*OVER, "UNKNOWN"):
+            return str(run), f"slurm {note.id}", _words(note, now).partition(": ")[2], step
+        end = _end(run, note, now)
     if note.cluster == "local" and Lock(run, "-").holder():
         return str(run), f"local {note.id}", "running", "-"
     return str(run), f"{note.cluster} {note.id}", end.status if end else "killed", step

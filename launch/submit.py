@@ -234,7 +234,7 @@ def _here(
     for run in runs:
         print(f"run folder {run}", flush=True)
         note, end = run_here(run, args.nodes, ranks, gpus * args.nodes)
-        now = report(run, end, note.again(run))
+        now = report(run, note, end)
         _discard(args, run, now)
         code = code or now
         if now == STOPPED:

@@ -24,7 +24,7 @@ from launch.show import report
 cloudpickle.register_pickle_by_value(duties)
 run = Path(sys.argv[1])
 note, end = run_here(run, 2, 1, train=getattr(duties, sys.argv[2]))
-sys.exit(report(run, end, note.again(run)))
+sys.exit(report(run, note, end))
 """
 
 

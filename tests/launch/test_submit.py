@@ -13,6 +13,7 @@ import pytest
 import yaml
 from fake_slurm import FakeSlurm
 
+from launch.records import End, write_end
 from mtbert.config import load_config
 from mtbert.runs import create_run
 
@@ -202,3 +203,26 @@ def test_a_mistake_found_by_a_rank_leaves_no_run_folder(config: Path, tmp_path: 
     (kept / "config.yaml").write_text(config.read_text() + "seed: 1\n")
     done = submit("--resume", kept, "--local", "--set", "data.cache=/proc/nowhere", cwd=tmp_path)
     assert done.returncode == 2 and (kept / "config.yaml").is_file()
+
+
+def test_the_last_words_are_those_of_the_last_attempt_of_the_job(
+    config: Path, tmp_path: Path, slurm: FakeSlurm
+) -> None:
+    """Not of an attempt before it that left a record, nor of a job before it; also in an array."""
+    slurm.does("sbatch", "echo Submitted batch job 7")
+    words = ["--config", config, "--set", "run.name=seeds", "--array", "seed=0,1"]
+    assert submit(*words, cwd=tmp_path).returncode == 0
+    array = tmp_path / "runs" / "seeds"
+    run = array / "seed=1"
+    token = json.loads((run / "job" / "job.json").read_text())["token"]
+    write_end(run, f"{token}-0", End("stopped", 0, "node1", 30))
+    (array / "job" / "6_1_0_log.err").write_text("error: the job before\n")
+    (array / "job" / "7_0_0_log.err").write_text("error: the other task\n")
+    (array / "job" / "7_1_0_log.err").write_text("srun: words\nerror: node2 does not see it\n")
+    slurm.does("scontrol", "echo JobState=FAILED Restarts=1")
+    done = submit("--follow", run, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[1:2] == ["error: node2 does not see it"]
+    assert submit("status", run, cwd=tmp_path).stdout.splitlines()[1].split()[1:] == ["slurm", "7_1", "killed", "30"]
+    (array / "job" / "7_1_0_log.err").unlink()
+    assert "could not write to" in submit("--follow", run, cwd=tmp_path).stderr
