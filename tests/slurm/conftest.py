@@ -153,7 +153,8 @@ class Trained:
                 if not any(word.endswith((b"start.py", b"launch.rank")) for word in words[:3]):
                     continue
                 variables = dict(line.partition(b"=")[::2] for line in (folder / "environ").read_bytes().split(b"\0"))
-                if variables.get(b"SLURM_JOB_ID") == self.job.encode():
+                task = b"%s_%s" % tuple(variables.get(b"SLURM_ARRAY_" + name, b"") for name in (b"JOB_ID", b"TASK_ID"))
+                if self.job.encode() in (task, variables.get(b"SLURM_JOB_ID")):
                     found[int(variables[b"SLURM_PROCID"])] = int(folder.name)
         return found
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, STEPS, Bench, Trained, assert_same_course, send
+from conftest import ROOT, STEPS, Bench, Trained, assert_same_course, scontrol, send, wait_until
 from safetensors.numpy import load_file
 
 GENTLE = ["encoder.dropout=0", "optimizer.lr=1e-3", "optimizer.head_lr=1e-3", "optimizer.eps=1e-4"]
@@ -95,13 +95,20 @@ def masters(run: Trained) -> dict[str, np.ndarray]:
 
 
 def test_an_array_of_seeds(bench: Bench) -> None:
-    few = ["phases=[{steps: 4}]", "--array", "seed=0,1"]
-    submission, folder = bench.start("seeds", *few)
+    """The last one has the id of the whole array; asked to stop, it goes back into the queue alone."""
+    submission, folder = bench.start("seeds", "phases=[{steps: 60}]", "--array", "seed=0,1")
+    first, last = runs = [Trained(folder.folder / f"seed={seed}") for seed in (0, 1)]
+    wait_until((last.folder / "job" / "job.json").exists, 120, "the submission")
+    with last.held_at(10) as pids:
+        shown = scontrol("show", "job", "-o", last.job).split()
+        assert shown[0] == f"JobId={last.job.split('_')[0]}"
+        send(signal.SIGUSR2, pids)
     code, out, err = submission.end()
     assert code == 0, f"{out}\n{err}"
-    runs = [folder.folder / f"seed={seed}" for seed in (0, 1)]
-    assert [json.loads((run / "result.json").read_text()) != {} for run in runs] == [True, True]
-    final = [(run / "checkpoints" / "step-00000004" / "rank-0-of-2.safetensors").read_bytes() for run in runs]
+    assert (first.restarts, last.restarts) == (0, 1)
+    assert all(json.loads((run.folder / "result.json").read_text()) for run in runs)
+    assert first.trained_steps() == last.trained_steps() == list(range(60))
+    final = [(run.checkpoints()[-1] / "rank-0-of-2.safetensors").read_bytes() for run in runs]
     assert final[0] != final[1]
 
 
