@@ -203,7 +203,8 @@ class Checkpointer:
             kept.append(folder_of(self.folder.parent, best.step))
         for folder in self.folder.glob("step-*"):
             if folder not in kept:
-                discard(folder)
+                with contextlib.suppress(OSError):  # the new one is saved all the same; the next save tries again
+                    discard(folder)
 
     def latest(self, message: Callable[[str], None]) -> Checkpoint | None:
         """The newest intact checkpoint, the first rank's choice for all; a damaged one is passed over, and said so.

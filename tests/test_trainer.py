@@ -346,6 +346,10 @@ def test_damaged_checkpoints_do_not_crowd_out_good_ones(tmp_path: Path) -> None:
     checkpointer = Checkpointer(tmp_path, Rank(), keep=1)
     checkpointer._prune(tmp_path / "checkpoints" / "step-00000011", Best(step=10, score=1.0))
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000010", "step-00000011"]
+    (tmp_path / "checkpoints" / ".step-00000010.old").write_text("in the way")
+    checkpointer._prune(tmp_path / "checkpoints" / "step-00000011", None)  # what cannot go now goes later
+    assert (tmp_path / "checkpoints" / "step-00000010").exists()
+    (tmp_path / "checkpoints" / ".step-00000010.old").unlink()
     checkpointer._prune(tmp_path / "checkpoints" / "step-00000011", None)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000011"]
 
