@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import string
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 COLOURS = {"complete": "tab:blue", "pruned": "tab:orange", "failed": "tab:red", "running": "tab:grey"}
 SIGMA = "schedule.length"
+LONGEST_LABEL = 12
+"""Characters of an option in a picture."""
 
 
 def write_best(folder: Path, settings: Settings, study: Study) -> Tried | None:
@@ -73,6 +76,7 @@ def write_report(folder: Path, settings: Settings, space: Space, study: Study) -
         _sigma(space),
         _picture(pictures, "sigma", "σ against each task's score"),
         _picture(pictures, "values", "Every parameter against every score"),
+        _legend(space),
         _cost(folder, study),
         _trials(tried),
     ]
@@ -121,6 +125,21 @@ def _importances(space: Space, study: Study) -> str:
         "all their examples. With few trials a rough guide. A weight appears as its share before all are scaled to "
         "their sum."
         "\n\n| parameter | importance | trials with it |\n|---|---|---|\n" + "\n".join(rows)
+    )
+
+
+def _labels(parameter: Parameter) -> list[str]:
+    """Of a choice's options in pictures: letters where they are too long."""
+    texts = [brief(option) for option in parameter.options]
+    return texts if max(map(len, texts)) <= LONGEST_LABEL else list(string.ascii_lowercase[: len(texts)])
+
+
+def _legend(space: Space) -> str:
+    """What the letters mean."""
+    return "\n".join(
+        f"`{parameter.name}`: " + "; ".join(f"{a} = {brief(b)}" for a, b in zip(labels, parameter.options, strict=True))
+        for parameter in space.parameters
+        if parameter.kind == "choice" and (labels := _labels(parameter)) != [brief(b) for b in parameter.options]
     )
 
 
@@ -346,9 +365,9 @@ def _parallel(figure: Any, parameters: Sequence[Parameter], tried: Sequence[Trie
         axis.plot(list(heights), list(heights.values()), style, c=colours(merit), lw=1.2, marker=".", ms=4)
     for place, ((parameter, _, _), end) in enumerate(zip(columns, ends, strict=True)):
         if parameter.kind == "choice":
-            for option, text in enumerate(parameter.options):
+            for option, text in enumerate(_labels(parameter)):
                 height = _position(parameter, option, *end)
-                axis.text(place, height, f" {brief(text)}", fontsize="x-small", va="center")
+                axis.text(place, height, f" {text}", fontsize="x-small", va="center")
         else:
             axis.text(place, -0.04, f"{end[0]:.3g}", fontsize="x-small", ha="center", va="top")
             axis.text(place, 1.02, f"{end[1]:.3g}", fontsize="x-small", ha="center")
@@ -377,10 +396,10 @@ def _scatter(figure: Any, parameters: Sequence[Parameter], tried: Sequence[Tried
             if parameter.kind in ("loguniform", "logint"):
                 axis.set_xscale("log")
                 marks = np.geomspace(parameter.low, parameter.high, 3)
-                axis.set_xticks(marks, [f"{mark:.2g}" for mark in marks], fontsize=7)
+                axis.set_xticks(marks, [f"{mark:.3g}" for mark in marks], fontsize=7)
                 axis.set_xticks([], minor=True)
             if parameter.kind == "choice":
-                axis.set_xticks(range(len(parameter.options)), [brief(each) for each in parameter.options], fontsize=7)
+                axis.set_xticks(range(len(parameter.options)), _labels(parameter), fontsize=6, rotation=20)
             axis.set_xlabel("σ" if label == SIGMA else label, fontsize="small")
             if row == 0:
                 axis.set_title(name, fontsize="medium")
