@@ -301,7 +301,7 @@ def test_several_metrics_leave_a_front(place: Place) -> None:
         (["--metric", "accuracy"], "--metric accuracy: no trial reports it; valid: composite, sst, para, sts"),
         (
             [
-                *["--metric", "pairs", "--set"],
+                *["--space", str(ROOT / "configs/search/c7.yaml"), "--metric", "pairs", "--set"],
                 "tasks.pairs={kind: triplets, train: t.csv, columns: {text: [a, b, c]}, head: {kind: cosine}}",
             ],
             "--metric pairs: no trial reports it",
