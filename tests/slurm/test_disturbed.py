@@ -98,14 +98,23 @@ def test_a_disturbed_job_ends_as_if_nothing_had_happened(
 
 
 def test_a_second_signal_while_the_first_one_is_obeyed(bench: Bench) -> None:
-    """It comes when the save has begun, or the requeue."""
-    submission, run = bench.start("twice")
+    """It comes when the save has begun, or the requeue, which here takes too long to be missed."""
+    submission, run = bench.start("twice", path=slow_scontrol(bench, 3))
     with run.held_at(45) as pids:
         asked_to_stop(run, pids)
         with run.held(lambda: saving(run) or not alive(pids[1]), "the save"):
             assert alive(pids[0]), "the ranks were gone before the second signal"
             send(signal.SIGUSR2, pids)
     finish(submission, run, bench.undisturbed)
+
+
+def slow_scontrol(bench: Bench, seconds: int) -> str:
+    """A PATH in which scontrol takes its time."""
+    slow = bench.place / f"slow{seconds}" / "scontrol"
+    slow.parent.mkdir()
+    slow.write_text(f'#!/bin/sh\nsleep {seconds}\nexec {shutil.which("scontrol")} "$@"\n')
+    slow.chmod(0o755)
+    return f"{slow.parent}:{os.environ['PATH']}"
 
 
 def saving(run: Trained) -> bool:
@@ -161,11 +170,7 @@ def test_killed_inside_a_save(bench: Bench) -> None:
 def test_a_power_cut_so_short_that_slurm_does_not_notice(bench: Bench) -> None:
     """The rank that is left must put the job back into the queue before it goes, also where scontrol takes its time."""
     rough, (_, second) = bench.pair()
-    slow = bench.place / "slow" / "scontrol"
-    slow.parent.mkdir()
-    slow.write_text(f'#!/bin/sh\nsleep 1\nexec {shutil.which("scontrol")} "$@"\n')
-    slow.chmod(0o755)
-    submission, run = bench.start("blink", *rough, path=f"{slow.parent}:{os.environ['PATH']}")
+    submission, run = bench.start("blink", *rough, path=slow_scontrol(bench, 1))
     with run.held_at(45):
         bench.cluster("crash", second)
         bench.cluster("revive", second)
