@@ -73,7 +73,7 @@ class Conductor:
                 tune_config=TuneConfig(
                     search_alg=None if population else _Asks(self),
                     scheduler=self._scheduler(),
-                    reuse_actors=True,
+                    reuse_actors=True,  # a trial's Ray process serves the next one: two seconds of imports each
                     num_samples=1 if population else left,
                     # a population takes turns
                     max_concurrent_trials=None if population else at_once,
