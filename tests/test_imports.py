@@ -230,3 +230,9 @@ def test_wheel_holds_the_packages_and_no_tests(tmp_path: Path) -> None:
     assert packages == {"mtbert", "launch", "tune"}
     assert {f"mtbert/templates/{page.name}" for page in (ROOT / "mtbert" / "templates").glob("*.html")} <= set(names)
     assert not [entry for entry in names if "test" in entry]
+
+
+def test_no_two_test_files_share_a_name() -> None:
+    """pytest imports them by their last name: of two, the second is not collected where the same process meets both."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))
