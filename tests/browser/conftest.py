@@ -37,10 +37,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.fixture(scope="session")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The quick start, stopped in the middle and resumed by another process; or the run that RUN names."""
-    if named := os.environ.get("RUN"):
-        return Path(named).resolve()
+    """The quick start, stopped in the middle and resumed by another process; or a copy of the run that RUN names, alone:
+    the pages are about one run, whatever lies beside it."""
     folder = tmp_path_factory.mktemp("runs")
+    if named := os.environ.get("RUN"):
+        return Path(shutil.copytree(named, folder / Path(named).name, ignore=shutil.ignore_patterns("checkpoints")))
     config = load_config(
         ROOT / "configs" / "quickstart.yaml", [f"run.dir={folder}", "run.name=quickstart", "phases=[{epochs: 2}]"]
     )
