@@ -28,8 +28,6 @@ DEFAULT_CONFIG = Path("configs") / "quickstart.yaml"
 RESUMABLE = ("checkpoint.", "data.cache=", "data.dir=", "engine.threads=", "run.evaluate_every=", "run.log_every=")
 """What --set may change when a run is continued: nothing that would alter the model or the course of training."""
 
-OPTION = re.compile(r"--[a-z-]+")
-
 EPILOG = """
 status [RUN ...]   how jobs stand (default: all under runs/)
 cancel RUN ...     save and end
@@ -81,7 +79,9 @@ def main(arguments: list[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     args, unknown = parser().parse_known_args(words)
     if unknown:
-        near = difflib.get_close_matches(unknown[0].partition("=")[0], OPTION.findall(parser().format_help()), n=1)
+        near = difflib.get_close_matches(
+            unknown[0].partition("=")[0], re.findall("--[a-z-]+", parser().format_help()), n=1
+        )
         hint = f"; did you mean {near[0]}?" if near else ""
         parser().error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     others = {"status": status, "cancel": cancel}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,7 +142,7 @@ def _same(row: Row, task: TaskConfig, said: Said, at: int) -> bool:
     if task.columns.id is not None:
         return row.id == str(said.ids_N[at])
     try:
-        return task.kind == "triplets" or bool(np.float32(row.values[task.texts]) == np.float32(said.labels_N[at]))
+        return task.kind == "triplets" or math.isclose(float(row.values[task.texts]), said.labels_N[at], rel_tol=1e-6)
     except (TypeError, ValueError):
         return False
 
