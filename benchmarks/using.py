@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +34,7 @@ import torch
 
 from benchmarks.workload import gemm_rate
 from mtbert.data import sequence_lengths
+from mtbert.errors import UserError
 from mtbert.flops import encoder_flops
 from mtbert.predict import answer_texts, predict_file
 from mtbert.readers import Record, form_of, read_table
@@ -202,7 +203,7 @@ def measure_serve(run_dir: str, file: str, task: str, clients: int, seconds: flo
     }
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["predict", "serve"])
     parser.add_argument("run")
@@ -211,13 +212,18 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=1)
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=60)
-    options = parser.parse_args()
-    if options.what == "predict":
-        result = measure_predict(options.run, options.file, options.task, options.gigabytes)
-    else:
-        result = measure_serve(options.run, options.file, options.task, options.clients, options.seconds)
+    options = parser.parse_args(arguments)
+    try:
+        if options.what == "predict":
+            result = measure_predict(options.run, options.file, options.task, options.gigabytes)
+        else:
+            result = measure_serve(options.run, options.file, options.task, options.clients, options.seconds)
+    except UserError as error:
+        print(f"using: {error}", file=sys.stderr)
+        return 2
     print(json.dumps(result, indent=1))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

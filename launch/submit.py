@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import difflib
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -75,7 +77,13 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
-    args = parser().parse_args(words)
+    args, unknown = parser().parse_known_args(words)
+    if unknown:
+        near = difflib.get_close_matches(
+            unknown[0].partition("=")[0], re.findall("--[a-z-]+", parser().format_help()), n=1
+        )
+        hint = f"; did you mean {near[0]}?" if near else ""
+        parser().error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     others = {"status": status, "cancel": cancel}
     if args.verb != "train" and args.verb not in others:
         parser().error(f"{args.verb}: expected an option, or one of train, {', '.join(others)}")

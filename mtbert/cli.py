@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from mtbert.config import Config, load_config, schema, to_yaml
 from mtbert.errors import UserError
 from mtbert.reference import reference
-from mtbert.runs import Rank, create_run, discard_unstarted
+from mtbert.runs import Rank, check_run, create_run, discard_unstarted
 
 if TYPE_CHECKING:
     from mtbert.evaluate import Evaluation
@@ -245,8 +245,7 @@ def _stop_on_signals() -> Iterator[Callable[[], bool]]:
 
 def existing_run(name: str) -> Path:
     folder = Path(name).expanduser()
-    if not (folder / "config.yaml").is_file():
-        raise UserError(f"{folder}: no run folder (it holds no config.yaml); give one that training made")
+    check_run(folder)
     return folder
 
 

@@ -10,6 +10,7 @@ three seeds their spread is known badly, and p is too small rather than too larg
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -135,15 +136,23 @@ def _differences(groups: Sequence[Group], which: Which, resamples: int) -> tuple
     resampled = bootstrap(said, metrics, resamples)
     everything = {name: np.arange(len(said[0][0][name])) for name in metrics}
     observed = [_mean([_scores(run, metrics, everything) for run in runs]) for runs in said]
+    compared = list(metrics)
+    if notes:  # it would be of fewer tasks than the composite that is shown
+        notes.append("composite: not of all tasks; not compared")
+    else:
+        compared.append("composite")
     differences = []
     for number, group in enumerate(groups[1:], 1):
-        for task in resampled[0]:
+        for task in compared:
+            change = observed[number][task] - observed[0][task]
+            if not math.isfinite(change):  # a model that broke: its p would be as small as can be
+                notes.append(f"{task}: {group.label} or {groups[0].label} has no finite score; not compared")
+                continue
             delta_R = resampled[number][task] - resampled[0][task]
             low, high = np.quantile(delta_R, [0.025, 0.975])
             # the resample that is the data counts too, so that p is never 0 (Davison and Hinkley 1997, §4.2)
             tails = (1 + np.sum(delta_R <= 0), 1 + np.sum(delta_R >= 0))
             p = min(1.0, 2 * float(min(tails)) / (resamples + 1))
-            change = observed[number][task] - observed[0][task]
             differences.append(Difference(group.label, task, change, float(low), float(high), p))
     adjusted = holm([difference.p for difference in differences])
     return [Difference(**{**asdict(d), "p": p}) for d, p in zip(differences, adjusted, strict=True)], notes
@@ -248,13 +257,18 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
                 "label": group.label,
                 "runs": [str(run.folder) for run in group.runs],
                 "steps": steps,
-                "scores": {name: asdict(score) for name, score in scores.items()},
+                "scores": {name: _finite(asdict(score)) for name, score in scores.items()},
             }
             for group, steps, scores in zip(comparison.groups, comparison.steps, comparison.scores, strict=True)
         ],
         "differences": [{**asdict(difference), "told": difference.verdict} for difference in comparison.differences],
         "notes": comparison.notes,
     }
+
+
+def _finite(values: dict[str, float | None]) -> dict[str, float | None]:
+    """JSON knows no NaN."""
+    return {key: value if value is not None and math.isfinite(value) else None for key, value in values.items()}
 
 
 def write_page(comparison: Comparison, path: Path) -> None:

@@ -27,6 +27,7 @@ from torch import Tensor
 from mtbert.config import DataConfig, TaskConfig
 from mtbert.errors import UserError
 from mtbert.packing import Packed, pack
+from mtbert.pretrained import hub_errors
 from mtbert.readers import Quarantined
 from mtbert.token_cache import Progress, ensure
 
@@ -179,16 +180,12 @@ def locate_file(file: str, where: str, config: DataConfig) -> tuple[str, Path]:
             raise UserError(f"{where}: {path}: no such file in {Path.cwd()}; data.dir is not set")
         return str(path), path
     from huggingface_hub import hf_hub_download  # takes a third of a second
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     parts = file.removeprefix("hub:").split("/", 2)
     if len(parts) < 3 or not all(parts):
         raise UserError(f"{where}: {file}: expected hub:owner/name/path/in/repo.csv")
-    try:
+    with hub_errors(f"{where}: {file}"):
         return file, Path(hf_hub_download("/".join(parts[:2]), parts[2], repo_type="dataset"))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"{where}: {file}: cannot fetch it from the hub: {reason}") from None
 
 
 def _open(folder: Path, shown: str) -> Dataset:

@@ -19,10 +19,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mtbert.config import Config
+from mtbert.data import locate_file
 from mtbert.errors import UserError
-from mtbert.pretrained import refuse_damaged
+from mtbert.pretrained import hub_errors, refuse_damaged
 from mtbert.readers import Quarantined, Row, form_of, read_rows, read_table
-from mtbert.runs import write_atomically
+from mtbert.runs import read_small, write_atomically
+from mtbert.token_cache import wanted_columns
 from mtbert.trained import unusable
 
 TEXTS = [
@@ -45,6 +47,7 @@ class Wanted(NamedTuple):
     """A file to look at; files of one group are compared with each other."""
 
     path: Path
+    shown: str  # what it is called
     texts: Sequence[str]
     label: str | None
     group: str
@@ -85,7 +88,7 @@ def check(wanted: Sequence[Wanted]) -> tuple[list[Found], list[Overlap]]:
         for other, other_keys in zip(wanted[:number], seen, strict=True):
             if other.group == each.group and len(other.texts) == len(each.texts):
                 rows = sum(count for key, count in keys.items() if key in other_keys)
-                overlaps.append(Overlap(str(other.path), str(each.path), rows))
+                overlaps.append(Overlap(other.shown, each.shown, rows))
         found.append(report)
         seen.append(keys)
     return found, overlaps
@@ -100,13 +103,15 @@ def wanted_by(config: Config) -> list[Wanted]:
     """The files of a configuration's tasks."""
     if config.data.generate is not None:
         raise UserError("data.generate: the corpus is generated; there are no files to check")
-    folder = Path(config.data.dir or ".").expanduser()
-    return [
-        Wanted(folder / Path(file).expanduser(), task.columns.text, task.columns.label, name)
-        for name, task in config.tasks.items()
-        for file in (task.train, task.dev)
-        if file is not None
-    ]
+    wanted = []
+    for name, task in config.tasks.items():
+        columns, _ = wanted_columns(task)
+        label = next(iter(columns[task.texts :]), None)
+        for split, file in (("train", task.train), ("dev", task.dev)):
+            if file is not None:
+                shown, path = locate_file(file, f"tasks.{name}.{split}", config.data)
+                wanted.append(Wanted(path, shown, columns[: task.texts], label, name))
+    return wanted
 
 
 def _recognised(path: Path, texts: Sequence[str] | None, label: str | None) -> Wanted:
@@ -114,7 +119,7 @@ def _recognised(path: Path, texts: Sequence[str] | None, label: str | None) -> W
     chosen = texts or next((names for names in TEXTS if set(names) <= set(columns)), None)
     if chosen is None:
         raise UserError(f"{path}: which column is the text? --text NAME [NAME]; columns present: {', '.join(columns)}")
-    return Wanted(path, chosen, label or next((name for name in LABELS if name in columns), None), "")
+    return Wanted(path, str(path), chosen, label or next((name for name in LABELS if name in columns), None), "")
 
 
 def _columns(path: Path) -> list[str]:
@@ -141,7 +146,7 @@ def _check_file(wanted: Wanted) -> tuple[Found, Counter[bytes]]:
     words: list[int] = []
     reasons: list[str] = []
     left_out = conflicting = 0
-    for row in read_rows(wanted.path, columns):
+    for row in read_rows(wanted.path, columns, shown=wanted.shown):
         why = row.reason if isinstance(row, Quarantined) else _why_not(row, wanted)
         if why or isinstance(row, Quarantined):
             left_out += 1
@@ -157,7 +162,7 @@ def _check_file(wanted: Wanted) -> tuple[Found, Counter[bytes]]:
         labels[label] += 1
         words.append(sum(len(text.split()) for text in texts))
     report = Found(
-        file=str(wanted.path),
+        file=wanted.shown,
         texts=list(wanted.texts),
         label=wanted.label,
         rows=len(words),
@@ -268,14 +273,14 @@ def fetch(folder: Path, tasks: Sequence[str]) -> Iterator[str]:
     """Bring the tasks' files from the hub into `folder`, as configs/cs224n.yaml names them; yields a line for each.
 
     A file that is there already stays. `sources.json` records commit and SHA-256 of what was fetched.
-    Raises `UserError` where the hub cannot be reached or a file is damaged.
+    Raises `UserError` where the hub cannot be reached, a file is damaged, or nothing can be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{folder}: cannot be made: {error.strerror}") from None
     record = folder / "sources.json"
-    origins: dict[str, Any] = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+    origins = _origins(record)
     for source in (source for task in tasks for source in SOURCES[task]):
         target = folder / source.target
         if target.exists():
@@ -283,26 +288,39 @@ def fetch(folder: Path, tasks: Sequence[str]) -> Iterator[str]:
             continue
         fetched = _download(source)
         content, rows = _rewritten(fetched, source)
-        write_atomically(target, content)
         origins[source.target] = {
             "repository": source.repository,
             "path": source.path,
             "commit": fetched.parts[-len(Path(source.path).parts) - 1],
             "sha256": hashlib.sha256(content.encode()).hexdigest(),
         }
-        write_atomically(record, json.dumps(origins, indent=2) + "\n")
+        try:
+            write_atomically(target, content)
+            write_atomically(record, json.dumps(origins, indent=2) + "\n")
+        except OSError as error:
+            raise UserError(f"{target}: cannot be written: {error.strerror}") from None
         yield f"{target}: {rows:,} rows from {source.repository}"
+
+
+def _origins(record: Path) -> dict[str, Any]:
+    """What an earlier fetch recorded."""
+    if not record.exists():
+        return {}
+    try:
+        origins = json.loads(read_small(record))
+    except (OSError, ValueError, RecursionError):
+        origins = None
+    if not isinstance(origins, dict):
+        raise UserError(f"{record}: not what `data fetch` wrote; it was damaged: remove it")
+    return origins
 
 
 def _download(source: Source) -> Path:
     from huggingface_hub import hf_hub_download  # takes a third of a second
 
     name = f"{source.repository}/{source.path}"
-    try:
+    with hub_errors(name):
         path = Path(hf_hub_download(source.repository, source.path, repo_type="dataset"))
-    except OSError as error:  # every error of the hub's client is one
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"{name}: cannot fetch it from the hub: {reason}") from None
     refuse_damaged(path, name)
     return path
 

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]  # of httpx or httpx2
 from safetensors import SafetensorError
 from torch import Tensor
 
 from mtbert.encoder import Encoder, EncoderShape
 from mtbert.errors import UserError
+from mtbert.manifest import sha256
 from mtbert.runs import read_small, write_atomically
 
 _TO_HUGGING_FACE = {
@@ -52,7 +53,7 @@ _CONFIG_MUST_BE = {
 }
 MAX_LAYERS, MAX_SIZE = 1000, 10**8
 """Of a shape: far beyond any BERT, and few enough to be counted up in memory before the weights are looked at."""
-_FILES = ["config.json", "model.safetensors", "tokenizer.json", "vocab.txt"]
+_FILES = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt"]
 
 
 def _hugging_face_names(name: str) -> list[str]:
@@ -135,15 +136,7 @@ def write_shape(shape: EncoderShape, path: Path) -> None:
 def origin(name_or_folder: str, folder: Path) -> dict[str, str | None]:
     """What tells these pretrained weights from others: their name, the hub's commit (of a folder None), a SHA-256."""
     revision = None if Path(name_or_folder).expanduser().is_dir() else folder.name
-    return {"pretrained": name_or_folder, "revision": revision, "sha256": _sha256(folder / "model.safetensors")}
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
+    return {"pretrained": name_or_folder, "revision": revision, "sha256": sha256(folder / "model.safetensors")}
 
 
 def _folder(name_or_folder: str, revision: str | None) -> Path:
@@ -153,17 +146,23 @@ def _folder(name_or_folder: str, revision: str | None) -> Path:
     files = "config.json, model.safetensors and a tokenizer"
     if name_or_folder.startswith((".", "/", "~")) or name_or_folder.count("/") > 1 or folder.exists():
         raise UserError(f"encoder.pretrained {name_or_folder}: no such folder; give one with {files}")
-    try:
+    what = f"encoder.pretrained {name_or_folder}"
+    instead = f"no folder here either: give one with {files}, or a name such as google-bert/bert-base-uncased"
+    with hub_errors(what, instead):
         fetched = Path(snapshot_download(name_or_folder, revision=revision, allow_patterns=_FILES))
-    except (OSError, HFValidationError) as error:  # every other error of the hub's client is an OSError
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"encoder.pretrained {name_or_folder}: neither a folder here nor to be had from the hub ({reason}); "
-            f"give a folder with {files}, or a hub name such as google-bert/bert-base-uncased"
-        ) from None
     for path in fetched.iterdir():
-        refuse_damaged(path, f"encoder.pretrained {name_or_folder}")
+        refuse_damaged(path, what)
     return fetched
+
+
+@contextmanager
+def hub_errors(what: str, instead: str = "") -> Iterator[None]:
+    """Every failure of the hub's client as a `UserError`. What breaks on the way, or at a proxy, is no `OSError`."""
+    try:
+        yield
+    except (OSError, HTTPError, HFValidationError) as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise UserError(f"{what}: cannot fetch it from the hub: {reason}{instead and '; '}{instead}") from None
 
 
 def refuse_damaged(path: Path, what: str) -> None:
@@ -172,7 +171,7 @@ def refuse_damaged(path: Path, what: str) -> None:
     The client's cache calls a file what the hub gave as its ETag: of large files, weights and data, the SHA-256.
     """
     blob = path.resolve()
-    if re.fullmatch("[0-9a-f]{64}", blob.name) and _sha256(blob) != blob.name:
+    if re.fullmatch("[0-9a-f]{64}", blob.name) and sha256(blob) != blob.name:
         raise UserError(f"{what}: {blob} is damaged; remove it, and it is fetched again")
 
 

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from mtbert.config import Config, load_config
 from mtbert.errors import UserError
-from mtbert.runs import read_small, write_atomically
+from mtbert.runs import check_run, read_small, write_atomically
 
 METRICS_FILE = "metrics.jsonl"
 PREDICTIONS = "predictions"
@@ -83,13 +83,12 @@ class Curve:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A run folder, read when asked. Raises `UserError` for a folder that is no run's."""
+    """A run folder, read when asked. Raises `UserError` for a folder that `check_run` refuses."""
 
     folder: Path
 
     def __post_init__(self) -> None:
-        if not (self.folder / "config.yaml").is_file():
-            raise UserError(f"{self.folder}: no run folder (it holds no config.yaml); give one that training made")
+        check_run(self.folder)
 
     @property
     def name(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from mtbert.pages import Table, render, run_pictures, write_page_at
 from mtbert.readers import Row, read_rows
 from mtbert.record import RunRecord, Said, Which
 from mtbert.tasks import locate_data
+from mtbert.token_cache import wanted_columns
 
 WORST = 20
 """Errors shown per task."""
@@ -37,7 +39,8 @@ class TaskReport:
 def write_report(folder: Path, which: Which, path: Path | None = None) -> Path:
     """Write the page, `report.html` in the run folder unless said otherwise, and say where it is.
 
-    Texts and sources are read again from the development files; where these are gone the page says so and does without.
+    Texts and sources are read again from the development files; where these are gone or have changed, the page says so
+    and does without.
     Raises `UserError` for a folder that is no run's, a run that was not evaluated, or a page that cannot be written.
     """
     run = RunRecord(folder)
@@ -91,7 +94,7 @@ def _task(run: RunRecord, name: str, score: float, said: Said, notes: list[str])
     errors_N = np.where(np.isfinite(said.losses_N), said.losses_N, np.abs(said.predictions_N - said.labels_N))
     worst = np.argsort(-errors_N, kind="stable")[:WORST]
     try:
-        texts, sources = _read(run, name, set(said.lines_N[worst].tolist()))
+        texts, sources = _read(run, name, said, set(said.lines_N[worst].tolist()))
     except UserError as error:
         notes.append(f"{name}: without texts and sources, for {error}")
         texts, sources = {}, {}
@@ -110,21 +113,38 @@ def _task(run: RunRecord, name: str, score: float, said: Said, notes: list[str])
     )
 
 
-def _read(run: RunRecord, name: str, wanted: set[int]) -> tuple[dict[int, tuple[str, ...]], dict[int, str]]:
-    """The texts that begin on the wanted lines of a development file, and every line's source where a column has it."""
+def _read(run: RunRecord, name: str, said: Said, wanted: set[int]) -> tuple[dict[int, tuple[str, ...]], dict[int, str]]:
+    """The texts that begin on the wanted lines of a development file, and every line's source where a column has it.
+
+    Raises `UserError` where an example is not on its line any more: its text would be another's.
+    """
     task = run.config.tasks[name]
     assert task.dev is not None
     shown, path = locate_file(task.dev, f"tasks.{name}.dev", locate_data(run.config))
-    columns, source = list(task.columns.text), task.columns.source
+    (columns, id_column), source = wanted_columns(task), task.columns.source
     texts, sources = {}, {}
-    for row in read_rows(path, [*columns, source] if source else columns, shown=shown):
-        if not isinstance(row, Row):
+    missing = {line: at for at, line in enumerate(said.lines_N.tolist())}
+    for row in read_rows(path, [*columns, source] if source else columns, id_column, shown):
+        if not isinstance(row, Row) or row.line not in missing or not _same(row, task, said, missing[row.line]):
             continue
+        del missing[row.line]
         if source:
             sources[row.line] = str(row.values[-1])
         if row.line in wanted:
-            texts[row.line] = tuple(map(str, row.values[: len(columns)]))
+            texts[row.line] = tuple(map(str, row.values[: task.texts]))
+    if missing:
+        raise UserError(f"{shown} has changed: line {min(missing)} is not the example that was evaluated")
     return texts, sources
+
+
+def _same(row: Row, task: TaskConfig, said: Said, at: int) -> bool:
+    """Whether a row is the example said something of: by its id, without ids by its label. Triplets have neither."""
+    if task.columns.id is not None:
+        return row.id == str(said.ids_N[at])
+    try:
+        return task.kind == "triplets" or math.isclose(float(row.values[task.texts]), said.labels_N[at], rel_tol=1e-6)
+    except (TypeError, ValueError):
+        return False
 
 
 def _slice(title: str, task: TaskConfig, said: Said, rows: NDArray[np.intp]) -> list[str | float | None]:

@@ -133,8 +133,10 @@ def _absolute(path: str) -> str:
 
 
 def check_run(folder: Path) -> None:
-    """Raises `UserError` for a run folder of a newer mtbert, whose settings this one might read as something else, and
-    for one in which a link leads out of it: what training writes there would land elsewhere."""
+    """Raises `UserError` for a folder that is no run's, for one of a newer mtbert, whose settings this one might read
+    as something else, and for one in which a link leads out of it: what training writes there would land elsewhere."""
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"{folder}: no run folder (it holds no config.yaml); give one that training made")
     shared = folder / "code"  # of an array, a link to the copy that its jobs share; training writes nothing there
     for place, folders, files in os.walk(folder):
         for path in (path for name in (*folders, *files) if (path := Path(place, name)) != shared):

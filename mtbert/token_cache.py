@@ -27,6 +27,7 @@ from tokenizers import Tokenizer
 
 from mtbert.config import TaskConfig
 from mtbert.errors import UserError
+from mtbert.manifest import sha256
 from mtbert.readers import Quarantined, Row, read_rows
 from mtbert.runs import write_atomically
 
@@ -75,13 +76,10 @@ def _content_hash(path: Path, cache: Path) -> str:
     seen = cache / f"{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]}.seen"
     if seen.is_file():
         return seen.read_text()
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
+    digest = sha256(path)
     if time.time() - max(stat.st_mtime, stat.st_ctime) > 2:
-        write_atomically(seen, digest.hexdigest())
-    return digest.hexdigest()
+        write_atomically(seen, digest)
+    return digest
 
 
 def intact(folder: Path) -> bool:

@@ -20,7 +20,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from rich.cells import cell_len
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 
 PLAIN_LINE_EVERY_S = 10.0
 PLAIN_WIDTH = 160  # characters; log files have no width of their own
+LONGEST_LINE = 10_000  # of a table
 GROUPS = {
     "1 overview": r"metric/composite|gradient/conflict_rate|speed/tokens_per_second",
     "2 learning": r"metric/|loss/",
@@ -266,14 +269,23 @@ def _step(line: str) -> float:
 def print_table(
     title: str, columns: Sequence[str], rows: Sequence[Sequence[str | float | None]], console: Console | None = None
 ) -> None:
-    """Aligned on stdout: numbers to the right, floats with four decimals, None as a dash. No colours off a terminal."""
+    """Aligned on stdout: numbers to the right, floats with four decimals, None as a dash. No colours off a terminal.
+
+    Where a line has no room, the first column folds, and if that is not enough the line is longer: no number is cut.
+    """
     table = Table(title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for number, column in enumerate(columns):
         words = any(isinstance(row[number], str) for row in rows)
-        table.add_column(column, justify="left" if words else "right", no_wrap=True)
+        cells = [column, *(_cell(row[number]) for row in rows)]
+        least = max(cell_len(part) for cell in cells for part in ([cell] if number else cell.split() or [""]))
+        table.add_column(column, justify="left" if words else "right", no_wrap=number > 0, min_width=least)
     for row in rows:
         table.add_row(*map(_cell, row))
-    (console or _console()).print(table, markup=False, highlight=False)
+    console = console or _console()
+    shortest = Measurement.get(console, console.options.update(max_width=LONGEST_LINE), table).minimum
+    if shortest > console.width:
+        table.width = shortest
+    console.print(table, markup=False, highlight=False, crop=False)
 
 
 def _console() -> Console:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
+from benchmarks import using
 from benchmarks.ranks import uneven_work
 from benchmarks.scaling import WORLDS, Machine, sharded, whole
 
@@ -29,3 +31,8 @@ def test_the_model_of_a_step() -> None:
 def test_ranks_get_equal_work(world: int) -> None:
     """In operations, attention's squares included; the schedule balances tokens."""
     assert uneven_work(world, steps=50) < 0.05
+
+
+def test_a_run_that_is_none_is_told_in_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert using.main(["predict", str(tmp_path), "FILE", "--task", "sst"]) == 2
+    assert capsys.readouterr().err.startswith(f"using: {tmp_path}: no run folder")

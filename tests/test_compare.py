@@ -133,10 +133,26 @@ def test_runs_of_other_examples_or_tasks_are_listed_but_not_compared(runs: list[
     shifted = Said(**{**vars(sst), "ids_N": np.arange(1, N + 1).astype(str)})
     other = make(tmp_path / "shifted", 0.9, 3, "surgery.method=mean", answers={**answers, "sst": shifted})
     comparison = compare([runs[0], other], "latest", 100)
-    assert comparison.notes == ["sst: shifted was scored on other examples than pcgrad-0; not compared"]
-    assert {difference.task for difference in comparison.differences} == {"sts", "composite"}
+    composite = "composite: not of all tasks; not compared"
+    assert comparison.notes == ["sst: shifted was scored on other examples than pcgrad-0; not compared", composite]
+    assert {difference.task for difference in comparison.differences} == {"sts"}
     less = make(tmp_path / "less", 0.9, 3, "tasks.sts=null", answers={"sst": sst})
-    assert compare([runs[0], less], "latest", 100).notes == ["sts: less has no such task; not compared"]
+    assert compare([runs[0], less], "latest", 100).notes == ["sts: less has no such task; not compared", composite]
+
+
+def test_a_broken_model_is_no_difference(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    answers = said(3, 0.6)
+    sts = Said(**{**vars(answers["sts"]), "predictions_N": np.full(N, np.nan)})
+    broken = make(tmp_path / "broken", 0.6, 3, "surgery.method=mean", answers={**answers, "sts": sts})
+    for first, second in ((broken, runs[0]), (runs[0], broken)):
+        comparison = compare([first, second, runs[3]], "latest", 100)
+        finite = {(d.group, d.task) for d in comparison.differences}
+        assert {task for group, task in finite if group == comparison.groups[1].label} == {"sst"}
+        assert len(finite) == (2 if first == broken else 4)
+        assert len(comparison.notes) == 6 - len(finite) and all("no finite score" in note for note in comparison.notes)
+    assert main(["compare", str(broken), str(runs[0]), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert told["groups"][0]["scores"]["sts"] == {"mean": None, "deviation": None}
 
 
 def test_at_the_command_line(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import http.server
 import io
 import json
 import re
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 from hub import stand_in_hub, use_hub
+from huggingface_hub import close_session
 
 from mtbert.cli import main
-from mtbert.config import load_config
+from mtbert.config import DataConfig, load_config
+from mtbert.data import locate_file
 from mtbert.datasets import SOURCES, check, fetch, wanted_by, wanted_files
 from mtbert.errors import UserError
+from mtbert.pretrained import load_pretrained
 from mtbert.readers import Row, read_rows
 
 ROOT = Path(__file__).parent.parent
@@ -73,6 +79,29 @@ def test_the_files_of_a_configuration(corpus: Path, capsys: pytest.CaptureFixtur
     assert main(["data", "check"]) == 2
     with pytest.raises(UserError, match="the corpus is generated"):
         wanted_by(load_config(ROOT / "configs" / "quickstart.yaml"))
+
+
+def test_triplets_and_files_of_the_hub_are_checked_as_they_are_trained_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "nli.csv", "a,b,c", "x,y,z")
+    config = tmp_path / "config.yaml"
+    remote = "hub:some-org/topics/folder/rows.csv"
+    config.write_text(
+        f"data: {{dir: {tmp_path}}}\nencoder: {{pretrained: MODEL}}\ntasks:\n"
+        "  nli: {kind: triplets, train: nli.csv, columns: {text: [a, b, c]}, head: {kind: cosine}}\n"
+        f"  topic: {{kind: classification, train: '{remote}', dev: '{remote}', columns: {{text: [text]}}}}\n"
+    )
+    with stand_in_hub(
+        {"datasets/some-org/topics": {COMMIT: {"folder/rows.csv": b"text,label\na,1\nb,0\n"}}}
+    ) as endpoint:
+        use_hub(monkeypatch, endpoint, tmp_path / "home")
+        found, overlaps = check(wanted_by(load_config(config)))
+    assert [(each.file, each.label, each.rows) for each in found] == [
+        (str(tmp_path / "nli.csv"), None, 1),
+        *[(remote, "label", 2)] * 2,
+    ]
+    assert [overlap.rows for overlap in overlaps] == [2]
 
 
 def test_the_real_files_hold_what_is_known_of_them(data_dir: Path) -> None:
@@ -145,3 +174,60 @@ def test_a_hub_without_the_files_leaves_nothing_half_written(tmp_path: Path, mon
         with pytest.raises(UserError, match=r"nyu-mll/glue/stsb/\S+: cannot fetch it from the hub: 404"):
             list(fetch(tmp_path / "two", ["sts"]))
     assert not list((tmp_path / "one").iterdir()) and not list((tmp_path / "two").iterdir())
+
+
+def test_what_cannot_be_read_or_written_is_told_in_a_line(
+    tmp_path: Path, repositories: dict[str, dict[str, dict[str, bytes]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for content in (b'{"ids', b"[]", b"\xff"):
+        (tmp_path / "sources.json").write_bytes(content)
+        with pytest.raises(UserError, match=r"sources\.json: not what `data fetch` wrote"):
+            list(fetch(tmp_path, ["sst"]))
+    with stand_in_hub(repositories) as endpoint:
+        use_hub(monkeypatch, endpoint, tmp_path / "home")
+        with pytest.raises(UserError, match=r"/proc/ids-sst-train\.csv: cannot be written: "):
+            list(fetch(Path("/proc"), ["sst"]))
+
+
+@pytest.fixture
+def wall() -> Iterator[str]:
+    """A proxy that lets nothing through, and a hub that hangs up without a word."""
+
+    class Wall(http.server.BaseHTTPRequestHandler):
+        def do_CONNECT(self) -> None:
+            self.send_error(403)
+
+        def do_GET(self) -> None:
+            self.close_connection = True
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_: object) -> None:
+            """Quiet."""
+
+    close_session()  # the client reads where its proxy is when it opens one
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Wall) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+    close_session()
+
+
+@pytest.mark.parametrize("proxy", [True, False])
+def test_failures_on_the_way_to_the_hub(
+    wall: str, proxy: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are no `OSError` of the client's."""
+    if proxy:
+        monkeypatch.setenv("HTTPS_PROXY", wall)
+    use_hub(monkeypatch, "https://hub.invalid" if proxy else wall, tmp_path / "home")
+    for ask in (
+        lambda: load_pretrained("some-org/small"),
+        lambda: locate_file("hub:some-org/topics/rows.csv", "tasks.topic.train", DataConfig()),
+        lambda: list(fetch(tmp_path, ["sst"])),
+    ):
+        with pytest.raises(UserError, match=r"cannot fetch it from the hub: (403|Server disconnected)") as error:
+            ask()
+        assert "\n" not in str(error.value)

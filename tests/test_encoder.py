@@ -21,6 +21,7 @@ from hub import stand_in_hub, use_hub
 from torch import Generator, Tensor
 from transformers import BertConfig, BertModel
 
+from mtbert.data import load_tokenizer
 from mtbert.encoder import Encoder, EncoderShape, attention, dropout, initialise
 from mtbert.errors import UserError
 from mtbert.packing import Packed, pack
@@ -522,6 +523,15 @@ def test_hub_names_are_fetched_once(hub: str, folder: Path, tmp_path: Path) -> N
     for name, (kind, message) in zip([*names[1:], names[1]], [*refusals, unreachable], strict=True):
         assert kind == "UserError"
         assert name in message and "from the hub" in message, message
+
+
+def test_a_cased_model_from_the_hub_stays_cased(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {**read_files(folder), "vocab.txt": b"[UNK]\n[CLS]\n[SEP]\nUs\nus\n"}
+    files["tokenizer_config.json"] = b'{"do_lower_case": false}'
+    with stand_in_hub({"models/some-org/cased": {"0" * 40: files}}) as endpoint:
+        use_hub(monkeypatch, endpoint, tmp_path / "home")
+        _, _, fetched = load_pretrained("some-org/cased")
+    assert load_tokenizer(fetched).encode("Us us", add_special_tokens=False).tokens == ["Us", "us"]
 
 
 def test_a_damaged_download_is_refused(hub: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html.parser
+import re
 from pathlib import Path
 
 import numpy as np
@@ -132,6 +133,22 @@ def test_without_the_data_it_says_so_and_does_without(run: Path, tmp_path: Path)
     page = Page(run / "report.html")
     assert "without texts and sources, for" in (run / "report.html").read_text()
     assert [row[0] for row in page.table("id", "true")][:2] == ["r39", "r37"]
+
+
+@pytest.mark.parametrize(("named", "extra"), [(True, "9\tnew\tput in\t1\tweb"), (False, "9\tnew\tput in\t0\tweb")])
+def test_texts_of_other_rows_are_not_shown(run: Path, tmp_path: Path, named: bool, extra: str) -> None:
+    """A row that was put in moves all others; ids tell, and labels where there are no ids."""
+    file, config = tmp_path / "dev.csv", run / "config.yaml"
+    if not named:
+        config.write_text(re.sub(r"(?m)^( +)id: id$", r"\1id: null", config.read_text()))
+    assert main(["report", str(run)]) == 0
+    assert Page(run / "report.html").table("id", "sentence") and Page(run / "report.html").table("source")
+    head, broken, *rows = file.read_text().splitlines()
+    file.write_text("\n".join([head, broken, extra, *rows]) + "\n")
+    assert main(["report", str(run)]) == 0
+    assert "dev.csv has changed: line 3 is not the example" in (run / "report.html").read_text()
+    page = Page(run / "report.html")
+    assert page.table("id", "true") and not [rows for rows in page.tables if rows[0][0] == "source"]
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2
@@ -211,6 +212,20 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path: Path, capfd: pytest.Ca
         "quora  0.7500",
         "sts         -",
     ]
+
+
+@pytest.mark.parametrize(("width", "folded"), [(20, 3), (80, 2), (160, 1)])
+def test_no_number_of_a_table_is_cut(width: int, folded: int) -> None:
+    """As `compare` has them. On 80 columns the name folds; on 20 lines are longer than the terminal's."""
+    out = io.StringIO()
+    columns = ["run", "seeds", "step", "sst", "sts"]
+    name, scores = "optimizer.lr=0.001 loss=mse surgery.method=pcgrad", ["0.7123 ± 0.0101"] * 2
+    tracking.print_table("", columns, [[name, 3, "1200", *scores]], Console(file=out, width=width))
+    words = out.getvalue().split()
+    assert words[:5] == columns and " ".join(words).count("0.7123 ± 0.0101") == 2
+    assert set(name.split()) <= set(words) and "1200" in words and "…" not in words
+    lines = out.getvalue().splitlines()
+    assert len(lines) == 1 + folded and (max(map(len, lines)) <= width) == (width > 20)
 
 
 def test_plain_lines_come_by_the_clock(

@@ -229,7 +229,10 @@ def test_links_out_of_the_run_folder(copy: Path, tmp_path: Path, name: str) -> N
         with pytest.raises(UserError, match=rf"{name}: is a link out of the run folder") as error:
             which(copy, "latest")
         assert "\n" not in str(error.value)
-    assert main(["train", "--resume", str(copy)]) == 2
+    for command in (["train", "--resume"], ["report"], ["compare"], ["checkpoint", "list"]):
+        assert main([*command, str(copy)]) == 2
+    with pytest.raises(UserError, match="is a link out of"):
+        RunRecord(copy)
     assert not list(target.iterdir())
 
 
@@ -249,7 +252,7 @@ def test_a_pipe_in_a_run_folder_does_not_hold_us_up(copy: Path) -> None:
 
 def test_a_file_that_goes_while_a_run_folder_is_checked(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = list(os.walk(copy))
-    (copy / "config.yaml").unlink()
+    (copy / "result.json").unlink()
     monkeypatch.setattr(os, "walk", lambda folder: seen)
     check_run(copy)
 

@@ -93,7 +93,12 @@ def test_a_wrong_number_of_nodes_is_refused(nodes: str, config: Path, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"), [(["--nods", "2"], "unrecognized arguments: --nods"), (["statsu"], "statsu: expected an")]
+    ("arguments", "told"),
+    [
+        (["--nods", "2"], "unrecognized arguments: --nods; did you mean --nodes?"),
+        (["--nods=2"], "unrecognized arguments: --nods=2; did you mean --nodes?"),
+        (["statsu"], "statsu: expected an"),
+    ],
 )
 def test_a_wrong_word_is_named_itself(arguments: list[str], told: str, tmp_path: Path) -> None:
     done = submit(*arguments, cwd=tmp_path)
