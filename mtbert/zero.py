@@ -387,7 +387,8 @@ def initialise_deepspeed(
         "gradient_clipping": 0.0,  # its default is 1.0; we clip the combined gradient ourselves
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
-        "bf16": {"enabled": dtype == torch.bfloat16},
+        # a step that is not finite ends before; DeepSpeed would read every gradient again, and the host wait for it
+        "bf16": {"enabled": dtype == torch.bfloat16, "check_grad_overflow": False},
         "steps_per_print": None,
     }
     if config.zero == 3:
