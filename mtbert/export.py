@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import json
 import logging
-import tempfile
+import shutil
+import uuid
 import warnings
 from pathlib import Path
 from typing import Any
@@ -49,23 +50,22 @@ def export(run: Trained, folder: Path, onnx: bool = False) -> None:
     """
     assert run.dtype == torch.float32, "load_run(…, precision='fp32')"
     folder = user_path(folder)
+    aside = folder.parent / f".exporting-{uuid.uuid4().hex}"  # not mkdtemp: its folders are closed to others
     try:
         if folder.exists():
             raise UserError(f"{folder}: exists already; name a new folder")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        # of this export alone; and in it one with the rights of any new folder
-        with tempfile.TemporaryDirectory(prefix=".exporting-", dir=folder.parent, ignore_cleanup_errors=True) as own:
-            aside = Path(own, "model")
-            aside.mkdir()
-            _encoder(run, aside)
-            _sentence_transformers(run, aside)
-            _heads(run, aside)
-            if onnx:
-                _onnx(run, aside / "onnx")
-            _write(aside / "README.md", model_card(run))
-            aside.rename(folder)
+        aside.mkdir(parents=True)
+        _encoder(run, aside)
+        _sentence_transformers(run, aside)
+        _heads(run, aside)
+        if onnx:
+            _onnx(run, aside / "onnx")
+        _write(aside / "README.md", model_card(run))
+        aside.rename(folder)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error.strerror}") from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _write(path: Path, content: str | dict[str, Any] | list[Any]) -> None:
