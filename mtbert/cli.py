@@ -281,10 +281,12 @@ def _predict(options: argparse.Namespace) -> int:
         report = predict_file(
             run, options.task, options.file, options.out, options.text, options.format, options.submission
         )
-    except BrokenPipeError:  # `| head`: the reader has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + 13  # what a shell says of a process that SIGPIPE ended
-    _tell(report)
+    except OSError as error:  # stdout's; what is wrong with a file is told where it arises
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still in its buffer
+        if isinstance(error, BrokenPipeError):  # `| head`: the reader has enough
+            return 128 + 13  # what a shell says of a process that SIGPIPE ended
+        raise UserError(f"stdout: cannot be written: {error.strerror}") from None
+    _tell(report, "their error says why")
     return 0
 
 
@@ -292,7 +294,8 @@ def _embed(options: argparse.Namespace) -> int:
     run = _opened(options)
     from mtbert.predict import embed_file
 
-    _tell(embed_file(run, options.file, Path(options.out), options.text, options.format))
+    report = embed_file(run, options.file, Path(options.out), options.text, options.format)
+    _tell(report, "NaN stands in their place" if options.out.endswith(".npy") else "their error says why")
     return 0
 
 
@@ -306,12 +309,19 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    run = _opened(options)
+    for name in ("max_body", "max_batch", "max_text"):
+        if (value := getattr(options, name)) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: every request would be refused; give 1 or more")
+    if not 0 <= options.port < 2**16:
+        raise UserError(f"--port {options.port}: ports are 1 to 65535; 0 takes a free one")
+    if not options.host:  # which sockets take for every network
+        raise UserError("--host: is empty; 127.0.0.1 is this machine only, 0.0.0.0 every network")
     try:
         from mtbert.serve import Limits, serve
     except ImportError:
         raise UserError("serve: needs FastAPI and uvicorn: pip install mtbert[serve]") from None
 
+    run = _opened(options)
     serve(run, options.host, options.port, Limits(options.max_body, options.max_batch, options.max_text))
     return 0
 
@@ -377,11 +387,11 @@ def _fetch(options: argparse.Namespace) -> int:
     return 0
 
 
-def _tell(report: Report) -> None:
-    """On stderr: stdout may be the answers."""
+def _tell(report: Report, instead: str) -> None:
+    """On stderr: stdout may be the answers. `instead`: what the output has of a row that could not be answered."""
     for trouble in report.troubles:
         print(f"mtbert: {trouble}", file=sys.stderr)
-    more = f"; {report.unanswered:,} could not be answered (column error says why)" if report.unanswered else ""
+    more = f"; {report.unanswered:,} could not be answered ({instead})" if report.unanswered else ""
     print(
         f"mtbert: {report.rows:,} rows, {report.rows / max(report.seconds, 1e-9):,.0f} a second{more}", file=sys.stderr
     )

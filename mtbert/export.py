@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import uuid
 import warnings
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from mtbert.encoder import Encoder, Layer, Pooling
 from mtbert.errors import UserError
 from mtbert.heads import Head, MultiTaskModel
 from mtbert.pretrained import save_pretrained
+from mtbert.runs import user_path
 from mtbert.trained import Trained, kept_encoder
 
 HEADS_FORMAT = 1
@@ -47,12 +49,11 @@ def export(run: Trained, folder: Path, onnx: bool = False) -> None:
     Raises `UserError` if the folder is taken or cannot be made, or onnx is wanted and not installed.
     """
     assert run.dtype == torch.float32, "load_run(…, precision='fp32')"
-    folder = folder.expanduser()
-    if folder.exists():
-        raise UserError(f"{folder}: exists already; name a new folder")
-    aside = folder.with_name(f".{folder.name}.tmp")
+    folder = user_path(folder)
+    aside = folder.parent / f".exporting-{uuid.uuid4().hex}"  # not mkdtemp: its folders are closed to others
     try:
-        shutil.rmtree(aside, ignore_errors=True)
+        if folder.exists():
+            raise UserError(f"{folder}: exists already; name a new folder")
         aside.mkdir(parents=True)
         _encoder(run, aside)
         _sentence_transformers(run, aside)
@@ -73,6 +74,11 @@ def _write(path: Path, content: str | dict[str, Any] | list[Any]) -> None:
     path.write_text(text, encoding="utf-8")
 
 
+def _write_tensors(path: Path, state: dict[str, Tensor]) -> None:
+    """Not `save_file`, which says of a full disk in an exception of its own, no `OSError`."""
+    path.write_bytes(safetensors.torch.save(state, {"format": "pt"}))
+
+
 # ------------------------------------------------------------------------------------------------ encoder
 
 
@@ -82,7 +88,7 @@ def _encoder(run: Trained, folder: Path) -> None:
     cls_id, sep_id = special_ids(run.tokenizer)
     tokenizer = Tokenizer.from_str(run.tokenizer.to_str())
     tokenizer.post_processor = BertProcessing(("[SEP]", sep_id), ("[CLS]", cls_id))  # which we do ourselves
-    tokenizer.save(str(folder / "tokenizer.json"))
+    _write(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
     names = {"unk": "[UNK]", "sep": "[SEP]", "pad": "[PAD]", "cls": "[CLS]", "mask": "[MASK]"}
     specials = {f"{kind}_token": token for kind, token in names.items() if tokenizer.token_to_id(token) is not None}
     specials.setdefault("pad_token", "[SEP]")  # attention never sees it
@@ -111,7 +117,7 @@ def _sentence_transformers(run: Trained, folder: Path) -> None:
         dense = {"in_features": width, "out_features": width, "bias": True, "activation_function": activation}
         _write(folder / "2_Dense" / "config.json", dense)
         pooler = {f"linear.{name}": tensor.cpu() for name, tensor in run.model.encoder.pooler.state_dict().items()}
-        safetensors.torch.save_file(pooler, folder / "2_Dense" / "model.safetensors")
+        _write_tensors(folder / "2_Dense" / "model.safetensors", pooler)
     _write(
         folder / "modules.json",
         [
@@ -130,7 +136,7 @@ def _heads(run: Trained, folder: Path) -> None:
     state = {name.removeprefix("heads."): whole[name] for name in whole if name.startswith(("heads.", "shared."))}
     left_out = {name for name in whole if not name.startswith(("encoder.", "heads.", "shared."))}
     assert not left_out, f"the export has no place for {left_out}"
-    safetensors.torch.save_file(state, folder / "heads.safetensors", {"format": "pt"})
+    _write_tensors(folder / "heads.safetensors", state)
     description = {
         "format": HEADS_FORMAT,
         "pooling": run.model.pooling,
@@ -283,11 +289,12 @@ def model_card(run: Trained) -> str:
         "pipeline_tag: sentence-similarity",
         "tags: [bert, multi-task, mtbert]",
     ]
-    front += [f"base_model: {hub_name}"] * bool(hub_name)
+    front += [f"base_model: {json.dumps(hub_name)}"] * bool(hub_name)
     start = f"from {hub_name or Path(base).name}" if base else "from scratch"
     shape, config = run.shape, run.config
     scores = _scores(run)
-    lines = ["---", *front, "---", "", f"# {run.run_dir.resolve().name}", ""]
+    name_of_run = run.run_dir.resolve().name
+    lines = ["---", *front, "---", "", f"# {name_of_run}", ""]
     lines += [
         f"A BERT encoder ({shape.layers} layers, width {shape.hidden_size}, {shape.vocab_size:,} wordpieces), trained "
         f"by mtbert {__version__} on {len(config.tasks)} task(s) at once, {start}; weights after {run.step:,} steps. "
@@ -313,7 +320,7 @@ def model_card(run: Trained) -> str:
         score = scores.get(f"metric/{name}/{task.metric_kind}")
         shown = "not evaluated at this step" if score is None else f"{score:.4f}"
         lines.append(
-            f"| {name} | {task.kind} | {task.head.kind} | {task.loss_kind} | {Path(task.train).name} "
+            f"| {name} | {task.kind} | {task.head.kind} | {task.loss_kind} | {_cell(Path(task.train).name)} "
             f"| {task.metric_kind} | {shown} |"
         )
     method = config.surgery.method
@@ -324,7 +331,8 @@ def model_card(run: Trained) -> str:
         "",
         f"Gradient surgery `{method}`, schedule `{config.schedule.kind}`, batches of {config.schedule.batch_size} per "
         f"task, learning rates {config.optimizer.lr:g} (encoder) and {config.optimizer.head_lr:g} (heads), "
-        f"seed {config.seed}. The whole configuration is in the run folder's `config.yaml`.",
+        f"seed {config.seed}. The whole configuration is in `config.yaml` of the run folder `{name_of_run}`, "
+        "which this folder does not hold.",
         "",
         "## Limits",
         "",
@@ -343,6 +351,11 @@ def model_card(run: Trained) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _cell(text: str) -> str:
+    """On one line, without what ends a cell of a table."""
+    return " ".join(text.split()).replace("|", "\\|")
 
 
 def _scores(run: Trained) -> dict[str, float]:

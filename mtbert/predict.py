@@ -14,10 +14,9 @@ import csv
 import io
 import json
 import math
-import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +28,7 @@ from numpy.typing import NDArray
 from mtbert.config import TaskConfig
 from mtbert.errors import UserError
 from mtbert.readers import Quarantined, Record, Table, form_of, read_table
+from mtbert.runs import user_path, written_aside
 from mtbert.trained import Trained, unusable
 
 WINDOW_ROWS, WINDOW_CHARACTERS = 4096, 2**21
@@ -87,9 +87,10 @@ def predict_file(
     Args:
         text: the text columns; default those that the task was trained with.
         form: csv, tsv or jsonl; default by the file's name and first line.
-        submission: the CS224N default project's format instead: id and prediction.
+        submission: the CS224N default project's format instead: id and prediction; of every row, or of none.
 
-    A target file is written aside and renamed when it is whole. Raises `UserError` naming file, line and column.
+    A target file is written aside and renamed when it is whole. Raises `UserError` naming file, line and column, and
+    the `OSError` of a write to stdout.
     """
     config = run.task(task)
     columns = _text_columns(config, text)
@@ -132,37 +133,58 @@ def answer_texts(run: Trained, task: str, texts: Sequence[Sequence[str]]) -> lis
 
 
 def _row_sink(table: Table, out: TextIO, source: str) -> Callable[[Iterable[Answered]], None]:
-    if table.columns:
-        if taken := [name for name in ADDED if name in table.columns]:
-            raise UserError(f"{shown_name(source)}: has a column {taken[0]!r} already; rename it first")
-        writer = csv.writer(out, delimiter=table.delimiter, lineterminator="\n")
+    if table.delimiter:
+        _refuse_taken(table.columns, "column", shown_name(source))
+        writer = csv.writer(_Lines(out), delimiter=table.delimiter, lineterminator=_Lines.END)
         writer.writerow([*table.columns, *ADDED])
-        width = len(table.columns)
 
         def write(answered: Iterable[Answered]) -> None:
             writer.writerows(
-                [*_fields(row, table.columns, width), *(answer or ("",) * 3), error] for row, answer, error in answered
+                [*_fields(row, table.columns), *(answer or ("",) * 3), _with_raw(row, error)]
+                for row, answer, error in answered
             )
 
         return write
 
     def write_json(answered: Iterable[Answered]) -> None:
         for row, answer, error in answered:
-            values = dict(row.values) if isinstance(row, Record) else {"line": row.line}
-            values |= dict(zip(ADDED, answer, strict=False)) if answer else {"error": error}
+            if isinstance(row, Record):
+                _refuse_taken(row.values, "key", f"{shown_name(source)} line {row.line}")
+            values: dict[str, Any] = dict(row.values) if isinstance(row, Record) else {"line": row.line}
+            values |= zip(ADDED, (*(answer or (None,) * 3), _with_raw(row, error) or None), strict=True)
             out.write(json.dumps(values, ensure_ascii=False) + "\n")
 
     return write_json
 
 
-def _fields(row: Record | Quarantined, columns: list[str], width: int) -> list[str]:
+def _refuse_taken(names: Container[str], what: str, where: str) -> None:
+    if taken := [name for name in ADDED if name in names]:
+        raise UserError(f"{where}: has a {what} {taken[0]!r} already; rename it first")
+
+
+class _Lines:
+    """Ends lines with a line feed. csv.writer is told otherwise: up to Python 3.12 it leaves a carriage return within
+    a field unquoted, unless lines end with one."""
+
+    END = "\r\n"
+
+    def __init__(self, out: TextIO) -> None:
+        self.out = out
+
+    def write(self, line: str) -> None:
+        self.out.write(line.removesuffix(self.END) + "\n")
+
+
+def _fields(row: Record | Quarantined, columns: list[str]) -> list[str]:
     """A row as it was; of a malformed one only the id is known."""
     if isinstance(row, Record):
         return list(row.values.values())
-    fields = [""] * width
-    if row.id is not None:
-        fields[columns.index("id")] = row.id
-    return fields
+    return [row.id or "" if name == "id" else "" for name in columns]
+
+
+def _with_raw(row: Record | Quarantined, error: str) -> str:
+    """A malformed row has no columns that it could come back in."""
+    return f"{error}: {row.raw}" if isinstance(row, Quarantined) else error
 
 
 def _submission_sink(task: TaskConfig, table: Table, out: TextIO, source: str) -> Callable[[Iterable[Answered]], None]:
@@ -176,9 +198,14 @@ def _submission_sink(task: TaskConfig, table: Table, out: TextIO, source: str) -
     out.write(f"id \t {title} \n")
 
     def write(answered: Iterable[Answered]) -> None:
-        for row, answer, _ in answered:
-            if answer and isinstance(row, Record):
-                out.write(f"{row.values.get(column, '')} , {answer[0]:{spec}} \n")
+        for row, answer, error in answered:
+            name = row.values.get(column) if isinstance(row, Record) else row.id
+            if error or name in (None, ""):
+                raise UserError(
+                    f"{shown_name(source)} line {row.line}: {error or f'{column!r} is empty'}; "
+                    "a submission needs the id and an answer of every row"
+                )
+            out.write(f"{name} , {answer[0]:{spec}} \n")
 
     return write
 
@@ -193,7 +220,7 @@ def embed_file(run: Trained, source: str, target: Path, text: str | None = None,
     """
     if target.suffix not in (".npy", ".parquet"):
         raise UserError(f"--out {target}: vectors go into a .npy or a .parquet file")
-    with opened_source(source, form) as table, written_aside(target) as aside:
+    with opened_source(source, form) as table, told_target(target) as aside:
         columns = [text or _only_text(table, shown_name(source))]
         writer = (
             _Npy(aside, run.shape.hidden_size)
@@ -205,7 +232,7 @@ def embed_file(run: Trained, source: str, target: Path, text: str | None = None,
 
 
 def _only_text(table: Table, shown: str) -> str:
-    if not table.columns:
+    if not table.columns:  # no good row among the first JSON lines
         return "sentence"
     for name in ("sentence", "text"):
         if name in table.columns:
@@ -321,8 +348,7 @@ def _windows(rows: Iterator[Record | Quarantined]) -> Iterator[list[Record | Qua
     characters = 0
     for row in rows:
         window.append(row)
-        if isinstance(row, Record):
-            characters += sum(len(value) for value in row.values.values() if isinstance(value, str))
+        characters += row.characters if isinstance(row, Record) else len(row.raw)
         if len(window) == WINDOW_ROWS or characters >= WINDOW_CHARACTERS:
             yield window
             window, characters = [], 0
@@ -354,7 +380,7 @@ def opened_source(source: str, form: str) -> Iterator[Table]:
     if source == "-":
         yield read_table(sys.stdin.buffer, form, "stdin")
         return
-    path = Path(source).expanduser()
+    path = user_path(source)
     form = form or form_of(path)
     try:
         file: BinaryIO = path.open("rb")
@@ -376,23 +402,20 @@ def opened_target(target: str) -> Iterator[TextIO]:
             out.detach()
         return
     with (
-        written_aside(Path(target)) as aside,
+        told_target(Path(target)) as aside,
         aside.open("w", encoding="utf-8", errors="backslashreplace", newline="") as out_file,
     ):
         yield out_file
 
 
 @contextmanager
-def written_aside(target: Path) -> Iterator[Path]:
-    """A path beside `target` that takes its name in the end, if nothing went wrong."""
-    target = target.expanduser()
-    aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    if target.is_dir() or not target.parent.is_dir():
-        raise UserError(f"--out {target}: {'is a folder' if target.is_dir() else 'its folder does not exist'}")
+def told_target(target: Path) -> Iterator[Path]:
+    """`written_aside`, for --out: what goes wrong there is a `UserError`."""
+    target = user_path(target)
     try:
-        yield aside
-        aside.replace(target)
+        if target.is_dir() or not target.parent.is_dir():
+            raise UserError(f"--out {target}: {'is a folder' if target.is_dir() else 'its folder does not exist'}")
+        with written_aside(target) as aside:
+            yield aside
     except OSError as error:
-        raise UserError(f"--out {target}: {error.strerror}") from None
-    finally:
-        aside.unlink(missing_ok=True)
+        raise UserError(f"--out {target}: {error.strerror or error}") from None

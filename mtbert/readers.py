@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import csv
 import difflib
+import itertools
 import json
 import re
 from collections import deque
@@ -27,6 +28,8 @@ MAX_LINE = 2**24
 """Bytes; a longer line means that this is no text file, and would only fill the memory."""
 SWALLOWED = 8
 """So many lines in a row that are each a whole row are rows, even if a stray quote far below makes them one field."""
+FIRST_ROWS = 64
+"""Among so many JSON lines the first good one is looked for, to know the keys."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class Quarantined:
     line: int
     reason: str
     id: str | None
+    raw: str = ""  # its lines as they stand in the file; nobody keeps them for long
 
 
 class Row(NamedTuple):
@@ -50,13 +54,14 @@ class Record(NamedTuple):
 
     line: int
     values: dict[str, Any]  # column → value; str from delimited files
+    characters: int  # that it was read from
 
 
 class Table(NamedTuple):
-    """A delimited file's columns and delimiter, or of JSON lines neither, and its rows in order."""
+    """A file's columns (of JSON lines the keys of the first good row, if it is near) and its rows in order."""
 
     columns: list[str]
-    delimiter: str
+    delimiter: str  # of JSON lines ""
     rows: Iterator[Record | Quarantined]
 
 
@@ -136,7 +141,10 @@ class _Lines:
     def peek(self, at: int = 0) -> str | None:
         """The line `at` lines after the next one; None after the end."""
         while len(self._ahead) <= at:
-            raw = self._file.readline(MAX_LINE)
+            try:
+                raw = self._file.readline(MAX_LINE)
+            except OSError as error:
+                raise UserError(f"{self._shown}: cannot be read: {error.strerror}") from None
             if not raw:
                 return None
             self._ahead.append(self._decode(raw, self.number + len(self._ahead)))
@@ -281,8 +289,9 @@ def _records(
         # not lines.drop(parsed.lines): what follows an unclosed quote may be good rows
         taken = next((at for at in range(1, parsed.lines) if table.whole(at, width)), parsed.lines)
         reason = parsed.reason + (f" (lines {number}–{number + taken - 1})" if taken > 1 else "")
+        raw = "".join(lines.peek(at) or "" for at in range(taken)).rstrip("\r\n")
         lines.drop(taken)
-        yield Quarantined(shown, number, reason, _id_of(text, table, header, id_column))
+        yield Quarantined(shown, number, reason, _id_of(text, table, header, id_column), raw)
 
 
 def _id_of(line: str, table: _Delimited, header: list[str], id_column: str | None) -> str | None:
@@ -336,7 +345,11 @@ def _json_records(file: BinaryIO, shown: str) -> Iterator[Record | Quarantined]:
         lines.refuse_broken(1, values.items())
         lines.drop(1)
         if text.strip():
-            yield Quarantined(shown, number, reason, None) if reason else Record(number, values)
+            yield (
+                Quarantined(shown, number, reason, None, text.rstrip("\r\n"))
+                if reason
+                else Record(number, values, len(text))
+            )
 
 
 def read_table(file: BinaryIO, form: str, shown: str) -> Table:
@@ -348,11 +361,19 @@ def read_table(file: BinaryIO, form: str, shown: str) -> Table:
     Raises `UserError` as `read_rows` does, and for a column that occurs twice.
     """
     if form == "jsonl":
-        return Table([], "", _json_records(file, shown))
+        rows = _json_records(file, shown)
+        first: list[Record | Quarantined] = []
+        keys: list[str] = []
+        while not keys and len(first) < FIRST_ROWS and (row := next(rows, None)):
+            first.append(row)
+            keys = list(row.values) if isinstance(row, Record) else []
+        return Table(keys, "", itertools.chain(first, rows))
     lines, table, header = _open_delimited(file, shown, {"csv": ",", "tsv": "\t", "": None}[form])
     _positions(header, header, shown)
     rows = (
-        row if isinstance(row, Quarantined) else Record(row[0], dict(zip(header, row[1], strict=True)))
+        row
+        if isinstance(row, Quarantined)
+        else Record(row[0], dict(zip(header, row[1], strict=True)), sum(map(len, row[1])))
         for row in _records(lines, table, header, "id" if "id" in header else None, shown)
     )
     return Table(header, table.delimiter, rows)

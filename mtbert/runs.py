@@ -13,7 +13,8 @@ import shutil
 import stat
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -69,18 +70,35 @@ class Stopwatch:
         self._last = now
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write aside, fsync, rename: a reader sees the old file or the new one, never half of it."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    data = content.encode() if isinstance(content, str) else content
+@contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """Where to write what `path` is to hold: a file beside it that takes its name if nothing goes wrong. A link stays
+    one, to the new file; a pipe or a device is written to itself, a rename would put a file in its place.
+    """
+    if path.exists() and not path.is_file():
+        yield path
+        return
+    target = Path(os.path.realpath(path))
+    aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        with aside.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
+        yield aside
+        aside.replace(target)
     finally:
         aside.unlink(missing_ok=True)  # there only if something went wrong
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write aside, fsync, rename: a reader sees the old file or the new one, never half of it."""
+    with written_aside(path) as aside, aside.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        if stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # a pipe refuses it
+            os.fsync(file.fileno())
+
+
+def user_path(name: str | Path) -> Path:
+    """With ~ replaced as shells do: of a user that there is not it stays, and then no such file is found."""
+    return Path(os.path.expanduser(name))  # noqa: PTH111 - Path.expanduser raises RuntimeError for such a user
 
 
 def create_run(config: Config, source: str | None, command: list[str]) -> Path:
@@ -97,7 +115,7 @@ def create_run(config: Config, source: str | None, command: list[str]) -> Path:
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     digest = hashlib.sha256(text.encode()).hexdigest()[:6]
     name = config.run.name or f"{stamp}-{Path(source).stem if source else 'run'}-{digest}"
-    folder = Path(config.run.dir).expanduser() / name
+    folder = user_path(config.run.dir) / name
     try:
         folder.mkdir(parents=True)
     except FileExistsError:
@@ -123,13 +141,13 @@ def _independent(config: Config) -> Config:
     data = data.model_copy(update={"cache": _absolute(data.cache)})
     if encoder.tokenizer is not None:
         encoder = encoder.model_copy(update={"tokenizer": _absolute(encoder.tokenizer)})
-    if encoder.pretrained is not None and Path(encoder.pretrained).expanduser().is_dir():  # else a hub name
+    if encoder.pretrained is not None and user_path(encoder.pretrained).is_dir():  # else a hub name
         encoder = encoder.model_copy(update={"pretrained": _absolute(encoder.pretrained)})
     return config.model_copy(update={"data": data, "encoder": encoder})
 
 
 def _absolute(path: str) -> str:
-    return str(Path(path).expanduser().absolute())
+    return str(user_path(path).absolute())
 
 
 def check_run(folder: Path) -> None:

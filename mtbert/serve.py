@@ -37,6 +37,9 @@ Texts = Sequence[Sequence[str]]
 BATCH_INPUTS = 512
 """Inputs that the model takes at once, unless one request alone has more."""
 BODY_SECONDS = 30.0
+STOP_SECONDS = 10
+"""After SIGTERM, for the requests that are in flight; what is not answered by then is turned away."""
+STOPS = "the service is stopping"
 DRAINED_BODIES = 64
 """A body that is too large is read to its end and thrown away, up to so many times the limit: a client that is still
 sending would not see the answer."""
@@ -59,8 +62,9 @@ class _Body(BaseModel):
 
 class PredictRequest(_Body):
     task: str = Field(description="one of the tasks that /healthz lists", examples=["sst"])
-    inputs: list[str | tuple[str, str]] = Field(
-        description="texts, or pairs of texts as the task has them", examples=[["A fine film."], [["One.", "Two."]]]
+    inputs: list[str | tuple[str, str] | tuple[str, str, str]] = Field(
+        description="texts, or pairs or triplets of texts as the task has them",
+        examples=[["A fine film."], [["One.", "Two."]]],
     )
 
 
@@ -98,7 +102,7 @@ class Health(BaseModel):
 # ------------------------------------------------------------------------------------------------ batching
 
 
-@dataclass
+@dataclass(eq=False)
 class _Job:
     task: str | None  # None: vectors
     texts: Texts
@@ -115,15 +119,32 @@ class Batcher:
         self._wake = asyncio.Event()
         self.waiting = 0
 
-    async def ask(self, task: str | None, texts: Texts) -> list[Any]:
-        """Answers to (of task None: vectors of) the texts; None for one without a wordpiece."""
-        if self.waiting + len(texts) > self._limit:
+    async def ask(self, task: str | None, texts: Texts, receive: Receive) -> list[Any]:
+        """Answers to (of task None: vectors of) the texts; None for one without a wordpiece.
+
+        Args:
+            receive: of a request whose body has come; once its client has gone, the texts make room for others.
+        """
+        if self.waiting and self.waiting + len(texts) > self._limit:  # nobody waits: one of any size is welcome
             raise HTTPException(503, "too many inputs are waiting; try again in a moment", {"Retry-After": "1"})
         job = _Job(task, texts, asyncio.get_running_loop().create_future())
         self._jobs.append(job)
         self.waiting += len(texts)
         self._wake.set()
-        return await job.done
+        gone = asyncio.ensure_future(_disconnected(receive))
+        try:
+            await asyncio.wait((job.done, gone), return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:
+            raise HTTPException(503, STOPS) from None
+        finally:
+            gone.cancel()
+            if job in self._jobs:
+                self._jobs.remove(job)
+                self.waiting -= len(texts)
+        if not job.done.done():
+            job.done.cancel()
+            raise HTTPException(499, "the client has gone")  # which nobody reads
+        return job.done.result()
 
     async def work(self) -> None:
         """Runs for as long as the service does."""
@@ -134,7 +155,7 @@ class Batcher:
                 jobs = self._take()
                 results = await loop.run_in_executor(pool, self._answer, jobs)
                 for job, result in zip(jobs, results, strict=True):
-                    if job.done.done():  # the client has gone
+                    if job.done.cancelled():  # the client has gone
                         continue
                     if isinstance(result, Exception):
                         job.done.set_exception(result)
@@ -147,9 +168,8 @@ class Batcher:
         while self._jobs and (not jobs or taken + len(self._jobs[0].texts) <= BATCH_INPUTS):
             job = self._jobs.popleft()
             self.waiting -= len(job.texts)
-            if not job.done.done():
-                jobs.append(job)
-                taken += len(job.texts)
+            jobs.append(job)
+            taken += len(job.texts)
         if not self._jobs:
             self._wake.clear()
         return jobs
@@ -168,6 +188,11 @@ class Batcher:
                 for at in mine:
                     results[at] = error
         return results
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 # ------------------------------------------------------------------------------------------------ the service
@@ -209,33 +234,33 @@ def make_app(run: Trained, limits: Limits) -> FastAPI:
                         422, f"inputs.{number}: {len(text):,} characters; a text may have {limits.characters:,}"
                     )
 
-    async def ask(task: str | None, texts: Texts) -> list[Any]:
+    async def ask(task: str | None, texts: Texts, request: Request) -> list[Any]:
         check(texts)
-        answers = await batcher.ask(task, texts)
+        answers = await batcher.ask(task, texts, request.receive)
         for number, answer in enumerate(answers):
             if answer is None:
                 raise HTTPException(422, f"inputs.{number}: nothing in the text is a wordpiece")
         return answers
 
     @app.post("/predict")
-    async def predict(request: PredictRequest) -> PredictResponse:
+    async def predict(body: PredictRequest, request: Request) -> PredictResponse:
         """The task's answer to each input."""
-        if request.task not in run.config.tasks:
+        if body.task not in run.config.tasks:
             raise HTTPException(422, f"task: there is no such task; this run has {', '.join(run.config.tasks)}")
-        texts = [[each] if isinstance(each, str) else list(each) for each in request.inputs]
-        wanted = len(run.config.tasks[request.task].columns.text)
+        texts = [[each] if isinstance(each, str) else list(each) for each in body.inputs]
+        wanted = len(run.config.tasks[body.task].columns.text)
         for number, pair in enumerate(texts):
             if len(pair) != wanted:
-                right = "a text" if wanted == 1 else "a pair of texts"
-                raise HTTPException(422, f"inputs.{number}: task {request.task} takes {right}")
-        answers = await ask(request.task, texts)
+                right = {1: "a text", 2: "a pair of texts", 3: "a text, its match and a hard negative"}[wanted]
+                raise HTTPException(422, f"inputs.{number}: task {body.task} takes {right}")
+        answers = await ask(body.task, texts, request)
         fields = [dict(zip(("prediction", "score", "probability"), answer, strict=True)) for answer in answers]
-        return PredictResponse(task=request.task, predictions=[Prediction(**each) for each in fields])
+        return PredictResponse(task=body.task, predictions=[Prediction(**each) for each in fields])
 
     @app.post("/embed")
-    async def embed(request: EmbedRequest) -> EmbedResponse:
+    async def embed(body: EmbedRequest, request: Request) -> EmbedResponse:
         """The sentence vector of each text, pooled as in training."""
-        vectors = await ask(None, [[text] for text in request.inputs])
+        vectors = await ask(None, [[text] for text in body.inputs], request)
         return EmbedResponse(vectors=[vector.tolist() for vector in vectors])
 
     @app.get("/healthz")
@@ -262,6 +287,9 @@ class BodyLimit:
             body = await asyncio.wait_for(self._read(receive), BODY_SECONDS)
         except asyncio.TimeoutError:
             await _refuse(send, 408, f"the body did not come within {BODY_SECONDS:g} seconds")
+            return
+        except asyncio.CancelledError:
+            await _refuse(send, 503, STOPS)
             return
         except ConnectionError:
             return
@@ -301,10 +329,22 @@ def serve(run: Trained, host: str, port: int, limits: Limits) -> None:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         listening = socket.create_server((host, port), family=family, backlog=1024)
-    except OSError as error:
-        raise UserError(f"--host {host} --port {port}: cannot listen there: {error.strerror or error}") from None
+    except (OSError, UnicodeError) as error:  # UnicodeError: of a name that can be none, such as a..b
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"--host {host} --port {port}: cannot listen there: {reason}") from None
     with listening:
         shown = f"[{host}]" if family == socket.AF_INET6 else host
         print(f"mtbert: http://{shown}:{listening.getsockname()[1]}  (try /docs; Ctrl-C ends it)", flush=True)
-        config = uvicorn.Config(make_app(run, limits), log_level="warning", access_log=False, timeout_keep_alive=30)
-        uvicorn.Server(config).run(sockets=[listening])
+        make_server(run, limits).run(sockets=[listening])
+
+
+def make_server(run: Trained, limits: Limits) -> uvicorn.Server:
+    return uvicorn.Server(
+        uvicorn.Config(
+            make_app(run, limits),
+            log_level="warning",
+            access_log=False,
+            timeout_keep_alive=30,
+            timeout_graceful_shutdown=STOP_SECONDS,
+        )
+    )

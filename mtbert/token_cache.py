@@ -183,8 +183,9 @@ class _Writer:
                 if len(self._chunk) >= CHUNK_ROWS or self._characters >= CHUNK_CHARACTERS:
                     self._flush()
                 return
-            row = Quarantined(self._shown, row.line, reason, row.id)
-        self._quarantined.append(row)
+        else:
+            reason = row.reason
+        self._quarantined.append(Quarantined(self._shown, row.line, reason, row.id))
         if len(self._quarantined) > MAX_QUARANTINED:
             self._refuse()
 

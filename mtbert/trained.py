@@ -31,7 +31,7 @@ from mtbert.data import Dataset, Strings, collate, load_tokenizer, sequence_leng
 from mtbert.encoder import EncoderShape
 from mtbert.errors import UserError
 from mtbert.heads import MultiTaskModel
-from mtbert.losses import predict
+from mtbert.losses import predict, probabilities
 from mtbert.manifest import find_checkpoint, sha256
 from mtbert.packing import batches_by_length, pack
 from mtbert.pretrained import read_shape, write_shape
@@ -142,8 +142,10 @@ class Trained:
         """The task's answers to examples with its number of texts, in their order."""
         config = self.task(task)
         answers_3N = np.full((3, len(examples)), np.nan)
+        if not len(examples):  # of which `tokenise` cannot tell how many texts each would have
+            return Answers(*answers_3N)
         tokens_N = sequence_lengths(examples, config.head.kind == "joint", self.max_length)
-        for indices in batches_by_length(tokens_N) if len(examples) else ():
+        for indices in batches_by_length(tokens_N):
             batch = collate(examples, indices, config, special_ids(self.tokenizer), self.max_length)
             answers = self.model(task, batch.packed.to(self.device))
             for row, values in enumerate(_read_out(config, answers)):
@@ -166,14 +168,10 @@ class Trained:
 
 def _read_out(task: TaskConfig, answers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Predictions, scores and probabilities, (B,) each."""
-    predictions_B = predict(task, answers)
-    nothing_B = torch.full(predictions_B.shape, torch.nan)
-    if task.loss_kind == "cross_entropy":
-        scores_B, probabilities_BC = answers.amax(dim=-1), answers.softmax(dim=-1)
-        return predictions_B, scores_B, probabilities_BC.amax(dim=-1)
-    if task.loss_kind == "bce":
-        return predictions_B, answers, torch.where(predictions_B == 1, answers.sigmoid(), (-answers).sigmoid())
-    return predictions_B, answers, nothing_B
+    scores_B = answers.amax(dim=-1) if task.loss_kind == "cross_entropy" else answers
+    probabilities_BC = probabilities(task, answers)
+    nothing_B = torch.full(scores_B.shape, torch.nan)
+    return predict(task, answers), scores_B, probabilities_BC.amax(dim=-1) if probabilities_BC.shape[-1] else nothing_B
 
 
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")

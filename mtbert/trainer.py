@@ -14,7 +14,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -494,7 +494,8 @@ class _Run:
         if self.rank.first:
             rows = [row for task in self.tasks for data in task.splits for row in data.quarantined]
             if rows:
-                lines = "".join(json.dumps(asdict(row)) + "\n" for row in rows)
+                told = [{"file": row.file, "line": row.line, "reason": row.reason, "id": row.id} for row in rows]
+                lines = "".join(json.dumps(each) + "\n" for each in told)
                 write_atomically(self.run_dir / "quarantined.jsonl", lines)
         if not self.first_step:
             tracker.text("config", f"```yaml\n{to_yaml(config)}```")

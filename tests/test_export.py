@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
+import resource
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +20,10 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoTokenizer, BertModel
 
 from mtbert.cli import main
+from mtbert.config import Config
 from mtbert.errors import UserError
 from mtbert.export import PaddedEncoder, export
+from mtbert.heads import MultiTaskModel
 from mtbert.packing import pack
 from mtbert.readers import Row, read_rows
 from mtbert.trained import Trained, load_run
@@ -77,7 +82,7 @@ def test_transformers_gives_the_same_states(exported: tuple[Trained, Path], pair
     tokenizer = AutoTokenizer.from_pretrained(folder)
     batch = tokenizer([first for first, _ in pairs], [second for _, second in pairs], padding=True, return_tensors="pt")
     with torch.inference_mode():
-        states = BertModel.from_pretrained(folder).eval()(**batch).last_hidden_state
+        states, pooled = BertModel.from_pretrained(folder).eval()(**batch, return_dict=False)
     lengths = batch["attention_mask"].sum(1).tolist()
     sequences = [ids[:length].numpy() for ids, length in zip(batch["input_ids"], lengths, strict=True)]
     starts = [types[:length].tolist().index(1) for types, length in zip(batch["token_type_ids"], lengths, strict=True)]
@@ -88,22 +93,67 @@ def test_transformers_gives_the_same_states(exported: tuple[Trained, Path], pair
         torch.testing.assert_close(
             states[number, :length], hidden_TD[packed.sequence_T == number], atol=1e-5, rtol=1e-5
         )
-    joint = run.answer("joint", run.tokenise(pairs))
-    assert len(set(joint.scores_N)) == len(pairs)
+    if run.model.pooling == "pooler":
+        vectors = pooled
+    elif run.model.pooling == "cls":
+        vectors = states[:, 0]
+    else:
+        vectors = torch.stack([state[:length].mean(0) for state, length in zip(states, lengths, strict=True)])
+    scores = answers_of_the_page(folder, "joint", [vectors.numpy()]).max(-1)
+    assert np.ptp(scores) > 1e-4
+    np.testing.assert_allclose(scores, run.answer("joint", run.tokenise(pairs)).scores_N, atol=1e-5)
 
 
-def test_heads_are_as_the_page_describes_them(exported: tuple[Trained, Path], pairs: list[tuple[str, str]]) -> None:
-    run, folder = exported
+def answers_of_the_page(folder: Path, task: str, vectors: list[NDArray[np.float32]]) -> NDArray[np.float32]:
     [code] = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "export.md").read_text(encoding="utf-8"), re.DOTALL)
     page: dict[str, Any] = {}
     exec(code, page)
+    return page["answers"](folder, task, vectors)
+
+
+def assert_heads_are_as_the_page_describes_them(run: Trained, folder: Path, pairs: Sequence[tuple[str, str]]) -> None:
     u, v = (vectors_of(run, [pair[side] for pair in pairs]) for side in (0, 1))
-    for task, vectors in {"sst": [u], "para": [u, v], "sts": [u, v]}.items():
-        answers = page["answers"](folder, task, vectors)
-        found = run.answer(task, run.tokenise(pairs if len(vectors) == 2 else [pair[:1] for pair in pairs]))
-        scores = answers.max(-1) if task == "sst" else answers.reshape(-1)
-        assert np.ptp(scores) > 1e-4
-        np.testing.assert_allclose(scores, found.scores_N, atol=1e-5)
+    w = np.roll(v, 1, axis=0)
+    for name, task in run.config.tasks.items():
+        if task.head.kind == "joint":
+            continue
+        examples = [(*pair, pairs[i - 1][1])[: task.texts] for i, pair in enumerate(pairs)]
+        answers = answers_of_the_page(folder, name, [u, v, w][: task.texts])
+        scores = answers.max(-1) if task.loss_kind == "cross_entropy" else answers.reshape(-1)
+        assert np.ptp(scores) > 1e-4, name
+        np.testing.assert_allclose(scores, run.answer(name, run.tokenise(examples)).scores_N, atol=1e-5, err_msg=name)
+
+
+def test_heads_are_as_the_page_describes_them(exported: tuple[Trained, Path], pairs: list[tuple[str, str]]) -> None:
+    assert_heads_are_as_the_page_describes_them(*exported, pairs)
+
+
+PAIR = {"train": "t", "dev": "d", "columns": {"text": ["a", "b"]}}
+EVERY_SORT: dict[str, dict[str, Any]] = {
+    "one": {"kind": "classification", "train": "t", "dev": "d", "classes": 3, "head": {"shared": "common"}},
+    "concat": {**PAIR, "kind": "pair_classification", "head": {"kind": "concat", "shared": "common", "hidden": [6, 5]}},
+    "dot": {**PAIR, "kind": "pair_regression", "head": {"kind": "weighted_dot", "scale": 2.5}},
+    "near": {**PAIR, "kind": "pair_classification", "head": {"kind": "cosine", "shared": "common"}},
+    "embedded": {**PAIR, "kind": "pair_regression", "head": {"kind": "cosine"}, "loss": "cosine_embedding"},
+    "ranked": {**PAIR, "kind": "pair_classification", "head": {"kind": "cosine"}, "loss": "mnrl"},
+    "triplets": {"kind": "triplets", "train": "t", "columns": {"text": ["a", "b", "c"]}, "head": {"kind": "cosine"}},
+}
+
+
+def test_heads_that_the_run_has_not(trained_run: Path, tmp_path: Path, pairs: list[tuple[str, str]]) -> None:
+    run = opened(trained_run, "mean")
+    values = {**run.config.model_dump(), "tasks": EVERY_SORT, "shared_layers": {"common": {"width": 7}}}
+    config = Config.model_validate(values)
+    model = MultiTaskModel(run.shape, config.encoder, config.tasks, 0, config.shared_layers)
+    model.encoder.load_state_dict(run.model.encoder.state_dict())
+    with torch.no_grad():
+        for parameter in (*model.heads.parameters(), *model.shared.parameters()):
+            parameter.normal_(0, 0.5, generator=torch.Generator().manual_seed(0))
+    run = dataclasses.replace(run, config=config, model=model)
+    export(run, tmp_path / "model")
+    assert_heads_are_as_the_page_describes_them(run, tmp_path / "model", pairs)
+    cosines = run.answer("embedded", run.tokenise(pairs))
+    np.testing.assert_allclose(cosines.predictions_N, np.clip(5 * cosines.scores_N, 0, 5))
 
 
 def padded(sequences: Sequence[NDArray[Any]], width: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -183,4 +233,45 @@ def test_nothing_is_overwritten_and_nothing_half_written(trained_run: Path, tmp_
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be written: Not a directory"):
         export(run, tmp_path / "file" / "model")
+    with pytest.raises(UserError, match="cannot be written: File name too long"):
+        export(run, tmp_path / ("x" * 256))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "mine"]
+
+
+def test_of_two_exports_at_once_one_is_there_whole(trained_run: Path, tmp_path: Path) -> None:
+    (tmp_path / ".model.tmp").mkdir()
+    (tmp_path / ".model.tmp" / "notes").write_text("the user's own")
+    run = load_run(trained_run, "latest", "fp32")
+
+    def exported() -> str:
+        try:
+            export(run, tmp_path / "model")
+        except UserError as error:
+            return str(error)
+        return ""
+
+    with ThreadPoolExecutor(2) as pool:
+        told = sorted(each.result() for each in [pool.submit(exported) for _ in range(2)])
+    assert told[0] == "" and re.search("Directory not empty|exists already", told[1])
+    assert (tmp_path / "model").stat().st_mode == (tmp_path / ".model.tmp").stat().st_mode
+    assert (tmp_path / "model" / "README.md").is_file() and (tmp_path / "model" / "model.safetensors").is_file()
+    assert (tmp_path / ".model.tmp" / "notes").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".model.tmp", "model"]
+
+
+@pytest.mark.parametrize("largest", ["tokenizer.json", "heads.safetensors"])
+def test_a_full_disk_is_one_line_and_leaves_nothing(trained_run: Path, tmp_path: Path, largest: str) -> None:
+    """The largest file is the one that no longer fits."""
+    run = load_run(trained_run, "latest", "fp32")
+    if largest == "tokenizer.json":
+        run.tokenizer.add_tokens([f"word-{number}" for number in range(10_000)])
+    else:
+        run.model.shared["large"] = torch.nn.Linear(1000, 500)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (900_000, hard))  # no file grows beyond
+    try:
+        with pytest.raises(UserError, match="model: cannot be written: File too large"):
+            export(run, tmp_path / "model")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir())

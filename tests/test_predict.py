@@ -24,6 +24,7 @@ from mtbert.data import special_ids
 from mtbert.errors import UserError
 from mtbert.packing import pack
 from mtbert.predict import ADDED, embed_file, predict_file
+from mtbert.readers import read_table
 from mtbert.trained import Trained, load_run
 from mtbert.trainer import evaluate_run
 
@@ -130,9 +131,9 @@ def test_a_row_that_cannot_be_answered_keeps_its_place_with_the_reason(run: Trai
     assert [bool(row["prediction"]) for row in found] == [True, False, False, False, False, True]
     assert [row["error"].partition(" (")[0] for row in found] == [
         "",
-        "3 fields instead of 2",
+        "3 fields instead of 2: r2\ttoo\tmany",
         "column 'sentence': the text is empty",
-        "a quote is opened and not closed",
+        'a quote is opened and not closed: r4\t"never closed',
         "nothing in the text is a wordpiece",
         "",
     ]
@@ -142,7 +143,9 @@ def test_a_row_that_cannot_be_answered_keeps_its_place_with_the_reason(run: Trai
     (tmp_path / "bad.jsonl").write_text("\n".join(lines))
     predict_file(run, "sst", str(tmp_path / "bad.jsonl"), str(tmp_path / "out.jsonl"))
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert "prediction" in rows[0]
+    assert all(set(ADDED) < set(row) for row in rows)
+    assert rows[0]["error"] is None and rows[1]["prediction"] is None
+    assert rows[1]["error"].endswith(": {") and rows[5]["error"].endswith(": []")
     assert [row["error"].partition(": ")[0] for row in rows[1:]] == [
         "not JSON",
         "column 'sentence'",
@@ -151,6 +154,30 @@ def test_a_row_that_cannot_be_answered_keeps_its_place_with_the_reason(run: Trai
         "a JSON list instead of an object",
     ]
     assert rows[1]["line"] == 2 and rows[4]["sentence"] == "\ud800"
+
+
+@pytest.mark.parametrize("bad", ["q\tonly one text\n", "q\t\tno first text\n"])
+def test_a_window_without_a_usable_row(run: Trained, tmp_path: Path, bad: str) -> None:
+    (tmp_path / "in.tsv").write_text("id\tsentence1\tsentence2\n" + bad)
+    report = predict_file(run, "joint", str(tmp_path / "in.tsv"), str(tmp_path / "out.tsv"))
+    assert (report.rows, report.unanswered, len(read(tmp_path / "out.tsv"))) == (1, 1, 1)
+    assert len(run.answer("joint", run.tokenise([])).predictions_N) == 0
+
+
+def test_fields_come_back_as_they_were(run: Trained, tmp_path: Path) -> None:
+    fields = ["a\rb", "a\nb", "a\tb", 'a"b', "a\r\nb"]
+    rows = [[name, "good film"] for name in fields]
+    with (tmp_path / "in.tsv").open("w", newline="") as file:
+        csv.writer(file, delimiter="\t", quoting=csv.QUOTE_ALL).writerows([["id", "sentence"], *rows])
+    predict_file(run, "sst", str(tmp_path / "in.tsv"), str(tmp_path / "out.tsv"))
+    assert [row["id"] for row in read(tmp_path / "out.tsv")] == fields
+
+
+def test_a_window_is_bounded_whatever_its_rows_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(predict, "WINDOW_CHARACTERS", 1000)
+    lines = [json.dumps({"sentence": "good", "more": list(range(100))})] * 6 + ["{" + "x" * 400] * 6
+    rows = read_table(io.BytesIO("\n".join(lines).encode()), "jsonl", "x").rows
+    assert [len(window) for window in predict._windows(rows)] == [3, 3, 3, 3]
 
 
 @pytest.mark.parametrize(
@@ -171,6 +198,25 @@ def test_submission_is_as_the_course_writes_it(
     rows = read(tmp_path / "rows.csv")
     shown = {"sst": str, "para": lambda text: f"{text}.0", "sts": str}[task]
     assert lines == [f"{row['id']} , {shown(row['prediction'])} " for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("in.tsv", "id\tsentence\n1\tgood\n2\t \n", "line 3: column 'sentence': the text is empty; a submission"),
+        ("in.tsv", "id\tsentence\n\tgood\n", "line 2: 'id' is empty; a submission needs"),
+        (
+            "in.jsonl",
+            '{"id": 1, "sentence": "good"}\n{"sentence": "bad"}\n',
+            "line 2: 'id' is empty; a submission needs",
+        ),
+    ],
+)
+def test_a_submission_is_whole_or_not_there(run: Trained, tmp_path: Path, name: str, content: str, told: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=told):
+        predict_file(run, "sst", str(tmp_path / name), str(tmp_path / "out.csv"), submission=True)
+    assert list(tmp_path.iterdir()) == [tmp_path / name]
 
 
 def test_the_course_s_own_test_file(run: Trained, data_dir: Path, tmp_path: Path) -> None:
@@ -207,6 +253,17 @@ def test_vectors_are_those_of_single_sentences(run: Trained, corpus: Path, tmp_p
         np.testing.assert_allclose(vector, expected, atol=1e-5)
         np.testing.assert_allclose(row["vector"], expected, atol=1e-5)
         assert row["text"] == line["sentence"]
+
+
+def test_the_text_of_json_lines_goes_by_the_keys_of_the_first_good_row(run: Trained, tmp_path: Path) -> None:
+    (tmp_path / "text.jsonl").write_text('{\n{"id": 1, "text": "good"}\n')
+    assert embed_file(run, str(tmp_path / "text.jsonl"), tmp_path / "out.npy").unanswered == 1
+    assert np.isfinite(np.load(tmp_path / "out.npy")[1]).all()
+    (tmp_path / "none.jsonl").write_text('{"id": 1, "txt": "good"}\n')
+    with pytest.raises(UserError, match=r"which column is the text\? --text NAME; columns present: id, txt"):
+        embed_file(run, str(tmp_path / "none.jsonl"), tmp_path / "out.npy")
+    with pytest.raises(UserError, match=r"no column 'sentence'; columns present: 'id', 'txt'"):
+        predict_file(run, "sst", str(tmp_path / "none.jsonl"), str(tmp_path / "out.jsonl"))
 
 
 def test_no_rows_give_no_vectors(run: Trained, tmp_path: Path) -> None:
@@ -247,6 +304,8 @@ def test_a_pipe_has_answers_before_its_end(trained_run: Path, corpus: Path) -> N
         (["--task", "sst", "--text", "a", "b"], r"--text: the task takes 1 text column"),
         (["--task", "sst", "--text", "txt"], r"no column 'txt'"),
         (["--task", "sst", "--out", "nowhere/x"], r"--out nowhere/x: its folder does not exist"),
+        (["--task", "sst", "--out", "~nobody-here/x"], r"--out ~nobody-here/x: its folder does not exist"),
+        (["--task", "sst", "--out", "x" * 256], r": File name too long"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -286,3 +345,41 @@ def test_a_file_that_cannot_be_read_leaves_nothing(run: Trained, tmp_path: Path,
         predict_file(run, "sst", "x.parquet", "-")
     with pytest.raises(UserError, match=r"nowhere: No such file"):
         predict_file(run, "sst", str(tmp_path / "nowhere"), "-")
+    with pytest.raises(UserError, match=r"~nobody-here/x: No such file"):
+        predict_file(run, "sst", "~nobody-here/x", "-")
+    with pytest.raises(UserError, match=r"/proc/self/mem: cannot be read: Input/output error"):
+        predict_file(run, "sst", "/proc/self/mem", "-")
+
+
+@pytest.mark.parametrize("key", ADDED)
+def test_keys_that_the_answer_needs_are_not_overwritten(run: Trained, tmp_path: Path, key: str) -> None:
+    (tmp_path / "in.jsonl").write_text('{"sentence": "good"}\n' + json.dumps({"sentence": "good", key: "mine"}) + "\n")
+    with pytest.raises(UserError, match=f"line 2: has a key '{key}' already; rename it first"):
+        predict_file(run, "sst", str(tmp_path / "in.jsonl"), str(tmp_path / "out"))
+    assert list(tmp_path.iterdir()) == [tmp_path / "in.jsonl"]
+
+
+def test_a_link_stays_one_and_a_pipe_is_written_to(run: Trained, tmp_path: Path) -> None:
+    (tmp_path / "in.tsv").write_text("id\tsentence\n1\tgood\n")
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "real").write_text("old")
+    (tmp_path / "link").symlink_to("deep/real")
+    predict_file(run, "sst", str(tmp_path / "in.tsv"), str(tmp_path / "link"))
+    assert (tmp_path / "link").is_symlink()
+    expected = (tmp_path / "deep" / "real").read_text()
+    assert expected.startswith("id\tsentence\tprediction")
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    predict_file(run, "sst", str(tmp_path / "in.tsv"), str(tmp_path / "pipe"))
+    assert (tmp_path / "pipe").is_fifo() and os.read(reader, 10_000).decode() == expected
+    os.close(reader)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["deep", "in.tsv", "link", "pipe", "real"]
+
+
+def test_a_full_disk_behind_stdout(trained_run: Path, tmp_path: Path) -> None:
+    (tmp_path / "in.tsv").write_text("id\tsentence\n1\tgood\n")
+    command = [sys.executable, "-m", "mtbert", "predict", str(trained_run), "--task", "sst", str(tmp_path / "in.tsv")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, env=environment, stdout=full, stderr=-1, text=True)
+    assert (done.returncode, done.stderr) == (2, "mtbert: stdout: cannot be written: No space left on device\n")

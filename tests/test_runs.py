@@ -157,6 +157,18 @@ def test_what_is_written_is_read(tmp_path: Path, content: str | bytes) -> None:
     assert contents(tmp_path) == ["file"]
 
 
+def test_a_link_and_a_pipe_stay_what_they_are(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("real")
+    write_atomically(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real").read_text() == "new"
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    write_atomically(tmp_path / "pipe", "new")
+    assert (tmp_path / "pipe").is_fifo() and os.read(reader, 10) == b"new"
+    os.close(reader)
+    assert contents(tmp_path) == ["link", "pipe", "real"]
+
+
 def test_a_reader_sees_the_old_file_or_the_new_one(tmp_path: Path) -> None:
     path = tmp_path / "file"
     versions = [bytes([65 + n]) * 300_000 for n in range(4)]

@@ -10,16 +10,21 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from mtbert import serve
 from mtbert.cli import main
 from mtbert.readers import Row, read_rows
+from mtbert.serve import Limits, make_server
 from mtbert.trained import Trained, load_run
 
 ROOT = Path(__file__).parent.parent
@@ -174,3 +179,145 @@ def test_what_it_says_of_itself(service: Address) -> None:
 def test_an_address_that_is_taken(service: Address, trained_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", str(trained_run), "--port", str(service[1])]) == 2
     assert re.fullmatch(r"mtbert: --host 127.0.0.1 --port \d+: cannot listen there: .*\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("option", "told"),
+    [
+        ("--port=70000", "--port 70000: ports are 1 to 65535; 0 takes a free one"),
+        ("--port=-1", "--port -1: ports are 1 to 65535; 0 takes a free one"),
+        ("--host=", "--host: is empty; 127.0.0.1 is this machine only, 0.0.0.0 every network"),
+        ("--max-batch=0", "--max-batch 0: every request would be refused; give 1 or more"),
+        ("--max-body=-1", "--max-body -1: every request would be refused; give 1 or more"),
+        ("--max-text=0", "--max-text 0: every request would be refused; give 1 or more"),
+    ],
+)
+def test_options_that_cannot_be_are_refused_before_the_run_is_opened(
+    tmp_path: Path, option: str, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["serve", str(tmp_path / "no run"), option]) == 2
+    assert capsys.readouterr().err == f"mtbert: {told}\n"
+
+
+def test_a_host_that_is_no_name(trained_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", str(trained_run), "--host", "a..b"]) == 2
+    assert re.fullmatch(r"mtbert: --host a\.\.b --port 8000: cannot listen there: .*\n", capsys.readouterr().err)
+
+
+# ------------------------------------------------------------------------------------------------ under load
+
+
+class Held:
+    """A service whose model waits at a gate, so that a test decides what gathers meanwhile."""
+
+    def __init__(self, run: Trained, limits: Limits) -> None:
+        self.gate = threading.Event()
+        self.sizes: list[int] = []  # of the batches that reached the model, in sequences
+        run.model.register_forward_pre_hook(self._hold)
+        self.server = make_server(run, limits)
+        listening = socket.create_server(("127.0.0.1", 0))
+        self.address: Address = listening.getsockname()
+        self.thread = threading.Thread(target=self.server.run, args=([listening],))
+
+    def _hold(self, _: Any, arguments: tuple[Any, ...]) -> None:
+        self.sizes.append(len(arguments[1].lengths_B))
+        assert self.gate.wait(60)
+
+    def waiting(self) -> int:
+        return int(ask(self.address, "/healthz")[1]["waiting"])
+
+    def sent(self, *texts: str) -> http.client.HTTPConnection:
+        connection = http.client.HTTPConnection(*self.address, timeout=30)
+        connection.request("POST", "/predict", json.dumps(sst(*texts)), {"Content-Type": "application/json"})
+        return connection
+
+    def busy(self) -> http.client.HTTPConnection:
+        """A request that the model has begun on."""
+        connection = self.sent("good")
+        until(lambda: self.sizes == [1])
+        return connection
+
+
+def until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@contextmanager
+def held(trained_run: Path, limits: Limits) -> Iterator[Held]:
+    service = Held(load_run(trained_run, "latest"), limits)
+    service.thread.start()
+    try:
+        yield service
+    finally:
+        service.gate.set()
+        service.server.should_exit = True
+        service.thread.join(60)
+    assert not service.thread.is_alive()
+
+
+def status(connection: http.client.HTTPConnection) -> int:
+    with connection.getresponse() as answer:
+        answer.read()
+    connection.close()
+    return answer.status
+
+
+def test_what_waits_is_answered_together_and_what_is_too_much_is_turned_away(trained_run: Path) -> None:
+    with held(trained_run, Limits(waiting=6)) as service:
+        connections = [service.busy(), *(service.sent("good", "bad") for _ in range(3))]
+        until(lambda: service.waiting() == 6)
+        assert ask(service.address, "/predict", sst("good"))[0] == 503
+        service.gate.set()
+        assert [status(connection) for connection in connections] == [200] * 4
+        assert service.sizes == [1, 6]
+        assert status(service.sent(*["good"] * 10)) == 200  # more than may wait, but nobody does
+
+
+def test_who_has_gone_waits_no_longer(trained_run: Path) -> None:
+    with held(trained_run, Limits(waiting=6)) as service:
+        busy = service.busy()
+        gone = [service.sent("good", "bad") for _ in range(3)]
+        until(lambda: service.waiting() == 6)
+        for connection in gone:
+            connection.close()
+        until(lambda: service.waiting() == 0)
+        stays = service.sent("good", "bad", "dull")
+        until(lambda: service.waiting() == 3)
+        service.gate.set()
+        assert [status(busy), status(stays)] == [200, 200]
+        assert service.sizes == [1, 3]
+
+
+def test_a_body_that_does_not_come(trained_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "BODY_SECONDS", 0.2)
+    with held(trained_run, Limits()) as service, socket.create_connection(service.address, timeout=30) as connection:
+        connection.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n")
+        assert connection.recv(1000).startswith(b"HTTP/1.1 408 ")
+
+
+def test_a_stop_waits_for_what_is_in_flight(trained_run: Path) -> None:
+    with held(trained_run, Limits()) as service:
+        connections = [service.busy(), service.sent("good", "bad")]
+        until(lambda: service.waiting() == 2)
+        service.server.should_exit = True
+        time.sleep(0.5)
+        service.gate.set()
+        assert [status(connection) for connection in connections] == [200, 200]
+
+
+def test_a_stop_does_not_wait_for_ever(
+    trained_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(serve, "STOP_SECONDS", 0.5)
+    with held(trained_run, Limits()) as service, socket.create_connection(service.address, timeout=30) as stalled:
+        stalled.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n")
+        connections = [service.busy(), service.sent("good", "bad")]
+        until(lambda: service.waiting() == 2)
+        service.server.should_exit = True
+        assert [status(connection) for connection in connections] == [503, 503]
+        service.gate.set()  # what the model has begun on is waited for
+        assert stalled.recv(1000).startswith(b"HTTP/1.1 503 ")
+    assert service.sizes == [1] and "Traceback" not in capsys.readouterr().err
