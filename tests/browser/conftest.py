@@ -37,8 +37,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.fixture(scope="session")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The quick start, stopped in the middle and resumed by another process; or a copy of the run that RUN names, alone:
-    the pages are about one run, whatever lies beside it."""
+    """The quick start, stopped in the middle and resumed by another process; or a copy of the run that RUN names:
+    the pages are about one run alone, whatever lies beside it."""
     folder = tmp_path_factory.mktemp("runs")
     if named := os.environ.get("RUN"):
         return Path(shutil.copytree(named, folder / Path(named).name, ignore=shutil.ignore_patterns("checkpoints")))
