@@ -21,7 +21,7 @@ if not __package__:  # started as a script: the checkout, not launch/, is where 
 from launch.records import ROOT, JobNote, Lock, make_job_folder, read_note, snapshot_code
 from mtbert.config import Config, load_config, to_yaml
 from mtbert.errors import UserError
-from mtbert.runs import check_run, create_run, discard_unstarted, write_atomically
+from mtbert.runs import check_run, create_run, discard_unstarted, user_path, write_atomically
 
 DEFAULT_CONFIG = Path("configs") / "quickstart.yaml"
 
@@ -147,11 +147,11 @@ def _check_files(config: Config) -> None:
     folder = config.data.dir
     if folder is None:
         return
-    if not Path(folder).expanduser().is_dir():
+    if not user_path(folder).is_dir():
         raise UserError(f"data.dir {folder}: no such folder")
     for name, task in config.tasks.items():
         for key, file in (("train", task.train), ("dev", task.dev)):
-            if file and not file.startswith("hub:") and not (path := Path(folder).expanduser() / file).is_file():
+            if file and not file.startswith("hub:") and not (path := user_path(folder) / file).is_file():
                 raise UserError(f"tasks.{name}.{key}: no file {path}")
 
 
@@ -195,7 +195,7 @@ def _folders(
         make_job_folder(run)
         return run, [run]
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    folder = Path(configs[0].run.dir).expanduser() / (configs[0].run.name or f"{stamp}-{source.stem}-array")
+    folder = user_path(configs[0].run.dir) / (configs[0].run.name or f"{stamp}-{source.stem}-array")
     if not folder.exists():
         new.append(folder)
     runs = []

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from mtbert.config import Config, load_config, schema, to_yaml
 from mtbert.errors import UserError
 from mtbert.reference import reference
-from mtbert.runs import Rank, check_run, create_run, discard_unstarted
+from mtbert.runs import Rank, check_run, create_run, discard_unstarted, user_path
 
 if TYPE_CHECKING:
     from mtbert.evaluate import Evaluation
@@ -244,7 +244,7 @@ def _stop_on_signals() -> Iterator[Callable[[], bool]]:
 
 
 def existing_run(name: str) -> Path:
-    folder = Path(name).expanduser()
+    folder = user_path(name)
     check_run(folder)
     return folder
 
@@ -381,7 +381,7 @@ def _check(options: argparse.Namespace) -> int:
 def _fetch(options: argparse.Namespace) -> int:
     from mtbert.datasets import fetch
 
-    for line in fetch(Path(options.folder).expanduser(), options.task):
+    for line in fetch(user_path(options.folder), options.task):
         print(line)
     print("Licences of these data are their owners'; Quora question pairs are for non-commercial use.")
     return 0

@@ -29,6 +29,7 @@ from mtbert.errors import UserError
 from mtbert.packing import Packed, pack
 from mtbert.pretrained import hub_errors
 from mtbert.readers import Quarantined
+from mtbert.runs import user_path
 from mtbert.token_cache import Progress, ensure
 
 T = TypeVar("T")
@@ -45,7 +46,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     vocab.txt is lower-cased unless a tokenizer_config.json beside it says `"do_lower_case": false`. The tokenizer never
     truncates or pads. Raises `UserError` if there is none, it cannot be read or it lacks [CLS] or [SEP].
     """
-    path = Path(path).expanduser()
+    path = user_path(path)
     if path.is_dir():
         found = [path / name for name in ("tokenizer.json", "vocab.txt") if (path / name).is_file()]
         if not found:
@@ -164,7 +165,7 @@ def load_dataset(
     file = task.train if split == "train" else task.dev
     assert file is not None, "only asked for where the task has one"
     shown, path = locate_file(file, f"tasks.{name}.{split}", config)
-    cache = Path(config.cache).expanduser() / "tokens"
+    cache = user_path(config.cache) / "tokens"
     try:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -175,7 +176,7 @@ def load_dataset(
 def locate_file(file: str, where: str, config: DataConfig) -> tuple[str, Path]:
     """What messages call a task's file, and where it lies on this machine; downloads `hub:owner/name/path`."""
     if not file.startswith("hub:"):
-        path = Path(config.dir or ".").expanduser() / Path(file).expanduser()
+        path = user_path(config.dir or ".") / user_path(file)
         if not path.exists() and config.dir is None and not Path(file).is_absolute():
             raise UserError(f"{where}: {path}: no such file in {Path.cwd()}; data.dir is not set")
         return str(path), path

@@ -23,7 +23,7 @@ from mtbert.data import locate_file
 from mtbert.errors import UserError
 from mtbert.pretrained import hub_errors, refuse_damaged
 from mtbert.readers import Quarantined, Row, form_of, read_rows, read_table
-from mtbert.runs import read_small, write_atomically
+from mtbert.runs import read_small, user_path, write_atomically
 from mtbert.token_cache import wanted_columns
 from mtbert.trained import unusable
 
@@ -96,7 +96,7 @@ def check(wanted: Sequence[Wanted]) -> tuple[list[Found], list[Overlap]]:
 
 def wanted_files(files: Sequence[str], texts: Sequence[str] | None, label: str | None) -> list[Wanted]:
     """Files by name; columns that are not given are found by their names."""
-    return [_recognised(Path(file).expanduser(), texts, label) for file in files]
+    return [_recognised(user_path(file), texts, label) for file in files]
 
 
 def wanted_by(config: Config) -> list[Wanted]:

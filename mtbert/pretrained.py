@@ -19,7 +19,7 @@ from torch import Tensor
 from mtbert.encoder import Encoder, EncoderShape
 from mtbert.errors import UserError
 from mtbert.manifest import sha256
-from mtbert.runs import read_small, write_atomically
+from mtbert.runs import read_small, user_path, write_atomically
 
 _TO_HUGGING_FACE = {
     "words": "embeddings.word_embeddings",
@@ -135,12 +135,12 @@ def write_shape(shape: EncoderShape, path: Path) -> None:
 
 def origin(name_or_folder: str, folder: Path) -> dict[str, str | None]:
     """What tells these pretrained weights from others: their name, the hub's commit (of a folder None), a SHA-256."""
-    revision = None if Path(name_or_folder).expanduser().is_dir() else folder.name
+    revision = None if user_path(name_or_folder).is_dir() else folder.name
     return {"pretrained": name_or_folder, "revision": revision, "sha256": sha256(folder / "model.safetensors")}
 
 
 def _folder(name_or_folder: str, revision: str | None) -> Path:
-    folder = Path(name_or_folder).expanduser()
+    folder = user_path(name_or_folder)
     if folder.is_dir():
         return folder
     files = "config.json, model.safetensors and a tokenizer"

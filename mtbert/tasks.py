@@ -23,6 +23,7 @@ from mtbert.data import Batch, Dataset, collate, load_dataset, load_tokenizer, s
 from mtbert.errors import UserError
 from mtbert.losses import example_losses
 from mtbert.ranking import mnrl
+from mtbert.runs import user_path
 
 Split = Literal["train", "dev"]
 
@@ -96,7 +97,7 @@ def locate_data(config: Config) -> DataConfig:
     """Where the examples lie: `data.dir`, or the generated corpus, made on first use."""
     if config.data.generate is None:
         return config.data
-    folder = _generated(config.data.generate, Path(config.data.cache).expanduser() / "generated")
+    folder = _generated(config.data.generate, user_path(config.data.cache) / "generated")
     return config.data.model_copy(update={"dir": str(folder), "generate": None})
 
 
