@@ -72,8 +72,7 @@ def bars(results: dict[str, Any]) -> str:
                 ("DeepSpeed against the bare loop", "≤ 5 %", f"{result['deepspeed_share']:+.1%}"),
             ]
         else:
-            for rival in ("papers", "autocast", "autojac"):
-                rows.append((f"{shape}: against {rival}", "", f"{result['times_faster'][rival]:.1f}×"))
+            rows.append((f"{shape}: against autocast", "", f"{result['times_faster']['autocast']:.1f}×"))
             rows.append((f"{shape}: surgery on top of a plain sum", "", f"{result['surgery_share']:.1%}"))
         rows.append((f"share of the GEMM peak, forward + backward, {shape}", aim, f"{result['model_flops_share']:.0%}"))
     if "growth" in results:

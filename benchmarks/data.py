@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from mtbert.config import DataConfig, Generate, ScheduleConfig, TaskConfig, load_config
+from mtbert.config import DataConfig, ScheduleConfig, TaskConfig, load_config
 from mtbert.data import load_dataset, load_tokenizer
 from mtbert.randomness import addressed_rng
 from mtbert.runs import Rank, create_run
@@ -53,13 +53,13 @@ def waiting(steps: int = 60) -> float:
 def start_up(examples: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        data = DataConfig(generate=Generate(), cache=str(folder / "cache"))
-        corpus = locate_data(data)
+        cache = str(folder / "cache")
+        corpus = locate_data(load_config(QUICKSTART, [f"data.cache={cache}"]))
         assert corpus.dir is not None
         tokenizer = load_tokenizer(corpus.dir)
         _write(folder / "many.tsv", tokenizer, examples)
         started = time.perf_counter()
-        load_dataset(TASK, "many", "train", DataConfig(dir=name, cache=data.cache), tokenizer)
+        load_dataset(TASK, "many", "train", DataConfig(dir=name, cache=cache), tokenizer)
         tokenising = time.perf_counter() - started
         command = [sys.executable, "-m", "benchmarks.data", "--open", name, corpus.dir]
         answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout

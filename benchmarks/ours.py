@@ -44,15 +44,15 @@ def engine(shape: EncoderShape, method: str, size: int) -> Callable[[int], objec
 class BareLoop:
     """PCGrad without DeepSpeed: flat gradients, Gram, combination and a fused AdamW on fp32 masters, one process.
 
-    What it takes tells what DeepSpeed adds; `passes` has the seconds of its forwards and backwards alone. Without
-    `surgery` all tasks accumulate into one gradient, as whoever knows nothing of surgery would do: what that saves is
-    what surgery costs in all, its measurements included.
+    What it takes tells what DeepSpeed adds; `passes` has the seconds of its forwards and backwards alone, by number.
+    Without `surgery` all tasks accumulate into one gradient, as whoever knows nothing of surgery would do: what that
+    saves is what surgery costs in all, its measurements included.
     """
 
     def __init__(self, shape: EncoderShape, size: int, surgery: bool = True) -> None:
         self.size = size
         self.operates = surgery
-        self.passes: list[float] = []
+        self.passes: dict[int, float] = {}
         self.model = MultiTaskModel(shape, EncoderConfig(pooling="pooler"), TASKS, seed=0)
         self.surgery = Surgery("pcgrad", {}, 0)
         dtype = choose_precision("auto", torch.device("cpu"))
@@ -84,7 +84,7 @@ class BareLoop:
             for parameter, view in (*self.views[k], *self.head_views):
                 parameter.grad = view
             build().backward()
-        self.passes.append(time.perf_counter() - started)
+        self.passes[number] = time.perf_counter() - started
         if self.operates:
             gram_KK = gram(self.gradients_KP)
             weights_K = self.surgery.weights(gram_KK.float(), number, tuple(range(len(TASKS))))

@@ -83,12 +83,18 @@ def gemm_rate(dtype: torch.dtype, size: int = 2048) -> float:
 
 
 def interleave(contenders: Mapping[str, Callable[[int], object]], rounds: int, warm: int = 2) -> dict[str, list[float]]:
-    """Seconds of every call; the contenders take turns, so that what disturbs the machine disturbs all of them."""
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for number in range(rounds + warm):
-        for name, call in contenders.items():
+    """Seconds by contender and number (of a batch); they take turns, so that what disturbs the machine disturbs all.
+
+    Everyone gets every number once, neighbours different ones in a round, and the order changes: oneDNN prepares a
+    product of a new size, and who comes after another with the same batch would find that done.
+    """
+    names = list(contenders)
+    seconds = {name: [0.0] * rounds for name in names}
+    for turn in range(-warm, rounds):  # those before 0 allocate
+        for index in np.random.default_rng((0, turn + warm)).permutation(len(names)).tolist():
+            number = (turn + index) % rounds
             started = time.perf_counter()
-            call(number)
-            if number >= warm:  # the first ones allocate
-                seconds[name].append(time.perf_counter() - started)
+            contenders[names[index]](number)
+            if turn >= 0:
+                seconds[names[index]][number] = time.perf_counter() - started
     return seconds

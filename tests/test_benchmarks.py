@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import using
+from benchmarks import data, using
 from benchmarks.ranks import uneven_work
 from benchmarks.scaling import WORLDS, Machine, sharded, whole
+from benchmarks.workload import interleave
 
 MACHINE = Machine(tasks=3, parameters=10**8, bytes_per_number=2, compute=0.3, finish=0.01, link=1e10, latency=0.0)
 
@@ -36,3 +37,24 @@ def test_ranks_get_equal_work(world: int) -> None:
 def test_a_run_that_is_none_is_told_in_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert using.main(["predict", str(tmp_path), "FILE", "--task", "sst"]) == 2
     assert capsys.readouterr().err.startswith(f"using: {tmp_path}: no run folder")
+
+
+def test_contenders_get_the_same_numbers_and_never_one_that_another_of_the_round_had() -> None:
+    rounds: list[dict[str, int]] = []
+
+    def take(name: str, number: int) -> None:
+        if not rounds or name in rounds[-1]:
+            rounds.append({})
+        rounds[-1][name] = number
+
+    names = ("ours", "theirs", "nobody's")
+    seconds = interleave({name: lambda number, name=name: take(name, number) for name in names}, 5, warm=1)  # type: ignore[misc]
+    assert len(rounds) == 6 and all(len(set(each.values())) == 3 for each in rounds)
+    assert len({tuple(each) for each in rounds}) > 1
+    for name in names:
+        assert sorted(each[name] for each in rounds[1:]) == list(range(5)) and min(seconds[name]) > 0
+
+
+def test_what_many_examples_cost_at_start() -> None:
+    told = data.start_up(2000)
+    assert told["examples"] == 2000 and 0 < told["start_up_seconds"] < told["resident_bytes"]
