@@ -52,7 +52,14 @@ def stand_in_hub(repositories: Repositories) -> Iterator[str]:
         def log_message(self, *_: Any) -> None:
             """Quiet."""
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+    with serving(Hub) as address:
+        yield address
+
+
+@contextmanager
+def serving(handler: type[http.server.BaseHTTPRequestHandler]) -> Iterator[str]:
+    """Serves on loopback until the block ends; the address."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         try:

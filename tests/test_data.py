@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import http.server
 import json
 import math
 import os
@@ -23,6 +22,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
+from hub import stand_in_hub
 from hypothesis import HealthCheck, given, settings
 from tokenizers import BertWordPieceTokenizer, Tokenizer
 
@@ -438,36 +438,10 @@ def test_processes_at_once_make_one_folder(tmp_path: Path, tokenizer: Tokenizer)
 HUB_FILE = b"text\tlabel\na b\t1\n"
 
 
-class StandInHub(http.server.BaseHTTPRequestHandler):
-    """The two answers of a dataset hub that a download needs."""
-
-    def do_HEAD(self) -> None:
-        found = self.path == "/datasets/owner/name/resolve/main/folder/rows.csv"
-        self.send_response(200 if found else 404)
-        self.send_header("Content-Length", str(len(HUB_FILE) if found else 0))
-        self.send_header("X-Repo-Commit", "0" * 40)
-        if found:
-            self.send_header("ETag", '"1"')
-        else:
-            self.send_header("X-Error-Code", "EntryNotFound")
-        self.end_headers()
-
-    def do_GET(self) -> None:
-        self.do_HEAD()
-        self.wfile.write(HUB_FILE)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
 @pytest.fixture
 def hub() -> Iterator[str]:
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), StandInHub) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
+    with stand_in_hub({"datasets/owner/name": {"0" * 40: {"folder/rows.csv": HUB_FILE}}}) as address:
+        yield address
 
 
 LOAD_FROM_HUB = """

@@ -6,14 +6,13 @@ import http.server
 import io
 import json
 import re
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hub import stand_in_hub, use_hub
+from hub import serving, stand_in_hub, use_hub
 from huggingface_hub import close_session
 
 from mtbert.cli import main
@@ -206,12 +205,8 @@ def wall() -> Iterator[str]:
             """Quiet."""
 
     close_session()  # the client reads where its proxy is when it opens one
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Wall) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
+    with serving(Wall) as address:
+        yield address
     close_session()
 
 
