@@ -212,7 +212,7 @@ ROWS = [
         ("para", "D6-concat-tune", "better", "fine-tuning, a weighted dot product beats concatenation on paraphrases"),
         ("sts", "D6-concat-tune", "better", "and on STS"),
     ),
-    _row("E-linear", "5·linear for STS, C5's schedule without surgery", NONE),
+    _row("E-linear", "C5 at half its steps, without surgery, 5·linear for STS", NONE),
     _row(
         *("E-cosine", "the same with 5·cosine", NONE),
         ("sts", "E-linear", "better", "cosine beats a linear head for STS, all else equal (B wished to know)"),
@@ -377,7 +377,8 @@ def verdict(claim: Claim, row: Row, found: dict[str, list[dict[str, float]]], on
     """
     opening = f"**{row.name}**: {claim.says}"
     if one_run:
-        return f"{opening}{_paper_s(claim, row)}: cannot show; the configurations of {row.name} and {claim.than} are equal, one run."
+        why = f"the configurations of {row.name} and {claim.than} are equal, one run"
+        return f"{opening}{_paper_s(claim, row)}: cannot show; {why}."
     one, other = (
         [values[claim.metric] for values in found.get(name, []) if claim.metric in values]
         for name in (row.name, claim.than)
@@ -647,11 +648,11 @@ def encoder_told(config: Config, name: str | None) -> str:
     shape, _, folder = load_pretrained(pretrained)
     with torch.device("meta"):
         parameters = sum(each.numel() for each in Encoder(shape, 0.0).parameters())
-    name = name or (_name_of(folder) if user_path(pretrained).is_dir() else pretrained)
+    name = name or (name_of(folder) if user_path(pretrained).is_dir() else pretrained)
     return f"{name} ({parameters / 1e6:.1f} M parameters)"
 
 
-def _name_of(folder: Path) -> str:
+def name_of(folder: Path) -> str:
     """What an encoder's README calls it in its title, else what its config.json does, else the folder."""
     readme = folder / "README.md"
     title = re.search(r"^# (\S+)\s*$", readme.read_text(encoding="utf-8"), re.MULTILINE) if readme.is_file() else None
@@ -683,7 +684,7 @@ def search_told(out: Path, settings: Sequence[str], shown: str) -> str:
     return f"{opening}: {found}; {done} of 6 trials, one seed each, not decided."
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="folder with the CS224N files (default: ../shared/data beside the checkout)")
     parser.add_argument(
@@ -700,11 +701,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--page", default=str(ROOT / "docs" / "papers.md"))
     parser.add_argument("--report", action="store_true", help="run nothing, write the page")
     parser.add_argument("--keep-checkpoints", action="store_true", help="of finished runs (270 MB each with MiniLM)")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    reader = parser()
+    options = reader.parse_args(arguments)
     rows = [row for row in ROWS if any(fnmatch.fnmatchcase(row.name, pattern) for pattern in options.rows)]
     if not rows:
-        parser.error(f"--rows: no such row; there are {', '.join(row.name for row in ROWS)}")
-    settings = [*_places(parser, options), *options.set]
+        reader.error(f"--rows: no such row; there are {', '.join(row.name for row in ROWS)}")
+    settings = [*places(reader, options), *options.set]
     if options.jobs > 1:  # a thread a run wastes less than all threads on one: about a fifth on two cores
         settings.append(f"engine.threads={max(1, len(os.sched_getaffinity(0)) // options.jobs)}")
     out, target = Path(options.out).absolute(), Path(options.page)
@@ -736,18 +742,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _places(parser: argparse.ArgumentParser, options: argparse.Namespace) -> list[str]:
+def places(reader: argparse.ArgumentParser, options: argparse.Namespace) -> list[str]:
     """Where data and encoder lie, as settings; ends the program if that is nowhere."""
     data, encoder = options.data, options.encoder
     if data is None and not any(text.startswith("data.") for text in options.set):
         data = DATA
         if not data.is_dir():
-            parser.error(f"--data: no {data}; name the folder with the CS224N files (ids-sst-train.csv and others)")
+            reader.error(f"--data: no {data}; name the folder with the CS224N files (ids-sst-train.csv and others)")
     if encoder is None and not any(text.startswith(("encoder.pretrained=", "encoder.shape=")) for text in options.set):
         encoder = ENCODER
         if not encoder.is_dir():
             instead = "name a Hugging Face folder, or a hub name such as sentence-transformers/all-MiniLM-L6-v2"
-            parser.error(f"--encoder: no {encoder}; {instead}")
+            reader.error(f"--encoder: no {encoder}; {instead}")
     settings = [f"data.dir={Path(data).absolute()}"] if data else []
     if encoder:
         settings.append(f"encoder.pretrained={Path(encoder).absolute() if Path(encoder).is_dir() else encoder}")
