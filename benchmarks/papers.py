@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import itertools
 import json
 import math
 import os
@@ -54,7 +55,7 @@ PICTURED = ("A5", "C4", "B5")
 NOTHING = 0.01
 """A composite or score that differs by no more than this "changes nothing"."""
 LITTLE = 0.05
-"""Surgery that changes the tasks' weights by no more than this share in the mean changes little."""
+"""Surgery that moves the combined gradient by no more than this share of its length in the mean changes little."""
 PLACES = {"data.dir": "DATA", "data.cache": "CACHE", "encoder.pretrained": "MODEL", "encoder.tokenizer": "TOKENIZER"}
 """Keys that hold a path, and what the page calls it."""
 Kind = Literal["better", "worse", "same", "no better", "told"]
@@ -139,7 +140,12 @@ ROWS = [
     ),
     _row(
         *("B4", "B3 + phases, rates, joint encoding, shared layer (cosine already in B1-B3)", (0.497, 0.864, 0.387)),
-        ("composite", "B3", "better", '"improved training schedule, optimized hyperparameters, and cosine similarity"'),
+        (
+            "composite",
+            "B3",
+            "better",
+            'an "improved training schedule", rates and cosine similarity help substantially',
+        ),
     ),
     _row("B5", "B4 + PCGrad", (0.497, 0.860, 0.378), ("composite", "B4", "same", "surgery changes nothing")),
     _row("C0-sst", "single task: SST", (0.391, 0.380, -0.009)),
@@ -561,7 +567,9 @@ def _conflicts(runs: Sequence[Run], pictures: Path) -> str:
     """The measured cosines of A5, C4 and B5: one picture, and what it says in numbers."""
     pictured = [run for name in PICTURED for run in runs if run.row.name == name and run.seed == 0 and run.result]
     records = {run.row.name: RunRecord(run.folder) for run in pictured}
-    records = {name: record for name, record in records.items() if len(weight_changes(record))}
+    changes = {name: surgery_changes(record) for name, record in records.items()}
+    changes = {name: each for name, each in changes.items() if len(each[0])}
+    records = {name: records[name] for name in changes}
     if not records:
         return "\n## Do the tasks conflict?\n\nNot measured yet.\n"
     from mtbert.figures import conflict_curves
@@ -585,28 +593,48 @@ def _conflicts(runs: Sequence[Run], pictures: Path) -> str:
         "\n## Do the tasks conflict?\n\n![cosine of every pair of task gradients](papers/conflicts.svg)\n\n"
         + "".join(lines)
         + f"\nSeed 0, one step in {every}, where two tasks or more reach the encoder. "
-        + surgery_told({name: weight_changes(record) for name, record in records.items()}, np.array(cosines))
+        + surgery_told(changes, np.array(cosines))
     )
 
 
-def weight_changes(record: RunRecord) -> NDArray[np.float64]:
-    """|w / plain − 1| of every task at every logged step with at least two; plain is the weight without surgery: 1, or
-    1 / tasks where the method averages (Pytorch-PCGrad)."""
+def surgery_changes(record: RunRecord) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """What surgery did at the logged steps of two tasks or more: |w / plain − 1| of every task's weight; and how far
+    the encoder's combined gradient moved, as a share of the plain one's length (from the logged norms and cosines).
+
+    plain is the weight without surgery: 1, or 1 / tasks where the method averages (Pytorch-PCGrad).
+    """
     averages = record.config.surgery.options.get("reduction") == "mean"
-    weights: dict[int, list[float]] = {}
+    logged: dict[int, dict[str, float]] = {}
     for tag, curve in record.curves.items():
-        if tag.startswith("gradient/weight/"):
-            for step, weight in zip(curve.steps.tolist(), curve.values.tolist(), strict=True):
-                weights.setdefault(step, []).append(weight)
-    several = [each for each in weights.values() if len(each) > 1]
-    return np.array([abs(weight * (len(each) if averages else 1) - 1) for each in several for weight in each])
+        for step, value in zip(curve.steps.tolist(), curve.values.tolist(), strict=True):
+            logged.setdefault(step, {})[tag] = value
+    weights, gradients = [], []
+    for values in logged.values():
+        tasks = [tag.rpartition("/")[2] for tag in values if tag.startswith("gradient/weight/")]
+        if len(tasks) < 2:
+            continue
+        weight_K = np.array([values[f"gradient/weight/{task}"] for task in tasks])
+        norm_K = np.array([values[f"gradient/norm/{task}"] for task in tasks])
+        gram_KK = np.outer(norm_K, norm_K)
+        for i, j in itertools.permutations(range(len(tasks)), 2):
+            pairs = (f"gradient/cosine/{tasks[i]}~{tasks[j]}", f"gradient/cosine/{tasks[j]}~{tasks[i]}")
+            gram_KK[i, j] *= next(values[tag] for tag in pairs if tag in values)
+        plain_K = np.full(len(tasks), 1 / len(tasks) if averages else 1.0)
+        moved_K = weight_K - plain_K
+        weights += np.abs(moved_K / plain_K).tolist()
+        gradients.append(math.sqrt(max(moved_K @ gram_KK @ moved_K, 0) / (plain_K @ gram_KK @ plain_K or math.inf)))
+    return np.array(weights), np.array(gradients)
 
 
-def surgery_told(changes: dict[str, NDArray[np.float64]], cosines: NDArray[np.float64]) -> str:
+def surgery_told(
+    changes: dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]], cosines: NDArray[np.float64]
+) -> str:
     """How far surgery changed the gradients of each row, and what that means for what it can do."""
-    told = ", ".join(f"{name} {np.mean(each):.1%} (at most {np.max(each):.0%})" for name, each in changes.items())
-    below = f"{np.mean(cosines < 0):.0%} of the cosines lie below 0, their mean is {_signed(float(np.mean(cosines)))}"
-    much = [name for name, each in changes.items() if np.mean(each) > LITTLE]
+    weights, gradients = (
+        ", ".join(f"{name} {np.mean(each[at]):.1%} (at most {np.max(each[at]):.0%})" for name, each in changes.items())
+        for at in (0, 1)
+    )
+    much = [name for name, (_, moved) in changes.items() if np.mean(moved) > LITTLE]
     meaning = (
         f"In {', '.join(much)} that is more than {LITTLE:.0%}: where surgery leaves a score as it was there, that is "
         "not for want of conflicts."
@@ -614,7 +642,11 @@ def surgery_told(changes: dict[str, NDArray[np.float64]], cosines: NDArray[np.fl
         else f"That is {LITTLE:.0%} or less everywhere: there is little to project away, and the combined gradient is "
         "nearly the plain one, which bounds what surgery can do to a score."
     )
-    return f"{below}. Surgery changes a task's weight in the mean by: {told}. {meaning}\n"
+    return (
+        f"{np.mean(cosines < 0):.0%} of the cosines lie below 0, the mean of their sizes is "
+        f"{_plain(float(np.mean(np.abs(cosines))))}. Surgery changes a task's weight in the mean by: {weights}; and "
+        f"moves the combined gradient, in the mean, by this share of its length: {gradients}. {meaning}\n"
+    )
 
 
 def dataset_sizes(rows: Sequence[Row], settings: Sequence[str]) -> dict[str, tuple[int, int]]:

@@ -239,15 +239,27 @@ def test_a_collapse_of_ranking_is_told(losses: list[float], said: str, tmp_path:
 
 def test_surgery_is_measured_against_the_plain_weights(tmp_path: Path) -> None:
     """Steps of one task do not count; the plain weight is 1 where the method sums, 1 / tasks where it averages."""
-    two, one = {"gradient/weight/sst": 1.1, "gradient/weight/para": 0.8}, {"gradient/weight/para": 1.0}
-    changes = papers.weight_changes(recorded(tmp_path / "C4", "C4", [two, one]))
-    assert sorted(changes) == pytest.approx([0.1, 0.2])
-    half = {tag: weight / 2 for tag, weight in two.items()}
-    assert sorted(papers.weight_changes(recorded(tmp_path / "A5", "A5", [half, one]))) == pytest.approx([0.1, 0.2])
-    cosines = np.array([-0.2, 0.1, 0.1, 0.2])
-    assert "25% of the cosines lie below 0, their mean is +.050" in papers.surgery_told({"A5": changes}, cosines)
-    assert "In A5 that is more than 5%" in papers.surgery_told({"A5": changes, "C4": changes / 10}, cosines)
-    assert "That is 5% or less everywhere" in papers.surgery_told({"A5": changes / 10}, cosines)
+    gradients = np.array([[3.0, 0.0, 0.0], [-0.5, 2.0, 0.0]])  # sst, para
+    norms, weights = np.linalg.norm(gradients, axis=1), np.array([1.1, 0.8])
+    seen = {"gradient/norm/sst": norms[0], "gradient/norm/para": norms[1]}
+    seen["gradient/cosine/sst~para"] = gradients[0] @ gradients[1] / norms.prod()
+    one = {"gradient/weight/para": 1.0, "gradient/norm/para": 2.0}
+    moved = np.linalg.norm((weights - 1) @ gradients) / np.linalg.norm(gradients.sum(axis=0))
+    for name, share in (("C4", 1.0), ("A5", 0.5)):
+        two = {**seen, "gradient/weight/sst": share * 1.1, "gradient/weight/para": share * 0.8}
+        changes = papers.surgery_changes(recorded(tmp_path / name, name, [two, one]))
+        assert sorted(changes[0]) == pytest.approx([0.1, 0.2]) and changes[1] == pytest.approx([moved])
+
+
+def test_what_surgery_did_is_told_from_the_numbers() -> None:
+    cosines, weights = np.array([-0.2, 0.1, 0.1, 0.2]), np.array([0.1, 0.2])
+    much, little = (weights, np.array([0.08, 0.1])), (weights, np.array([0.01, 0.02]))
+    said = papers.surgery_told({"A5": much, "C4": little}, cosines)
+    assert "25% of the cosines lie below 0, the mean of their sizes is .150" in said
+    assert (
+        "in the mean by: A5 15.0% (at most 20%)" in said and "C4 1.5% (at most 2%). In A5 that is more than 5%" in said
+    )
+    assert "That is 5% or less everywhere" in papers.surgery_told({"C4": little}, cosines)
 
 
 @pytest.mark.parametrize(
