@@ -45,6 +45,7 @@ from mtbert.manifest import (
     discard,
     folder_of,
     intact,
+    sealed,
     sha256,
 )
 from mtbert.runs import Rank, write_atomically
@@ -188,7 +189,7 @@ class Checkpointer:
         for file, state in states.items():
             if state:
                 manifest.files[file] = _save(state, aside / file)
-        write_atomically(aside / "manifest.json", manifest.model_dump_json(indent=1) + "\n")
+        write_atomically(aside / "manifest.json", sealed(manifest.model_dump(mode="json")) + "\n")
         _fsync_folder(aside)
         if target.exists():  # damaged: else the run would have continued from it
             discard(target)

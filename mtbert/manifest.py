@@ -2,7 +2,7 @@
 
     manifest.json    format, step, AdamW's step counts, steps in the average of the weights, best score so far, how
                      tasks were drawn (adaptive schedule), where the log stands, shapes, size and SHA-256 of each
-                     file
+                     file, and its own
 
 A checkpoint may come from a stranger: a manifest is read strictly, names no file but those a checkpoint consists of,
 and nothing is opened that it does not name.
@@ -14,23 +14,25 @@ import datetime
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, StringConstraints, ValidationError
 
 from mtbert.errors import UserError
 
 FORMAT = 1
-"""Of checkpoints; goes up when an older mtbert could no longer continue from one."""
+"""Of checkpoints; goes up when an older mtbert could no longer continue from one, and so with every new key of a
+manifest: keys that are not known count as damage."""
 
 MAX_MANIFEST = 2**24
 """Bytes. That of a large encoder on 64 ranks takes a hundredth of it."""
 
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 FileName = Annotated[str, StringConstraints(pattern=r"^(rank-\d+-of-\d+|surgery|weighting)\.safetensors$")]
 
 
@@ -39,12 +41,12 @@ class NewerFormat(UserError):
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True, frozen=True, ser_json_inf_nan="constants")
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
 
 class File(_Strict):
     size: NonNegativeInt
-    sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+    sha256: Sha256
 
 
 class Best(_Strict):
@@ -64,7 +66,7 @@ class Course(_Strict):
 
 
 class Manifest(_Strict):
-    format: int
+    format: Annotated[int, Field(ge=1, le=FORMAT)]
     step: NonNegativeInt  # steps done: training goes on with this step
     adam_steps: list[NonNegativeInt]
     averaged_steps: NonNegativeInt = 0  # a run from before there were averages
@@ -73,6 +75,17 @@ class Manifest(_Strict):
     course: Course | None = None  # a run from before it was kept
     shapes: dict[str, list[NonNegativeInt]]  # of the whole parameters
     files: dict[FileName, File]
+    sha256: Sha256 | None = None  # of all else (`sealed`); a run from before there was one
+
+
+def sealed(values: Mapping[str, Any]) -> str:
+    """What manifest.json holds: these values, and the checksum that they are held to from then on."""
+    return json.dumps({**values, "sha256": _checksum(values)}, indent=1)
+
+
+def _checksum(values: Mapping[str, Any]) -> str:
+    told = {key: value for key, value in values.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -115,7 +128,8 @@ def folder_of(run_dir: Path, step: int) -> Path:
 def read_manifest(folder: Path) -> Checkpoint:
     """A checkpoint's manifest, its files not looked at.
 
-    Raises `UserError` where it is missing or damaged, `NewerFormat` where a newer mtbert wrote it.
+    Raises `UserError` where it is missing or damaged, `NewerFormat` where a newer mtbert wrote it: a format is believed
+    only where the checksum is right, which every manifest has from the first newer one on.
     """
     path = folder / "manifest.json"
     if folder.is_symlink() or path.is_symlink():
@@ -126,9 +140,13 @@ def read_manifest(folder: Path) -> Checkpoint:
         if len(text) > MAX_MANIFEST:
             raise ValueError
         values = json.loads(text)
+        seal = values.get("sha256") if isinstance(values, dict) else None
+        whole = seal is None or seal == _checksum(values)
     except (OSError, ValueError, RecursionError):
         raise UserError(f"{path}: missing or not readable; the checkpoint is not complete") from None
-    if isinstance(values, dict) and isinstance(written := values.get("format"), int) and written > FORMAT:
+    if not whole:
+        raise UserError(f"{path}: its checksum is not the one it holds; it was damaged")
+    if seal and isinstance(written := values.get("format"), int) and written > FORMAT:
         raise NewerFormat(f"{path}: format {written} is from a newer mtbert, this one reads up to {FORMAT}; update it")
     try:
         manifest = Manifest.model_validate_json(text)
@@ -136,6 +154,8 @@ def read_manifest(folder: Path) -> Checkpoint:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
         raise UserError(f"{path}: {' '.join(where.split())}: {first['msg']}; it was damaged") from None
+    if folder.name != (name := folder_of(folder, manifest.step).name):
+        raise UserError(f"{path}: is that of {name}; it was damaged, or the folder renamed")
     return Checkpoint(folder, manifest)
 
 

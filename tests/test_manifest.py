@@ -25,6 +25,7 @@ from mtbert.manifest import (
     intact,
     open_checkpoint,
     read_manifest,
+    sealed,
     sha256,
 )
 
@@ -47,7 +48,7 @@ def make(run: Path, *steps: int, best: int | None = None) -> Path:
             shapes={"w": [2]},
             files={SHARD: File(size=len(str(step)), sha256=sha256(folder / SHARD))},
         )
-        (folder / "manifest.json").write_text(manifest.model_dump_json())
+        (folder / "manifest.json").write_text(sealed(manifest.model_dump(mode="json")))
     return run
 
 
@@ -57,7 +58,7 @@ def steps(run: Path) -> list[int]:
 
 def rewrite(folder: Path, **values: Any) -> None:
     path = folder / "manifest.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+    path.write_text(sealed({**json.loads(path.read_text()), **values}))
 
 
 # ------------------------------------------------------------------------------------------- the commands
@@ -164,6 +165,8 @@ def test_what_is_passed_over_is_told(tmp_path: Path) -> None:
         ({"shapes": {"w": [-1]}}, "greater than or equal to 0"),
         ({"best": {"step": 3}}, r"best\.score: Field required"),
         ({"histories": [[[1, "x"]]]}, "should be a valid (list|array)"),
+        ({"averaged_stops": 3}, "averaged_stops: Extra inputs are not permitted"),
+        ({"step": 11}, "is that of step-00000011"),
     ],
     ids=itertools.count(),
 )
@@ -189,20 +192,34 @@ def test_what_is_no_manifest_is_refused(tmp_path: Path, content: bytes) -> None:
 def test_links_in_a_checkpoint_are_refused(tmp_path: Path) -> None:
     folder = folder_of(make(tmp_path / "run", 10), 10)
     for name in (SHARD, "manifest.json"):
-        shutil.copytree(folder, tmp_path / "copy")
-        (tmp_path / "copy" / name).unlink()
-        (tmp_path / "copy" / name).symlink_to(folder / name)
+        copy = Path(shutil.copytree(folder, tmp_path / folder.name))
+        (copy / name).unlink()
+        (copy / name).symlink_to(folder / name)
         with pytest.raises(UserError, match="link"):
-            open_checkpoint(tmp_path / "copy")
-        shutil.rmtree(tmp_path / "copy")
+            open_checkpoint(copy)
+        shutil.rmtree(copy)
 
 
 def test_a_newer_format_is_no_damage(tmp_path: Path) -> None:
     """Whatever else is new about it."""
     folder = folder_of(make(tmp_path / "run", 10), 10)
-    (folder / "manifest.json").write_text('{"format": 2, "spans": []}')
+    (folder / "manifest.json").write_text(sealed({"format": 2, "spans": []}))
     with pytest.raises(NewerFormat):
         open_checkpoint(folder)
+
+
+def test_a_flipped_format_is_damage(tmp_path: Path) -> None:
+    """In a manifest with a checksum, and in one from before there were any: an older checkpoint is then taken."""
+    run = make(tmp_path / "run", 10, 20)
+    path = folder_of(run, 20) / "manifest.json"
+    with_checksum = path.read_text()
+    values = json.loads(with_checksum)
+    del values["sha256"]
+    for text in (with_checksum, json.dumps(values)):
+        path.write_text(text)
+        assert find_checkpoint(run, "latest").step == 20
+        path.write_text(text.replace('"format": 1', '"format": 3'))
+        assert find_checkpoint(run, "latest").step == 10
 
 
 JSON = st.recursive(
@@ -221,9 +238,21 @@ def test_any_json_is_a_manifest_or_a_mistake(tmp_path_factory: pytest.TempPathFa
         assert "\n" not in str(error)
 
 
+@pytest.mark.parametrize("name", [SHARD, "manifest.json"])
 @pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b + b"\0", lambda b: bytes([b[0] ^ 1]) + b[1:]])
-def test_every_damage_to_a_file_is_seen(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
+def test_every_damage_to_a_file_is_seen(tmp_path: Path, name: str, damage: Callable[[bytes], bytes]) -> None:
     folder = folder_of(make(tmp_path / "run", 10), 10)
-    (folder / SHARD).write_bytes(damage((folder / SHARD).read_bytes()))
-    with pytest.raises(UserError, match=SHARD):
+    (folder / name).write_bytes(damage((folder / name).read_bytes()))
+    with pytest.raises(UserError, match=name):
         open_checkpoint(folder)
+
+
+def test_every_bit_of_a_manifest_counts(tmp_path: Path) -> None:
+    folder = folder_of(make(tmp_path / "run", 10, best=10), 10)
+    path = folder / "manifest.json"
+    content = path.read_bytes()
+    for place, bit in itertools.product(range(len(content)), range(8)):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1 << bit]) + content[place + 1 :])
+        with pytest.raises(UserError, match=r"manifest\.json: ") as error:
+            read_manifest(folder)
+        assert not isinstance(error.value, NewerFormat)

@@ -24,7 +24,7 @@ from mtbert import checkpoint
 from mtbert.checkpoint import Checkpointer, _Reader, load_weights
 from mtbert.config import CheckpointConfig, Config, OptimizerConfig, PhaseConfig, load_config
 from mtbert.errors import UserError
-from mtbert.manifest import Best, find_checkpoint, open_checkpoint
+from mtbert.manifest import Best, find_checkpoint, open_checkpoint, sealed
 from mtbert.metrics import METRICS
 from mtbert.randomness import addressed_rng
 from mtbert.record import RunRecord, Said
@@ -325,7 +325,7 @@ def test_a_newer_checkpoint_is_not_passed_over(config: Config) -> None:
     run = new_run(config, "newer")
     train(run, Rank(), quiet=True)
     manifest = max((run / "checkpoints").glob("step-*")) / "manifest.json"
-    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format": 99}))
+    manifest.write_text(sealed({**json.loads(manifest.read_text()), "format": 99}))
     with pytest.raises(UserError, match="format 99 is from a newer mtbert"):
         train(run, Rank(), quiet=True)
 
