@@ -36,6 +36,7 @@ from mtbert.engine import Engine
 from mtbert.errors import UserError
 from mtbert.manifest import (
     FORMAT,
+    MAX_MANIFEST,
     Best,
     Checkpoint,
     Course,
@@ -99,12 +100,15 @@ class Checkpointer:
         best: dict[str, float] | None,
         message: Callable[[str], None],
         histories: Sequence[list[tuple[int, list[float]]]],
-        course: Course,
+        course: Course | None,
     ) -> None:
         """Collective. Copies this rank's state, and has it written in the background once the save before is done.
 
         A save that fails leaves the older checkpoints as they are; `message` says so, and soon one is `due` again.
         Afterwards the newest `keep` checkpoints and the best one are left.
+
+        Args:
+            course: the first rank's is kept.
         """
         self.wait()
         if self._group is None:
@@ -189,7 +193,10 @@ class Checkpointer:
         for file, state in states.items():
             if state:
                 manifest.files[file] = _save(state, aside / file)
-        write_atomically(aside / "manifest.json", sealed(manifest.model_dump(mode="json")) + "\n")
+        text = sealed(manifest.model_dump(mode="json")) + "\n"
+        if len(text) > MAX_MANIFEST:
+            raise OSError(f"manifest.json has {len(text):,} bytes, and no more than {MAX_MANIFEST:,} are read back")
+        write_atomically(aside / "manifest.json", text)
         _fsync_folder(aside)
         if target.exists():  # damaged: else the run would have continued from it
             discard(target)

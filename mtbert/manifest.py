@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, StringConstraints, ValidationError
 
 from mtbert.errors import UserError
 
@@ -62,7 +62,8 @@ class Course(_Strict):
     losses: dict[str, float]  # the last line of the log
     sums: dict[str, list[float]]  # the line that is not yet complete: losses, and everything it counts
     counts: dict[str, float]
-    cosines: list[tuple[str, str, list[float]]]  # of pairs of tasks, since the last evaluation
+    cosine_sums: list[tuple[str, str, float, PositiveInt]] = []  # of pairs of tasks since the last evaluation; how many
+    cosines: list[tuple[str, str, list[float]]] = []  # each of them, of a run from before they were summed
 
 
 class Manifest(_Strict):

@@ -24,7 +24,7 @@ from mtbert import checkpoint
 from mtbert.checkpoint import Checkpointer, _Reader, load_weights
 from mtbert.config import CheckpointConfig, Config, OptimizerConfig, PhaseConfig, load_config
 from mtbert.errors import UserError
-from mtbert.manifest import Best, find_checkpoint, open_checkpoint, sealed
+from mtbert.manifest import Best, find_checkpoint, folder_of, open_checkpoint, sealed
 from mtbert.metrics import METRICS
 from mtbert.randomness import addressed_rng
 from mtbert.record import RunRecord, Said
@@ -293,6 +293,33 @@ def test_a_run_whose_last_save_fails_says_so(config: Config) -> None:
     (run / "checkpoints").write_text("")
     with pytest.raises(UserError, match=f"step {STEPS} could not be saved: .*File exists"):
         train(run, Rank(), quiet=True)
+
+
+def test_a_save_that_could_not_be_read_back_fails(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "MAX_MANIFEST", 1000)
+    with pytest.raises(UserError, match=r"could not be saved: manifest\.json has .* bytes, and no more than 1,000 are"):
+        train(new_run(config, "large"), Rank(), quiet=True)
+
+
+def test_cosines_are_kept_as_sums(config: Config) -> None:
+    """However many steps lie between evaluations; and a run whose checkpoint has every one of them goes on alike."""
+    run = config.run.model_copy(update={"evaluate_every": STEPS})
+    config = config.model_copy(update={"run": run, "checkpoint": CheckpointConfig(every_steps=2, keep=9)})
+    straight, earlier = new_run(config, "straight"), new_run(config, "earlier")
+    train(straight, Rank(), quiet=True)
+    polls = iter(range(STEPS))
+    assert train(earlier, Rank(), lambda: next(polls) == 3, quiet=True).step == 4
+    manifest = folder_of(earlier, 4) / "manifest.json"
+    values = json.loads(manifest.read_text())
+    pairs = [pair[:2] for pair in values["course"].pop("cosine_sums")]
+    lines = logged(earlier)
+    cosines = [[one, other, [line[f"gradient/cosine/{one}~{other}"] for line in lines]] for one, other in pairs]
+    manifest.write_text(sealed({**values, "course": {**values["course"], "cosines": cosines}}))
+    train(earlier, Rank(), quiet=True)
+    for step, count in ((6, 6), (8, 8), (10, 8)):  # from 8 on the encoder rests
+        expected, found = (open_checkpoint(folder_of(each, step)).manifest.course for each in (straight, earlier))
+        assert found.cosine_sums == expected.cosine_sums
+        assert [each[-1] for each in found.cosine_sums] == [count] * 3
 
 
 def test_training_goes_on_while_a_save_is_written(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
