@@ -133,9 +133,9 @@ def read_manifest(folder: Path) -> Checkpoint:
     only where the checksum is right, which every manifest has from the first newer one on.
     """
     path = folder / "manifest.json"
-    if folder.is_symlink() or path.is_symlink():
-        raise UserError(f"{path}: is behind a link; a checkpoint holds its files itself")
     try:
+        if folder.is_symlink() or path.is_symlink():
+            raise UserError(f"{path}: is behind a link; a checkpoint holds its files itself")
         with path.open("rb") as file:
             text = file.read(MAX_MANIFEST + 1)
         if len(text) > MAX_MANIFEST:
@@ -143,6 +143,8 @@ def read_manifest(folder: Path) -> Checkpoint:
         values = json.loads(text)
         seal = values.get("sha256") if isinstance(values, dict) else None
         whole = seal is None or seal == _checksum(values)
+    except UserError:
+        raise
     except (OSError, ValueError, RecursionError):
         raise UserError(f"{path}: missing or not readable; the checkpoint is not complete") from None
     if not whole:
@@ -174,14 +176,17 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 def _verify(folder: Path, entry: tuple[str, File]) -> None:
     name, wanted = entry
     path = folder / name
-    if path.is_symlink():
-        raise UserError(f"{path}: is a link; a checkpoint holds its files itself")
-    if not path.is_file():
-        raise UserError(f"{path}: missing; the checkpoint is not complete")
-    if path.stat().st_size != wanted.size:
-        raise UserError(f"{path}: {path.stat().st_size} bytes instead of {wanted.size}; it is cut short")
-    if sha256(path) != wanted.sha256:
-        raise UserError(f"{path}: its checksum is not the one in manifest.json; it was damaged")
+    try:
+        if path.is_symlink():
+            raise UserError(f"{path}: is a link; a checkpoint holds its files itself")
+        if not path.is_file():
+            raise UserError(f"{path}: missing; the checkpoint is not complete")
+        if path.stat().st_size != wanted.size:
+            raise UserError(f"{path}: {path.stat().st_size} bytes instead of {wanted.size}; it is cut short")
+        if sha256(path) != wanted.sha256:
+            raise UserError(f"{path}: its checksum is not the one in manifest.json; it was damaged")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def intact(run_dir: Path, message: Callable[[str], None]) -> Iterator[Checkpoint]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import shutil
@@ -27,6 +28,7 @@ from mtbert.manifest import (
     read_manifest,
     sealed,
     sha256,
+    survey,
 )
 
 SHARD = "rank-0-of-1.safetensors"
@@ -144,6 +146,25 @@ def test_what_is_passed_over_is_told(tmp_path: Path) -> None:
     assert told == [f"checkpoint passed over: {folder_of(run, 20) / SHARD}: missing; the checkpoint is not complete"]
     with pytest.raises(UserError, match="has no checkpoint yet"):
         find_checkpoint(make(tmp_path / "empty"), "latest")
+
+
+@pytest.mark.parametrize("name", [SHARD, "manifest.json"])
+def test_what_the_disk_does_not_give_back_is_passed_over(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make(tmp_path / "run", 10, 20)
+    opened = Path.open
+
+    def broken(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path == folder_of(run, 20) / name:
+            raise OSError(errno.EIO, "Input/output error")
+        return opened(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", broken)
+    told: list[str] = []
+    assert [checkpoint.step for checkpoint in intact(run, told.append)] == [10]
+    assert len(told) == 1 and name in told[0]
+    assert [not state.trouble for state in survey(run, thorough=True)] == [True, False]
 
 
 # -------------------------------------------------------------------------------- manifests of strangers
