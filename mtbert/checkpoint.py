@@ -45,6 +45,7 @@ from mtbert.manifest import (
     NewerFormat,
     discard,
     folder_of,
+    folders,
     intact,
     sealed,
     sha256,
@@ -206,10 +207,11 @@ class Checkpointer:
 
     def _prune(self, saved: Path, best: Best | None) -> None:
         """What is newer than the checkpoint just saved was passed over as damaged, and must not crowd out good ones."""
-        kept = [folder for folder in sorted(self.folder.glob("step-*")) if folder <= saved][-self.keep :]
+        there = folders(self.folder.parent)
+        kept = [folder for folder in there if folder <= saved][: self.keep]
         if best is not None:
             kept.append(folder_of(self.folder.parent, best.step))
-        for folder in self.folder.glob("step-*"):
+        for folder in there:
             if folder not in kept:
                 with contextlib.suppress(OSError):  # the new one is saved all the same; the next save tries again
                     discard(folder)

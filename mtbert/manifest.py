@@ -119,7 +119,7 @@ class Checkpoint:
 def folders(run_dir: Path) -> list[Path]:
     """The folders of a run's checkpoints, newest first; whole ones and damaged ones."""
     found = (run_dir / "checkpoints").glob("step-*")
-    return sorted((folder for folder in found if folder.name.removeprefix("step-").isdigit()), reverse=True)
+    return sorted((folder for folder in found if folder.name.removeprefix("step-").isdecimal()), reverse=True)
 
 
 def folder_of(run_dir: Path, step: int) -> Path:

@@ -381,6 +381,14 @@ def test_damaged_checkpoints_do_not_crowd_out_good_ones(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000011"]
 
 
+def test_what_a_user_put_beside_the_checkpoints_stays(tmp_path: Path) -> None:
+    names = ["step-00000001", "step-00000002", "step-00000002.bak", "step-old"]
+    for name in names:
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    Checkpointer(tmp_path, Rank(), keep=1)._prune(tmp_path / "checkpoints" / "step-00000002", None)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == names[1:]
+
+
 def digests_of(folder: Path) -> dict[str, str]:
     return {name: file.sha256 for name, file in open_checkpoint(folder).manifest.files.items()}
 
