@@ -49,6 +49,7 @@ from mtbert.manifest import (
     intact,
     sealed,
     sha256,
+    with_the_best,
 )
 from mtbert.runs import Rank, write_atomically
 from mtbert.surgery import Surgery
@@ -106,7 +107,7 @@ class Checkpointer:
         """Collective. Copies this rank's state, and has it written in the background once the save before is done.
 
         A save that fails leaves the older checkpoints as they are; `message` says so, and soon one is `due` again.
-        Afterwards the newest `keep` checkpoints and the best one are left.
+        Afterwards the newest `keep` checkpoints and the best one at each of them are left.
 
         Args:
             course: the first rank's is kept.
@@ -208,9 +209,9 @@ class Checkpointer:
     def _prune(self, saved: Path, best: Best | None) -> None:
         """What is newer than the checkpoint just saved was passed over as damaged, and must not crowd out good ones."""
         there = folders(self.folder.parent)
-        kept = [folder for folder in there if folder <= saved][: self.keep]
-        if best is not None:
-            kept.append(folder_of(self.folder.parent, best.step))
+        kept = with_the_best([folder for folder in there if folder <= saved][: self.keep])
+        if best is not None:  # whatever the disk says of the manifest just written
+            kept.add(folder_of(self.folder.parent, best.step))
         for folder in there:
             if folder not in kept:
                 with contextlib.suppress(OSError):  # the new one is saved all the same; the next save tries again

@@ -10,11 +10,12 @@ and nothing is opened that it does not name.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -211,7 +212,10 @@ def find_checkpoint(run_dir: Path, which: Literal["best", "latest"]) -> Checkpoi
         raise UserError(troubles[0] if troubles else f"{run_dir}: has no checkpoint yet")
     if which == "latest" or newest.manifest.best is None:
         return newest
-    return open_checkpoint(folder_of(run_dir, newest.manifest.best.step))
+    try:
+        return open_checkpoint(folder_of(run_dir, newest.manifest.best.step))
+    except UserError as error:
+        raise UserError(f"{error}. It is the best one; --checkpoint latest takes that of step {newest.step}") from None
 
 
 @dataclass(frozen=True)
@@ -263,7 +267,7 @@ def survey(run_dir: Path, thorough: bool) -> list[State]:
 
 
 def prune(run_dir: Path, keep: int) -> list[Path]:
-    """Remove all checkpoints but the newest `keep` intact ones and the best; returns what was removed.
+    """Remove all checkpoints but the newest `keep` intact ones and the best at each of them; returns what was removed.
 
     Damaged ones go, too. Raises `UserError`, and removes nothing, where none is intact or one is of a newer mtbert.
     """
@@ -272,11 +276,24 @@ def prune(run_dir: Path, keep: int) -> list[Path]:
     whole = [state for state in states if not state.trouble]
     if not whole:
         raise UserError(f"{run_dir}: none of its {len(states)} checkpoints is intact; nothing was removed")
-    kept = [state.folder for state in whole[-keep:]] + [state.folder for state in whole if "best" in state.notes]
+    kept = with_the_best([state.folder for state in whole[-keep:]])
     doomed = [state.folder for state in states if state.folder not in kept]
     for folder in doomed:
         discard(folder)
     return doomed
+
+
+def with_the_best(kept: Sequence[Path]) -> set[Path]:
+    """These checkpoints, and the best of the run as each of them knows it: it may turn out to be the newest intact one.
+
+    Those that are damaged know none.
+    """
+    found = set(kept)
+    for folder in kept:
+        with contextlib.suppress(UserError):
+            if best := read_manifest(folder).manifest.best:
+                found.add(folder_of(folder.parent.parent, best.step))
+    return found
 
 
 def discard(folder: Path) -> None:

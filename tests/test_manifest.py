@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mtbert.checkpoint import Checkpointer
 from mtbert.cli import main
 from mtbert.errors import UserError
 from mtbert.manifest import (
@@ -30,6 +31,7 @@ from mtbert.manifest import (
     sha256,
     survey,
 )
+from mtbert.runs import Rank
 
 SHARD = "rank-0-of-1.safetensors"
 
@@ -116,6 +118,23 @@ def test_prune_keeps_the_newest_intact_ones_and_the_best(tmp_path: Path, capsys:
     assert capsys.readouterr().out == "".join(f"removed {folder_of(run, step)}\n" for step in (15, 40))
     assert main(["checkpoint", "prune", str(run), "--keep", "9"]) == 0
     assert steps(run) == [10, 20, 30]
+
+
+def test_the_best_stays_that_an_older_one_knows(tmp_path: Path) -> None:
+    """30 is better than 10, and then turns out to be damaged."""
+    for name, prune in {
+        "asked": lambda run: main(["checkpoint", "prune", str(run), "--keep", "2"]),
+        "after a save": lambda run: Checkpointer(run, Rank(), keep=2)._prune(folder_of(run, 30), None),
+    }.items():
+        run = make(tmp_path / name, 5, 10, 20, 30, best=10)
+        rewrite(folder_of(run, 30), best={"step": 30, "score": 0.6})
+        prune(run)
+        assert steps(run) == [10, 20, 30]
+        (folder_of(run, 30) / SHARD).unlink()
+        assert find_checkpoint(run, "best").step == 10
+        (folder_of(run, 10) / SHARD).unlink()
+        with pytest.raises(UserError, match=r"missing.*It is the best one; --checkpoint latest takes that of step 20"):
+            find_checkpoint(run, "best")
 
 
 def test_prune_removes_nothing_where_nothing_is_intact(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
