@@ -162,6 +162,21 @@ def test_the_generated_corpus_is_made_once_and_then_found(tmp_path: Path, monkey
     assert folder.stat().st_mode & 0o055 == 0o055  # another user may read a shared cache
 
 
+@pytest.mark.parametrize("name", ["quora-train.csv", "tokenizer.json", "checksums.json"])
+@pytest.mark.parametrize("damage", ["flipped", "missing"])
+def test_a_damaged_corpus_is_made_again(tmp_path: Path, name: str, damage: str) -> None:
+    folder = Path(locate_data(quick(tmp_path)).dir or "")
+    whole = tree(folder)
+    content = bytearray((folder / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / name).unlink()
+    if damage == "flipped":
+        (folder / name).write_bytes(content)
+    locate_data(quick(tmp_path))
+    assert tree(folder) == whole
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
 def test_what_a_killed_process_left_is_cleared_away(tmp_path: Path) -> None:
     old, new = (tmp_path / "generated" / name for name in (".making-old", ".making-new"))
     for left in (old, new):
