@@ -128,6 +128,7 @@ class Checkpointer:
             format=FORMAT,
             step=step,
             adam_steps=engine.steps_taken(),
+            adam_parts=[group.part for group in engine.groups],
             averaged_steps=engine.averaged_steps,
             best=None if best is None else Best(step=int(best["step"]), score=best["score"]),
             histories=list(histories),
@@ -239,8 +240,9 @@ class Checkpointer:
     def load(self, engine: Engine, checkpoint: Checkpoint) -> None:
         """Every rank reads the spans it needs. Raises `UserError`, on every rank, for a checkpoint of another model."""
         _check_shapes(checkpoint, engine.shapes)
+        steps = _steps_taken(checkpoint, [group.part for group in engine.groups])
         with _Reader(checkpoint) as reader:
-            engine.load_state(reader.span, checkpoint.manifest.adam_steps, checkpoint.manifest.averaged_steps)
+            engine.load_state(reader.span, steps, checkpoint.manifest.averaged_steps)
         for file, part in _stateful(engine).items():
             part.load_state_dict(load_file(checkpoint.folder / file) if file in checkpoint.manifest.files else {})
         self.best = checkpoint.best
@@ -268,6 +270,19 @@ def _check_shapes(checkpoint: Checkpoint, shapes: Mapping[str, torch.Size]) -> N
                 f"{checkpoint.folder}: {name} has shape {found.get(name)} there and {wanted.get(name)} in this run's "
                 f"model; the checkpoint belongs to another configuration"
             )
+
+
+def _steps_taken(checkpoint: Checkpoint, parts: list[str]) -> dict[str, int]:
+    """AdamW's step count of every part of the model. `parts`: those of this run's groups of parameters."""
+    manifest = checkpoint.manifest
+    theirs = manifest.adam_parts or parts  # before parts were kept, groups had to be the same
+    steps = dict(zip(theirs, manifest.adam_steps, strict=False))
+    if [steps.get(part) for part in theirs] != manifest.adam_steps or steps.keys() != set(parts):
+        raise UserError(
+            f"{checkpoint.folder}: AdamW's step counts do not fit this run's parameters; if optimizer.layer_decay or "
+            f"optimizer.weight_decay has changed since, put it back"
+        )
+    return steps
 
 
 class _Reader:
@@ -309,6 +324,8 @@ class _Reader:
 
     def span(self, span: Span, state: str) -> Tensor:
         out = torch.empty(span.stop - span.start)
+        if (span.name, state) not in self.pieces:
+            raise UserError(f"{self.checkpoint.folder}: does not hold {span.name} ({state}); it was damaged")
         for start, stop, file, key in self.pieces[span.name, state]:
             low, high = max(start, span.start), min(stop, span.stop)
             if low < high:

@@ -70,7 +70,8 @@ class Course(_Strict):
 class Manifest(_Strict):
     format: Annotated[int, Field(ge=1, le=FORMAT)]
     step: NonNegativeInt  # steps done: training goes on with this step
-    adam_steps: list[NonNegativeInt]
+    adam_steps: list[NonNegativeInt]  # of every group of parameters
+    adam_parts: list[str] = []  # of the model, that these groups belong to; a run from before they were kept
     averaged_steps: NonNegativeInt = 0  # a run from before there were averages
     best: Best | None  # step and score of the best evaluation so far
     histories: list[list[tuple[NonNegativeInt, list[float]]]] = []  # `Schedule.history` of every schedule of the run

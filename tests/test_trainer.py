@@ -22,7 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from mtbert import checkpoint
 from mtbert.checkpoint import Checkpointer, _Reader, load_weights
-from mtbert.config import CheckpointConfig, Config, OptimizerConfig, PhaseConfig, load_config
+from mtbert.config import CheckpointConfig, Config, OptimizerConfig, PhaseConfig, load_config, to_yaml
 from mtbert.errors import UserError
 from mtbert.manifest import Best, find_checkpoint, folder_of, open_checkpoint, sealed
 from mtbert.metrics import METRICS
@@ -401,14 +401,36 @@ def test_losses_that_are_not_finite_end_the_run_with_a_clear_message(config: Con
         train(run, Rank(), quiet=True)
 
 
+def test_groups_of_parameters_may_change_between_attempts(config: Config) -> None:
+    """AdamW goes on counting where it was, the encoder's steps and the heads'; not so in a checkpoint of before groups
+    were named, nor in one that counts no group's."""
+    config = config.model_copy(update={"checkpoint": CheckpointConfig(every_steps=10, keep=9)})
+    run = new_run(config, "groups")
+    polls = iter(range(STEPS))
+    assert train(run, Rank(), lambda: next(polls) == 9, quiet=True).step == 10
+    optimizer = config.optimizer.model_copy(update={"layer_decay": 0.5, "weight_decay": 0.0})
+    (run / "config.yaml").write_text(to_yaml(config.model_copy(update={"optimizer": optimizer})))
+    manifest = folder_of(run, 10) / "manifest.json"
+    whole = manifest.read_text()
+    values = json.loads(whole)
+    for change in ({"adam_parts": []}, {"adam_steps": []}, {"adam_steps": values["adam_steps"][:-1]}):
+        manifest.write_text(sealed({**values, **change}))
+        with pytest.raises(UserError, match=r"AdamW's step counts do not fit .* optimizer\.layer_decay"):
+            train(run, Rank(), quiet=True)
+    manifest.write_text(whole)
+    train(run, Rank(), quiet=True)
+    last = open_checkpoint(folder_of(run, STEPS)).manifest
+    assert last.adam_parts != values["adam_parts"]
+    taken = set(zip(last.adam_parts, last.adam_steps, strict=True))
+    assert taken == {("encoder", 8), ("sst", STEPS), ("para", STEPS)}  # sts has no parameters of its own
+
+
 @pytest.mark.parametrize("width", [8, 24])
 def test_checkpoint_of_another_model_is_refused(config: Config, width: int) -> None:
     run = new_run(config, "other")
     train(run, Rank(), quiet=True)
     shape = config.encoder.shape.model_copy(update={"hidden_size": width})
     wider = config.model_copy(update={"encoder": config.encoder.model_copy(update={"shape": shape})})
-    from mtbert.config import to_yaml
-
     (run / "config.yaml").write_text(to_yaml(wider))
     with pytest.raises(UserError, match="belongs to another configuration"):
         train(run, Rank(), quiet=True)
