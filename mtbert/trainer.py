@@ -45,7 +45,7 @@ from mtbert.phases import Phase, plan
 from mtbert.pretrained import load_pretrained
 from mtbert.pretrained import origin as pretrained_origin
 from mtbert.randomness import addressed_generator
-from mtbert.ranks import close_ranks, join_ranks
+from mtbert.ranks import close_ranks, join_ranks, patient_group
 from mtbert.record import RunRecord, Said, settings, write_predictions
 from mtbert.runs import NO_ROOM, Outcome, Rank, Stopwatch, check_run, write_atomically
 from mtbert.schedule import Schedule, Share
@@ -121,6 +121,7 @@ def _in_turn(rank: Rank, make: Callable[[], Built]) -> Built:
     """Each host's first rank fills the caches, then the others find them. A `UserError` of one is raised on all."""
     built: Built | None = None
     trouble = None
+    group = patient_group()
     for turn in (True, False):
         if (rank.local_rank == 0) == turn:
             try:
@@ -128,7 +129,7 @@ def _in_turn(rank: Rank, make: Callable[[], Built]) -> Built:
             except UserError as error:
                 trouble = str(error)
         troubles: list[str | None] = [None] * rank.world
-        dist.all_gather_object(troubles, trouble)
+        dist.all_gather_object(troubles, trouble, group=group)
         if any(troubles):
             raise UserError(next(text for text in troubles if text))
     assert built is not None

@@ -7,7 +7,7 @@ import os
 import random
 import signal
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -17,19 +17,21 @@ import pytest
 import torch
 import torch.multiprocessing
 import yaml
-from harness import forking_context
+from harness import Ranks, forking_context
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import distributed as dist
 
 from mtbert import checkpoint
 from mtbert.checkpoint import Checkpointer, _Reader, load_weights
-from mtbert.config import CheckpointConfig, Config, OptimizerConfig, PhaseConfig, load_config, to_yaml
+from mtbert.config import CheckpointConfig, Config, EngineConfig, OptimizerConfig, PhaseConfig, load_config, to_yaml
 from mtbert.errors import UserError
 from mtbert.manifest import Best, find_checkpoint, folder_of, open_checkpoint, sealed
 from mtbert.metrics import METRICS
 from mtbert.randomness import addressed_rng
+from mtbert.ranks import join_ranks
 from mtbert.record import RunRecord, Said
 from mtbert.runs import Rank, create_run
-from mtbert.trainer import build, evaluate_run, train
+from mtbert.trainer import _in_turn, build, evaluate_run, train
 from mtbert.zero import Span
 
 STEPS = 12
@@ -229,6 +231,22 @@ def test_run_leaves_a_complete_record(config: Config) -> None:
         *["sst/confusion", "sst/reliability", "para/confusion", "para/reliability", "sts/scatter", "gradient/cosines"],
     }
     assert {"config/text_summary", "command/text_summary", "environment/text_summary"} <= set(shown.Tags()["tensors"])
+
+
+def slow_first(rank: Rank, rendezvous: str) -> str:
+    dist.destroy_process_group()
+    join_ranks(replace(rank, rendezvous=rendezvous), EngineConfig(threads=1), timeout_s=10)
+
+    def make() -> Any:
+        time.sleep(13 if rank.first else 0)
+        return f"built by {rank.rank}"
+
+    return str(_in_turn(rank, make))
+
+
+@pytest.mark.ranks
+def test_ranks_wait_longer_than_a_collective_for_the_first_one_s_data(ranks: Ranks, tmp_path: Path) -> None:
+    assert ranks(2, slow_first, f"file://{tmp_path}/rendezvous") == ["built by 0", "built by 1"]
 
 
 def test_a_damaged_checkpoint_is_passed_over(config: Config) -> None:
