@@ -121,6 +121,13 @@ def test_vocab_txt_splits_as_the_tokenizers_librarys_own_bert(vocab: Path, lower
         assert ours.encode(text, "a b").type_ids == theirs.encode(text, "a b").type_ids
 
 
+def test_a_tokenizer_config_without_end_is_refused(vocab: Path) -> None:
+    with vocab.with_name("tokenizer_config.json").open("wb") as file:
+        file.truncate(2**24 + 1)
+    with pytest.raises(UserError, match=r"tokenizer_config\.json: more than 16,777,216 bytes"):
+        load_tokenizer(vocab)
+
+
 def test_tokenizer_json_comes_first_and_never_truncates_or_pads(vocab: Path) -> None:
     tokenizer = load_tokenizer(vocab.parent)
     tokenizer.enable_truncation(3)
