@@ -378,7 +378,7 @@ def test_an_untouched_file_is_not_hashed_again(home: Home, monkeypatch: pytest.M
     assert load().raw([1]) == [("good b",)]
 
 
-@pytest.mark.parametrize("damage", ["truncated", "missing", "manifest", "no manifest"])
+@pytest.mark.parametrize("damage", ["truncated", "missing", "manifest", "texts", "no manifest"])
 def test_a_damaged_cache_is_made_again(home: Home, damage: str) -> None:
     home.load(ROWS)
     [folder] = home.folders()
@@ -388,6 +388,9 @@ def test_a_damaged_cache_is_made_again(home: Home, damage: str) -> None:
         (folder / "labels").unlink()
     elif damage == "manifest":
         (folder / "manifest.json").write_text('{"sizes"')
+    elif damage == "texts":
+        path = folder / "manifest.json"
+        path.write_text(path.read_text().replace('"texts": 1', '"texts": 3'))
     else:
         (folder / "manifest.json").unlink()
     assert home.load(ROWS).raw(range(3)) == [("a b",), ("films",), (" d  ",)]
