@@ -244,12 +244,25 @@ class Checkpointer:
         with _Reader(checkpoint) as reader:
             engine.load_state(reader.span, steps, checkpoint.manifest.averaged_steps)
         for file, part in _stateful(engine).items():
-            part.load_state_dict(load_file(checkpoint.folder / file) if file in checkpoint.manifest.files else {})
+            known = file in checkpoint.manifest.files
+            part.load_state_dict(_load_state(checkpoint.folder / file, len(engine.tasks)) if known else {})
         self.best = checkpoint.best
 
 
 def _stateful(engine: Engine) -> dict[str, Surgery | Weighting]:
     return {"surgery.safetensors": engine.surgery, "weighting.safetensors": engine.weighting}
+
+
+def _load_state(path: Path, tasks: int) -> dict[str, Tensor]:
+    """What a method has learnt: a number per task of the run, or per pair of tasks, or one."""
+    try:
+        state: dict[str, Tensor] = load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{path}: not a valid safetensors file: {error}") from None
+    for name, tensor in state.items():
+        if tensor.ndim > 2 or max(tensor.shape, default=0) > tasks:
+            raise UserError(f"{path}: {name} has shape {list(tensor.shape)}, for {tasks} tasks; it was damaged")
+    return state
 
 
 def load_weights(checkpoint: Checkpoint, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -18,12 +19,22 @@ import torch
 import torch.multiprocessing
 import yaml
 from harness import Ranks, forking_context
+from safetensors.torch import save
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import distributed as dist
 
 from mtbert import checkpoint
 from mtbert.checkpoint import Checkpointer, _Reader, load_weights
-from mtbert.config import CheckpointConfig, Config, EngineConfig, OptimizerConfig, PhaseConfig, load_config, to_yaml
+from mtbert.config import (
+    CheckpointConfig,
+    Config,
+    EngineConfig,
+    OptimizerConfig,
+    PhaseConfig,
+    WeightingConfig,
+    load_config,
+    to_yaml,
+)
 from mtbert.errors import UserError
 from mtbert.manifest import Best, find_checkpoint, folder_of, open_checkpoint, sealed
 from mtbert.metrics import METRICS
@@ -441,6 +452,26 @@ def test_groups_of_parameters_may_change_between_attempts(config: Config) -> Non
     assert last.adam_parts != values["adam_parts"]
     taken = set(zip(last.adam_parts, last.adam_steps, strict=True))
     assert taken == {("encoder", 8), ("sst", STEPS), ("para", STEPS)}  # sts has no parameters of its own
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"no such file", "not a valid safetensors file"),
+        (save({"dwa.sum": torch.zeros(9)}), r"dwa\.sum has shape \[9\]"),
+    ],
+)
+def test_what_no_method_has_learnt_is_refused(config: Config, content: bytes, told: str) -> None:
+    run = new_run(config.model_copy(update={"weighting": WeightingConfig(method="dwa")}), "learnt")
+    polls = iter(range(STEPS))
+    assert train(run, Rank(), lambda: next(polls) == 1, quiet=True).step == 2
+    folder = folder_of(run, 2)
+    (folder / "weighting.safetensors").write_bytes(content)
+    values = json.loads((folder / "manifest.json").read_text())
+    values["files"]["weighting.safetensors"] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (folder / "manifest.json").write_text(sealed(values))
+    with pytest.raises(UserError, match=rf"weighting\.safetensors: {told}"):
+        train(run, Rank(), quiet=True)
 
 
 @pytest.mark.parametrize("width", [8, 24])

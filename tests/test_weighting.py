@@ -160,3 +160,6 @@ def test_mistakes_are_told(method: str, options: dict[str, Any], message: str) -
 def test_another_method_s_state_is_refused() -> None:
     with pytest.raises(UserError, match="the checkpoint was made with homoscedastic"):
         weighting("famo").load_state_dict(weighting("homoscedastic").state_dict())
+    two = Weighting("famo", {}, [False] * 2, 0)
+    with pytest.raises(UserError, match="state is of other tasks, or was damaged"):
+        weighting("famo").load_state_dict(two.state_dict())
