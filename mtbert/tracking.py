@@ -177,7 +177,9 @@ class Tracker:
             print_table(title, columns, rows, self._display.console)
 
     def flush(self) -> None:
-        """Before a checkpoint: events that a killed run leaves unwritten would be a gap in the resumed curve."""
+        """Before a checkpoint: what is lost with a killed run, or a power cut, would be a gap in the resumed curve."""
+        if self._lines:
+            self._lines.sync()
         if self._events:
             with self._no_room_survived():
                 self._events.flush()
@@ -238,6 +240,13 @@ class _Lines:
             if error.errno not in NO_ROOM:
                 raise
         return not self._late
+
+    def sync(self) -> None:
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
 
     def close(self) -> None:
         self.write("")

@@ -71,6 +71,15 @@ def test_resume_continues_the_same_curve(tmp_path: Path, monkeypatch: pytest.Mon
     assert [(record["step"], record["loss/sst"]) for record in records(tmp_path)] == expected
 
 
+def test_metrics_are_on_disk_before_a_checkpoint_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Tracker(tmp_path, Rank(), 0, 10, quiet=True) as tracker:
+        tracker.scalars(0, {"loss/sst": 1.0})
+        synced: list[int] = []
+        monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_ino))
+        tracker.flush()
+        assert (tmp_path / "metrics.jsonl").stat().st_ino in synced
+
+
 def test_damaged_lines_are_dropped_and_long_ones_never_held_whole(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
