@@ -240,8 +240,6 @@ class _LineIds(Sequence[str]):
 class Batch:
     packed: Packed  # texts encoded separately: all first ones, then all second ones, …
     labels_B: Tensor  # float32 for regression, int64 for classes
-    count: int  # B
-    indices_B: NDArray[np.int64]
 
 
 def kept_lengths(lengths_NS: NDArray[np.int32], joint: bool, max_length: int) -> NDArray[np.int32]:
@@ -310,8 +308,6 @@ def collate(
     return Batch(
         packed=pack(sequences, (kept_BS[:, 0] + 2).tolist() if joint else None),
         labels_B=labels_B if task.kind == "pair_regression" else labels_B.long(),
-        count=len(indices_B),
-        indices_B=indices_B,
     )
 
 
