@@ -36,6 +36,7 @@ from mtbert.engine import Engine
 from mtbert.errors import UserError
 from mtbert.manifest import (
     FORMAT,
+    MAX_MANIFEST,
     Best,
     Checkpoint,
     Course,
@@ -44,8 +45,11 @@ from mtbert.manifest import (
     NewerFormat,
     discard,
     folder_of,
+    folders,
     intact,
+    sealed,
     sha256,
+    with_the_best,
 )
 from mtbert.runs import Rank, write_atomically
 from mtbert.surgery import Surgery
@@ -98,12 +102,15 @@ class Checkpointer:
         best: dict[str, float] | None,
         message: Callable[[str], None],
         histories: Sequence[list[tuple[int, list[float]]]],
-        course: Course,
+        course: Course | None,
     ) -> None:
         """Collective. Copies this rank's state, and has it written in the background once the save before is done.
 
         A save that fails leaves the older checkpoints as they are; `message` says so, and soon one is `due` again.
-        Afterwards the newest `keep` checkpoints and the best one are left.
+        Afterwards the newest `keep` checkpoints and the best one at each of them are left.
+
+        Args:
+            course: the first rank's is kept.
         """
         self.wait()
         if self._group is None:
@@ -121,6 +128,7 @@ class Checkpointer:
             format=FORMAT,
             step=step,
             adam_steps=engine.steps_taken(),
+            adam_parts=[group.part for group in engine.groups],
             averaged_steps=engine.averaged_steps,
             best=None if best is None else Best(step=int(best["step"]), score=best["score"]),
             histories=list(histories),
@@ -188,7 +196,10 @@ class Checkpointer:
         for file, state in states.items():
             if state:
                 manifest.files[file] = _save(state, aside / file)
-        write_atomically(aside / "manifest.json", manifest.model_dump_json(indent=1) + "\n")
+        text = sealed(manifest.model_dump(mode="json")) + "\n"
+        if len(text) > MAX_MANIFEST:
+            raise OSError(f"manifest.json has {len(text):,} bytes, and no more than {MAX_MANIFEST:,} are read back")
+        write_atomically(aside / "manifest.json", text)
         _fsync_folder(aside)
         if target.exists():  # damaged: else the run would have continued from it
             discard(target)
@@ -198,10 +209,11 @@ class Checkpointer:
 
     def _prune(self, saved: Path, best: Best | None) -> None:
         """What is newer than the checkpoint just saved was passed over as damaged, and must not crowd out good ones."""
-        kept = [folder for folder in sorted(self.folder.glob("step-*")) if folder <= saved][-self.keep :]
-        if best is not None:
-            kept.append(folder_of(self.folder.parent, best.step))
-        for folder in self.folder.glob("step-*"):
+        there = folders(self.folder.parent)
+        kept = with_the_best([folder for folder in there if folder <= saved][: self.keep])
+        if best is not None:  # whatever the disk says of the manifest just written
+            kept.add(folder_of(self.folder.parent, best.step))
+        for folder in there:
             if folder not in kept:
                 with contextlib.suppress(OSError):  # the new one is saved all the same; the next save tries again
                     discard(folder)
@@ -228,15 +240,29 @@ class Checkpointer:
     def load(self, engine: Engine, checkpoint: Checkpoint) -> None:
         """Every rank reads the spans it needs. Raises `UserError`, on every rank, for a checkpoint of another model."""
         _check_shapes(checkpoint, engine.shapes)
+        steps = _steps_taken(checkpoint, [group.part for group in engine.groups])
         with _Reader(checkpoint) as reader:
-            engine.load_state(reader.span, checkpoint.manifest.adam_steps, checkpoint.manifest.averaged_steps)
+            engine.load_state(reader.span, steps, checkpoint.manifest.averaged_steps)
         for file, part in _stateful(engine).items():
-            part.load_state_dict(load_file(checkpoint.folder / file) if file in checkpoint.manifest.files else {})
+            known = file in checkpoint.manifest.files
+            part.load_state_dict(_load_state(checkpoint.folder / file, len(engine.tasks)) if known else {})
         self.best = checkpoint.best
 
 
 def _stateful(engine: Engine) -> dict[str, Surgery | Weighting]:
     return {"surgery.safetensors": engine.surgery, "weighting.safetensors": engine.weighting}
+
+
+def _load_state(path: Path, tasks: int) -> dict[str, Tensor]:
+    """What a method has learnt: a number per task of the run, or per pair of tasks, or one."""
+    try:
+        state: dict[str, Tensor] = load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{path}: not a valid safetensors file: {error}") from None
+    for name, tensor in state.items():
+        if tensor.ndim > 2 or max(tensor.shape, default=0) > tasks:
+            raise UserError(f"{path}: {name} has shape {list(tensor.shape)}, for {tasks} tasks; it was damaged")
+    return state
 
 
 def load_weights(checkpoint: Checkpoint, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
@@ -257,6 +283,19 @@ def _check_shapes(checkpoint: Checkpoint, shapes: Mapping[str, torch.Size]) -> N
                 f"{checkpoint.folder}: {name} has shape {found.get(name)} there and {wanted.get(name)} in this run's "
                 f"model; the checkpoint belongs to another configuration"
             )
+
+
+def _steps_taken(checkpoint: Checkpoint, parts: list[str]) -> dict[str, int]:
+    """AdamW's step count of every part of the model. `parts`: those of this run's groups of parameters."""
+    manifest = checkpoint.manifest
+    theirs = manifest.adam_parts or parts  # before parts were kept, groups had to be the same
+    steps = dict(zip(theirs, manifest.adam_steps, strict=False))
+    if [steps.get(part) for part in theirs] != manifest.adam_steps or steps.keys() != set(parts):
+        raise UserError(
+            f"{checkpoint.folder}: AdamW's step counts do not fit this run's parameters; if optimizer.layer_decay or "
+            f"optimizer.weight_decay has changed since, put it back"
+        )
+    return steps
 
 
 class _Reader:
@@ -298,6 +337,8 @@ class _Reader:
 
     def span(self, span: Span, state: str) -> Tensor:
         out = torch.empty(span.stop - span.start)
+        if (span.name, state) not in self.pieces:
+            raise UserError(f"{self.checkpoint.folder}: does not hold {span.name} ({state}); it was damaged")
         for start, stop, file, key in self.pieces[span.name, state]:
             low, high = max(start, span.start), min(stop, span.stop)
             if low < high:

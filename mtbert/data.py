@@ -29,7 +29,7 @@ from mtbert.errors import UserError
 from mtbert.packing import Packed, pack
 from mtbert.pretrained import hub_errors
 from mtbert.readers import Quarantined
-from mtbert.runs import user_path
+from mtbert.runs import read_small, user_path
 from mtbert.token_cache import Progress, ensure
 
 T = TypeVar("T")
@@ -70,7 +70,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 def _word_piece(path: Path) -> Tokenizer:
     beside = path.with_name("tokenizer_config.json")
-    settings = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+    settings = json.loads(read_small(beside)) if beside.is_file() else {}
     tokenizer = Tokenizer(models.WordPiece.from_file(str(path), unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=settings.get("do_lower_case", True))
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -240,8 +240,6 @@ class _LineIds(Sequence[str]):
 class Batch:
     packed: Packed  # texts encoded separately: all first ones, then all second ones, …
     labels_B: Tensor  # float32 for regression, int64 for classes
-    count: int  # B
-    indices_B: NDArray[np.int64]
 
 
 def kept_lengths(lengths_NS: NDArray[np.int32], joint: bool, max_length: int) -> NDArray[np.int32]:
@@ -310,8 +308,6 @@ def collate(
     return Batch(
         packed=pack(sequences, (kept_BS[:, 0] + 2).tolist() if joint else None),
         labels_B=labels_B if task.kind == "pair_regression" else labels_B.long(),
-        count=len(indices_B),
-        indices_B=indices_B,
     )
 
 

@@ -366,8 +366,13 @@ class Engine:
                 partition.master.data[span.offset : span.offset + span.stop - span.start] = value(span)
         self._host.publish_masters()
 
-    def load_state(self, read: Callable[[Span, str], Tensor], steps: Sequence[int], averaged_steps: int) -> None:
-        """Take over a checkpoint; `read(span, state)`, with a name in `STATES`, gives the numbers of a span."""
+    def load_state(self, read: Callable[[Span, str], Tensor], steps: Mapping[str, int], averaged_steps: int) -> None:
+        """Take over a checkpoint; `read(span, state)`, with a name in `STATES`, gives the numbers of a span.
+
+        Args:
+            steps: AdamW's step count of every part of the model. Its groups have that in common, and nothing else:
+                `layer_decay` and `weight_decay` decide which they are, and may have changed.
+        """
         self.averaged_steps = averaged_steps if self.ema else 0
         if self.averaged_steps:
             for average, partition in zip(self._averages, self.partitions, strict=True):
@@ -375,10 +380,11 @@ class Engine:
                     average[span.offset : span.offset + span.stop - span.start] = read(span, "average")
         states = self._deepspeed.optimizer.optimizer.state
         for partition in self.partitions:
-            if not steps[partition.group]:
+            taken = steps[self.groups[partition.group].part]
+            if not taken:
                 continue
             moments = {
-                "step": torch.tensor(float(steps[partition.group])),
+                "step": torch.tensor(float(taken)),
                 "exp_avg": torch.zeros_like(partition.master),
                 "exp_avg_sq": torch.zeros_like(partition.master),
             }

@@ -2,7 +2,7 @@
 
     manifest.json    format, step, AdamW's step counts, steps in the average of the weights, best score so far, how
                      tasks were drawn (adaptive schedule), where the log stands, shapes, size and SHA-256 of each
-                     file
+                     file, and its own
 
 A checkpoint may come from a stranger: a manifest is read strictly, names no file but those a checkpoint consists of,
 and nothing is opened that it does not name.
@@ -10,27 +10,30 @@ and nothing is opened that it does not name.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, StringConstraints, ValidationError
 
 from mtbert.errors import UserError
 
 FORMAT = 1
-"""Of checkpoints; goes up when an older mtbert could no longer continue from one."""
+"""Of checkpoints; goes up when an older mtbert could no longer continue from one, and so with every new key of a
+manifest: keys that are not known count as damage."""
 
 MAX_MANIFEST = 2**24
 """Bytes. That of a large encoder on 64 ranks takes a hundredth of it."""
 
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 FileName = Annotated[str, StringConstraints(pattern=r"^(rank-\d+-of-\d+|surgery|weighting)\.safetensors$")]
 
 
@@ -39,12 +42,12 @@ class NewerFormat(UserError):
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True, frozen=True, ser_json_inf_nan="constants")
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
 
 class File(_Strict):
     size: NonNegativeInt
-    sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+    sha256: Sha256
 
 
 class Best(_Strict):
@@ -60,19 +63,32 @@ class Course(_Strict):
     losses: dict[str, float]  # the last line of the log
     sums: dict[str, list[float]]  # the line that is not yet complete: losses, and everything it counts
     counts: dict[str, float]
-    cosines: list[tuple[str, str, list[float]]]  # of pairs of tasks, since the last evaluation
+    cosine_sums: list[tuple[str, str, float, PositiveInt]] = []  # of pairs of tasks since the last evaluation; how many
+    cosines: list[tuple[str, str, list[float]]] = []  # each of them, of a run from before they were summed
 
 
 class Manifest(_Strict):
-    format: int
+    format: Annotated[int, Field(ge=1, le=FORMAT)]
     step: NonNegativeInt  # steps done: training goes on with this step
-    adam_steps: list[NonNegativeInt]
+    adam_steps: list[NonNegativeInt]  # of every group of parameters
+    adam_parts: list[str] = []  # of the model, that these groups belong to; a run from before they were kept
     averaged_steps: NonNegativeInt = 0  # a run from before there were averages
     best: Best | None  # step and score of the best evaluation so far
     histories: list[list[tuple[NonNegativeInt, list[float]]]] = []  # `Schedule.history` of every schedule of the run
     course: Course | None = None  # a run from before it was kept
     shapes: dict[str, list[NonNegativeInt]]  # of the whole parameters
     files: dict[FileName, File]
+    sha256: Sha256 | None = None  # of all else (`sealed`); a run from before there was one
+
+
+def sealed(values: Mapping[str, Any]) -> str:
+    """What manifest.json holds: these values, and the checksum that they are held to from then on."""
+    return json.dumps({**values, "sha256": _checksum(values)}, indent=1)
+
+
+def _checksum(values: Mapping[str, Any]) -> str:
+    told = {key: value for key, value in values.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -105,7 +121,7 @@ class Checkpoint:
 def folders(run_dir: Path) -> list[Path]:
     """The folders of a run's checkpoints, newest first; whole ones and damaged ones."""
     found = (run_dir / "checkpoints").glob("step-*")
-    return sorted((folder for folder in found if folder.name.removeprefix("step-").isdigit()), reverse=True)
+    return sorted((folder for folder in found if folder.name.removeprefix("step-").isdecimal()), reverse=True)
 
 
 def folder_of(run_dir: Path, step: int) -> Path:
@@ -115,20 +131,27 @@ def folder_of(run_dir: Path, step: int) -> Path:
 def read_manifest(folder: Path) -> Checkpoint:
     """A checkpoint's manifest, its files not looked at.
 
-    Raises `UserError` where it is missing or damaged, `NewerFormat` where a newer mtbert wrote it.
+    Raises `UserError` where it is missing or damaged, `NewerFormat` where a newer mtbert wrote it: a format is believed
+    only where the checksum is right, which every manifest has from the first newer one on.
     """
     path = folder / "manifest.json"
-    if folder.is_symlink() or path.is_symlink():
-        raise UserError(f"{path}: is behind a link; a checkpoint holds its files itself")
     try:
+        if folder.is_symlink() or path.is_symlink():
+            raise UserError(f"{path}: is behind a link; a checkpoint holds its files itself")
         with path.open("rb") as file:
             text = file.read(MAX_MANIFEST + 1)
         if len(text) > MAX_MANIFEST:
             raise ValueError
         values = json.loads(text)
+        seal = values.get("sha256") if isinstance(values, dict) else None
+        whole = seal is None or seal == _checksum(values)
+    except UserError:
+        raise
     except (OSError, ValueError, RecursionError):
         raise UserError(f"{path}: missing or not readable; the checkpoint is not complete") from None
-    if isinstance(values, dict) and isinstance(written := values.get("format"), int) and written > FORMAT:
+    if not whole:
+        raise UserError(f"{path}: its checksum is not the one it holds; it was damaged")
+    if seal and isinstance(written := values.get("format"), int) and written > FORMAT:
         raise NewerFormat(f"{path}: format {written} is from a newer mtbert, this one reads up to {FORMAT}; update it")
     try:
         manifest = Manifest.model_validate_json(text)
@@ -136,6 +159,8 @@ def read_manifest(folder: Path) -> Checkpoint:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
         raise UserError(f"{path}: {' '.join(where.split())}: {first['msg']}; it was damaged") from None
+    if folder.name != (name := folder_of(folder, manifest.step).name):
+        raise UserError(f"{path}: is that of {name}; it was damaged, or the folder renamed")
     return Checkpoint(folder, manifest)
 
 
@@ -153,14 +178,17 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 def _verify(folder: Path, entry: tuple[str, File]) -> None:
     name, wanted = entry
     path = folder / name
-    if path.is_symlink():
-        raise UserError(f"{path}: is a link; a checkpoint holds its files itself")
-    if not path.is_file():
-        raise UserError(f"{path}: missing; the checkpoint is not complete")
-    if path.stat().st_size != wanted.size:
-        raise UserError(f"{path}: {path.stat().st_size} bytes instead of {wanted.size}; it is cut short")
-    if sha256(path) != wanted.sha256:
-        raise UserError(f"{path}: its checksum is not the one in manifest.json; it was damaged")
+    try:
+        if path.is_symlink():
+            raise UserError(f"{path}: is a link; a checkpoint holds its files itself")
+        if not path.is_file():
+            raise UserError(f"{path}: missing; the checkpoint is not complete")
+        if path.stat().st_size != wanted.size:
+            raise UserError(f"{path}: {path.stat().st_size} bytes instead of {wanted.size}; it is cut short")
+        if sha256(path) != wanted.sha256:
+            raise UserError(f"{path}: its checksum is not the one in manifest.json; it was damaged")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def intact(run_dir: Path, message: Callable[[str], None]) -> Iterator[Checkpoint]:
@@ -185,7 +213,10 @@ def find_checkpoint(run_dir: Path, which: Literal["best", "latest"]) -> Checkpoi
         raise UserError(troubles[0] if troubles else f"{run_dir}: has no checkpoint yet")
     if which == "latest" or newest.manifest.best is None:
         return newest
-    return open_checkpoint(folder_of(run_dir, newest.manifest.best.step))
+    try:
+        return open_checkpoint(folder_of(run_dir, newest.manifest.best.step))
+    except UserError as error:
+        raise UserError(f"{error}. It is the best one; --checkpoint latest takes that of step {newest.step}") from None
 
 
 @dataclass(frozen=True)
@@ -237,7 +268,7 @@ def survey(run_dir: Path, thorough: bool) -> list[State]:
 
 
 def prune(run_dir: Path, keep: int) -> list[Path]:
-    """Remove all checkpoints but the newest `keep` intact ones and the best; returns what was removed.
+    """Remove all checkpoints but the newest `keep` intact ones and the best at each of them; returns what was removed.
 
     Damaged ones go, too. Raises `UserError`, and removes nothing, where none is intact or one is of a newer mtbert.
     """
@@ -246,11 +277,24 @@ def prune(run_dir: Path, keep: int) -> list[Path]:
     whole = [state for state in states if not state.trouble]
     if not whole:
         raise UserError(f"{run_dir}: none of its {len(states)} checkpoints is intact; nothing was removed")
-    kept = [state.folder for state in whole[-keep:]] + [state.folder for state in whole if "best" in state.notes]
+    kept = with_the_best([state.folder for state in whole[-keep:]])
     doomed = [state.folder for state in states if state.folder not in kept]
     for folder in doomed:
         discard(folder)
     return doomed
+
+
+def with_the_best(kept: Sequence[Path]) -> set[Path]:
+    """These checkpoints, and the best of the run as each of them knows it: it may turn out to be the newest intact one.
+
+    Those that are damaged know none.
+    """
+    found = set(kept)
+    for folder in kept:
+        with contextlib.suppress(UserError):
+            if best := read_manifest(folder).manifest.best:
+                found.add(folder_of(folder.parent.parent, best.step))
+    return found
 
 
 def discard(folder: Path) -> None:

@@ -42,6 +42,15 @@ def join_ranks(rank: Rank, config: EngineConfig, timeout_s: float = 1800) -> Non
     )
 
 
+def patient_group() -> dist.ProcessGroup:
+    """All ranks, with a time-out of a week: for what one may do for hours while the others wait, as a first download.
+
+    Collective. A rank that dies ends the wait all the same: gloo loses its connection, and the watch sees it.
+    """
+    group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=datetime.timedelta(weeks=1))
+    return group
+
+
 def _cores() -> int:
     """Those this process may use; a scheduler often grants a part of the machine."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -352,6 +352,8 @@ def _restore(weighting: Any, gram_KK: Tensor, context: Context) -> None:
     parts = weighting.state_dict()
     for name, part in parts.items():
         old = context.state.get(name, part.new_zeros([0] * part.ndim))
+        if old.ndim != part.ndim:
+            raise UserError(f"surgery: the checkpoint's {name} has shape {list(old.shape)}; it was damaged")
         size = max(*old.shape, 1 + max(context.tasks)) if part.ndim else 0
         grown = part.new_zeros([size] * part.ndim)
         grown[tuple(slice(n) for n in old.shape)] = old

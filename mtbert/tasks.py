@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import shutil
 import tempfile
 import time
@@ -22,10 +23,13 @@ from mtbert.config import Config, DataConfig, Generate, TaskConfig
 from mtbert.data import Batch, Dataset, collate, load_dataset, load_tokenizer, sequence_lengths, special_ids
 from mtbert.errors import UserError
 from mtbert.losses import example_losses
+from mtbert.manifest import sha256
 from mtbert.ranking import mnrl
-from mtbert.runs import user_path
+from mtbert.runs import read_small, user_path, write_atomically
 
 Split = Literal["train", "dev"]
+
+CHECKSUMS = "checksums.json"
 
 ABANDONED_S = 3600.0
 """A folder in the making, untouched for this long, belongs to a process that was killed."""
@@ -116,9 +120,7 @@ def _generated(wanted: Generate, cache: Path) -> Path:
     """The generated corpus with its tokenizer, named after what it depends on; ranks may race, one result stays."""
     recipe = f"{wanted.model_dump_json()} {Path(synthetic.__file__).read_text(encoding='utf-8')}"
     folder = cache / hashlib.sha256(recipe.encode()).hexdigest()[:16]
-    if folder.is_dir():
-        return folder
-    return _made_aside(folder, lambda aside: _generate(wanted, aside))
+    return folder if _whole(folder) else _made_aside(folder, lambda aside: _generate(wanted, aside))
 
 
 def _generate(wanted: Generate, folder: Path) -> None:
@@ -127,10 +129,21 @@ def _generate(wanted: Generate, folder: Path) -> None:
     texts = (path.read_text(encoding="utf-8") for path in paths)
     lines = (column for text in texts for line in text.splitlines()[1:] for column in line.split("\t")[2:-1])
     synthetic.train_tokenizer(lines, folder / "tokenizer.json")
+    checksums = {path.name: sha256(path) for path in sorted(folder.iterdir())}
+    write_atomically(folder / CHECKSUMS, json.dumps(checksums, indent=2) + "\n")
+
+
+def _whole(folder: Path) -> bool:
+    """Whether everything is there as it was made; not where that was before there were checksums."""
+    try:
+        checksums = json.loads(read_small(folder / CHECKSUMS))
+        return all(sha256(folder / name) == checksum for name, checksum in checksums.items())
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return False
 
 
 def _made_aside(folder: Path, make: Callable[[Path], None]) -> Path:
-    """Make a folder under another name and rename it, so that it is there whole or not at all."""
+    """Make a folder, in place of a damaged one, under another name and rename it: it is there whole or not at all."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         for left in folder.parent.glob(".making-*"):
@@ -138,16 +151,21 @@ def _made_aside(folder: Path, make: Callable[[Path], None]) -> Path:
                 if time.time() - left.stat().st_mtime > ABANDONED_S:
                     shutil.rmtree(left, ignore_errors=True)
         aside = Path(tempfile.mkdtemp(prefix=".making-", dir=folder.parent))
+        damaged = aside.with_name(f"{aside.name}.damaged")
     except OSError as error:
         raise UserError(f"data.cache: cannot make a folder in {folder.parent}: {error.strerror}") from None
     try:
         make(aside)
         aside.chmod(0o755)
+        if folder.is_dir() and not _whole(folder):
+            with contextlib.suppress(FileNotFoundError):  # another process was faster
+                folder.rename(damaged)
         try:
             aside.rename(folder)
         except OSError:
-            if not folder.is_dir():  # else another process was first, with the same content
+            if not _whole(folder):  # else another process was first, with the same content
                 raise
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        for left in (aside, damaged):
+            shutil.rmtree(left, ignore_errors=True)
     return folder

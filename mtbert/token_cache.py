@@ -3,7 +3,7 @@
     N examples, S texts of an example (1 to 3)
 
 A folder is written aside and renamed when it is whole, so that a reader sees all of it or nothing; `manifest.json`,
-written last, has the length of every array. `data.py` maps the arrays back into memory.
+written last, has the length and the checksum of every array, and its own. `data.py` maps the arrays back into memory.
 """
 
 from __future__ import annotations
@@ -83,9 +83,14 @@ def _content_hash(path: Path, cache: Path) -> str:
 
 
 def intact(folder: Path) -> bool:
-    """Whether every array is there in the length and with the checksum that the manifest, written last, gives it."""
+    """Whether every array is there in the length and with the checksum that the manifest, written last, gives it.
+
+    Not where that is from before it had a checksum of its own.
+    """
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
+        if manifest.pop("checksum") != zlib.crc32(json.dumps(manifest).encode()):
+            return False
         return all((folder / name).stat().st_size == size for name, size in manifest["sizes"].items()) and all(
             _checksum(folder / name) == checksum for name, checksum in manifest["checksums"].items()
         )
@@ -209,7 +214,8 @@ class _Writer:
             "sizes": {name: file.tell() for name, file in self._files.items()},
             "checksums": {name: self._checksums.get(name, 0) for name in self._files},
         }
-        write_atomically(self._folder / "manifest.json", json.dumps(manifest))
+        checksum = zlib.crc32(json.dumps(manifest).encode())
+        write_atomically(self._folder / "manifest.json", json.dumps({**manifest, "checksum": checksum}))
 
     def _refuse(self) -> None:
         bad, first = len(self._quarantined), self._quarantined[0]

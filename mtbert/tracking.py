@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import sys
 import time
@@ -27,8 +28,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from mtbert.figures import pixels
-from mtbert.record import METRICS_FILE
-from mtbert.runs import NO_ROOM, Rank, write_atomically
+from mtbert.record import MAX_LINE, METRICS_FILE
+from mtbert.runs import NO_ROOM, Rank, written_aside
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -176,7 +177,9 @@ class Tracker:
             print_table(title, columns, rows, self._display.console)
 
     def flush(self) -> None:
-        """Before a checkpoint: events that a killed run leaves unwritten would be a gap in the resumed curve."""
+        """Before a checkpoint: what is lost with a killed run, or a power cut, would be a gap in the resumed curve."""
+        if self._lines:
+            self._lines.sync()
         if self._events:
             with self._no_room_survived():
                 self._events.flush()
@@ -238,6 +241,13 @@ class _Lines:
                 raise
         return not self._late
 
+    def sync(self) -> None:
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+
     def close(self) -> None:
         self.write("")
         self._file.close()
@@ -246,19 +256,23 @@ class _Lines:
 def _continue(path: Path, first_step: int) -> tuple[_Lines, int]:
     """`path` with the records before `first_step`, open to append; and how many damaged lines were dropped.
 
-    The last line may be half a record, where its writer was killed; it is dropped, too.
+    The last line may be half a record, where its writer was killed; it is dropped, too. A line that is far too long
+    counts as several.
     """
     damaged = 0
     if path.exists():
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-        whole = [line for line in lines if line.endswith("\n")]
-        steps = [_step(line) for line in whole]
-        write_atomically(path, "".join(line for line, step in zip(whole, steps, strict=True) if step < first_step))
-        damaged = sum(math.isinf(step) for step in steps)
+        with path.open("rb") as file, written_aside(path) as aside, aside.open("wb") as kept:
+            while line := file.readline(MAX_LINE):
+                step = _step(line) if line.endswith(b"\n") else math.inf
+                if step < first_step:
+                    kept.write(line)
+                damaged += math.isinf(step) and (line.endswith(b"\n") or len(line) == MAX_LINE)
+            kept.flush()
+            os.fsync(kept.fileno())
     return _Lines(path), damaged
 
 
-def _step(line: str) -> float:
+def _step(line: bytes) -> float:
     """Infinity for a line that no training wrote: a disk may have."""
     try:
         return int(json.loads(line)["step"])

@@ -45,7 +45,7 @@ from mtbert.phases import Phase, plan
 from mtbert.pretrained import load_pretrained
 from mtbert.pretrained import origin as pretrained_origin
 from mtbert.randomness import addressed_generator
-from mtbert.ranks import close_ranks, join_ranks
+from mtbert.ranks import close_ranks, join_ranks, patient_group
 from mtbert.record import RunRecord, Said, settings, write_predictions
 from mtbert.runs import NO_ROOM, Outcome, Rank, Stopwatch, check_run, write_atomically
 from mtbert.schedule import Schedule, Share
@@ -121,6 +121,7 @@ def _in_turn(rank: Rank, make: Callable[[], Built]) -> Built:
     """Each host's first rank fills the caches, then the others find them. A `UserError` of one is raised on all."""
     built: Built | None = None
     trouble = None
+    group = patient_group()
     for turn in (True, False):
         if (rank.local_rank == 0) == turn:
             try:
@@ -128,7 +129,7 @@ def _in_turn(rank: Rank, make: Callable[[], Built]) -> Built:
             except UserError as error:
                 trouble = str(error)
         troubles: list[str | None] = [None] * rank.world
-        dist.all_gather_object(troubles, trouble)
+        dist.all_gather_object(troubles, trouble, group=group)
         if any(troubles):
             raise UserError(next(text for text in troubles if text))
     assert built is not None
@@ -248,7 +249,7 @@ class _Run:
         peak = config.engine.peak_tflops
         self.peak = 1e12 * peak if peak else peak_flops(self.device, self.engine.dtype)
         self.window = _Window([task.name for task in built.tasks], self.peak)
-        self.cosines: dict[tuple[str, str], list[float]] = {}  # since the last evaluation
+        self.cosines: dict[tuple[str, str], tuple[float, int]] = {}  # sum and number since the last evaluation
         if checkpoint is not None:
             self._take_course(checkpoint)
 
@@ -400,6 +401,7 @@ class _Run:
             self._adapt(step)
         if self.rank.first:
             self._show(step, results)
+        self.cosines.clear()
 
     def _show(self, step: int, results: Sequence[Evaluation]) -> None:
         """Keeps what was said of every example, and draws it."""
@@ -411,8 +413,7 @@ class _Run:
             if error.errno not in NO_ROOM:
                 raise
             self.tracker.message(f"predictions were not kept: {error.strerror}")
-        cosines = {pair: float(np.mean(values)) for pair, values in self.cosines.items()}
-        self.cosines.clear()
+        cosines = {pair: total / count for pair, (total, count) in self.cosines.items()}
 
         def draw() -> dict[str, Figure]:
             figures = {
@@ -444,15 +445,18 @@ class _Run:
         if self.checkpointer.wait() and self.best is not None and self.best["step"] != step:
             self.best = self.checkpointer.best  # it may be the one that could not be saved
         histories = [list(schedule.history) for schedule in self._schedules()]
-        course = Course(
+        course = self._course() if self.rank.first else None
+        self.checkpointer.save(self.engine, step, self.best, self.tracker.message, histories, course)
+
+    def _course(self) -> Course:
+        return Course(
             skips_in_a_row=self.skips_in_a_row,
             precision=str(self.engine.dtype),
             losses=dict(self.window.losses),
             sums={name: list(values) for name, values in self.window.sums.items()},
             counts=dict(self.window.counts),
-            cosines=[(*pair, list(values)) for pair, values in self.cosines.items()],
+            cosine_sums=[(*pair, *values) for pair, values in self.cosines.items()],
         )
-        self.checkpointer.save(self.engine, step, self.best, self.tracker.message, histories, course)
 
     def _take_course(self, checkpoint: Checkpoint) -> None:
         for schedule, history in zip(self._schedules(), checkpoint.manifest.histories, strict=False):
@@ -465,7 +469,8 @@ class _Run:
         self.window.losses |= course.losses
         self.window.sums |= {name: list(values) for name, values in course.sums.items()}
         self.window.counts |= course.counts
-        self.cosines = {(one, other): list(values) for one, other, values in course.cosines}
+        self.cosines = {(one, other): (total, count) for one, other, total, count in course.cosine_sums}
+        self.cosines |= {(one, other): (sum(values), len(values)) for one, other, values in course.cosines if values}
         if course.precision != (now := str(self.engine.dtype)):
             self.tracker.message(f"up to here in {course.precision}, from here on in {now}: results differ by rounding")
 
@@ -544,7 +549,8 @@ class _Run:
             values[f"gradient/weight/{name}"] = float(result.weights_M[k])
             for other in range(k + 1, len(names)):
                 cosine = values[f"gradient/cosine/{name}~{names[other]}"] = float(cosine_MM[k, other])
-                self.cosines.setdefault((name, names[other]), []).append(cosine)
+                total, count = self.cosines.get((name, names[other]), (0.0, 0))
+                self.cosines[name, names[other]] = total + cosine, count + 1
         return values
 
     def _learning_rates(self, step: int, phase: Phase) -> dict[str, float]:

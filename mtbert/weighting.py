@@ -121,13 +121,19 @@ class Weighting:
         return {f"{self.method}.{name}": value.clone() for name, value in self._method.state.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Continue from `state_dict()` of a run with the same method, bit for bit. Raises `UserError` for another's."""
+        """Continue from `state_dict()` of a run with the same method, bit for bit; from none as it is.
+
+        Raises `UserError` for the state of another method or of other tasks.
+        """
         foreign = [name for name in state if not name.startswith(f"{self.method}.")]
         if foreign:
             raise UserError(
                 f"weighting.method {self.method}: the checkpoint was made with {foreign[0].partition('.')[0]}; "
                 f"resume with that method"
             )
+        like = {name: (value.shape, value.dtype) for name, value in self.state_dict().items()}
+        if state and {name: (value.shape, value.dtype) for name, value in state.items()} != like:
+            raise UserError(f"weighting.method {self.method}: the checkpoint's state is of other tasks, or was damaged")
         self._method.state |= {name.partition(".")[2]: value.clone() for name, value in state.items()}
 
 

@@ -7,7 +7,7 @@ Shapes: K tasks in the step, P encoder parameters, W ranks, S = P/W numbers of a
 
 What we rest on inside DeepSpeed (private names; the version range in setup.py is narrow and tests/test_engine.py fails
 when a gradient goes missing): stage 1 `bit16_groups`, `bit16_groups_flat`, `single_partition_of_fp32_groups`,
-`averaged_gradients`, `update_lp_params`; stage 3 `fp16_groups`, `fp32_partitioned_groups_flat`,
+`averaged_gradients`, `update_lp_params`; stage 3 `fp16_groups`, `averaged_gradients`, `fp32_partitioned_groups_flat`,
 `fp16_partitioned_groups_flat`, `sub_group_to_group_id`, `grad_partitions_flat_buffer`, `parameter_offload`.
 """
 
@@ -250,8 +250,8 @@ def _sum_rows(rows_WS: Tensor, out: Tensor) -> Tensor:
 class Stage3:
     """ZeRO-3: parameters are sharded too, for an encoder that outgrows one GPU.
 
-    DeepSpeed reduces each backward into its own flat partition buffer; we take a task's gradient out of it and put the
-    combination back before the step.
+    DeepSpeed reduces each backward into its own flat partition buffer; we take a task's gradient out of it and hand its
+    optimizer the combination.
     """
 
     def __init__(
@@ -318,7 +318,9 @@ class Stage3:
         return self.shards_KS, self.own
 
     def apply(self, gradients: Sequence[Tensor]) -> None:
-        torch.cat(list(gradients), out=self.flat)
+        # DeepSpeed's own list is of the last backward, with zeros for what that did not train; none without a backward
+        for index, gradient in enumerate(gradients):
+            self.optimizer.averaged_gradients[index] = [gradient]
         self.engine.step()
 
     def publish_masters(self) -> None:

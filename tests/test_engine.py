@@ -276,6 +276,7 @@ CASES = [
     Case(3, dropout=0.1),
     Case(3, accumulation=3, clip=1e9),
     Case(3, weighting="homoscedastic", heads_only=(1,), phases=True),
+    Case(3, heads_only=(2,)),  # the last of the step, whose backward is the last that DeepSpeed sees
 ]
 
 
@@ -355,6 +356,35 @@ def test_every_task_gradient_counts_once(ranks: Ranks, zero: int) -> None:
     assert torch.allclose(coefficients, torch.ones(3, dtype=torch.float64), atol=1e-4), (
         f"how often each task's gradient arrived in the optimizer: {told}; this DeepSpeed treats gradients differently"
     )
+
+
+def nothing_to_train(rank: Rank, zero: int) -> list[bool]:
+    """Whether each step moved weights: over a frozen encoder a head without parameters alone, as the first step and
+    after another one, which trains a head with some; then all that a task has."""
+    pair = {"kind": "pair_regression", "columns": {"text": ["one", "two"]}, "head": {"kind": "cosine", "dropout": 0}}
+    engine = engine_of(rank, kinds={"a": TASKS["a"], "pair": TaskConfig(train="-", dev="-", **pair)}, zero=zero)
+    mine = PLACEMENT[rank.world][rank.rank]
+
+    def build(task: int) -> Tensor:
+        packed, labels = batch(0, 0, mine if task == 0 else [*mine, *reversed(mine)])
+        if task == 0:
+            return F.cross_entropy(engine.model("a", packed), labels, reduction="sum") / 8
+        return F.mse_loss(engine.model("pair", packed), labels[: len(mine)].float(), reduction="sum") / 8
+
+    moved = []
+    for step, (present, frozen) in enumerate([([1], True), ([0, 1], True), ([1], True), ([0, 1], False)]):
+        before = masters(engine)
+        rates = [None if frozen and group.task is None else group.lr for group in engine.groups]
+        result = engine.step(step, {task: [lambda task=task: build(task)] for task in present}, rates=rates)
+        assert not result.skipped
+        moved.append(not torch.equal(masters(engine), before))
+    return moved
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("zero", [1, 3])
+def test_a_step_without_a_backward_changes_nothing(ranks: Ranks, zero: int) -> None:
+    assert ranks(2, nothing_to_train, zero) == [[False, True, False, True]] * 2
 
 
 # ----------------------------------------------------------------------------------------------- bad numbers, bf16

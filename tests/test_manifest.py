@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import shutil
@@ -13,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mtbert.checkpoint import Checkpointer
 from mtbert.cli import main
 from mtbert.errors import UserError
 from mtbert.manifest import (
@@ -25,8 +27,11 @@ from mtbert.manifest import (
     intact,
     open_checkpoint,
     read_manifest,
+    sealed,
     sha256,
+    survey,
 )
+from mtbert.runs import Rank
 
 SHARD = "rank-0-of-1.safetensors"
 
@@ -47,7 +52,7 @@ def make(run: Path, *steps: int, best: int | None = None) -> Path:
             shapes={"w": [2]},
             files={SHARD: File(size=len(str(step)), sha256=sha256(folder / SHARD))},
         )
-        (folder / "manifest.json").write_text(manifest.model_dump_json())
+        (folder / "manifest.json").write_text(sealed(manifest.model_dump(mode="json")))
     return run
 
 
@@ -57,7 +62,7 @@ def steps(run: Path) -> list[int]:
 
 def rewrite(folder: Path, **values: Any) -> None:
     path = folder / "manifest.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+    path.write_text(sealed({**json.loads(path.read_text()), **values}))
 
 
 # ------------------------------------------------------------------------------------------- the commands
@@ -115,6 +120,23 @@ def test_prune_keeps_the_newest_intact_ones_and_the_best(tmp_path: Path, capsys:
     assert steps(run) == [10, 20, 30]
 
 
+def test_the_best_stays_that_an_older_one_knows(tmp_path: Path) -> None:
+    """30 is better than 10, and then turns out to be damaged."""
+    for name, prune in {
+        "asked": lambda run: main(["checkpoint", "prune", str(run), "--keep", "2"]),
+        "after a save": lambda run: Checkpointer(run, Rank(), keep=2)._prune(folder_of(run, 30), None),
+    }.items():
+        run = make(tmp_path / name, 5, 10, 20, 30, best=10)
+        rewrite(folder_of(run, 30), best={"step": 30, "score": 0.6})
+        prune(run)
+        assert steps(run) == [10, 20, 30]
+        (folder_of(run, 30) / SHARD).unlink()
+        assert find_checkpoint(run, "best").step == 10
+        (folder_of(run, 10) / SHARD).unlink()
+        with pytest.raises(UserError, match=r"missing.*It is the best one; --checkpoint latest takes that of step 20"):
+            find_checkpoint(run, "best")
+
+
 def test_prune_removes_nothing_where_nothing_is_intact(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = make(tmp_path / "run", 10, 20)
     for step in (10, 20):
@@ -145,6 +167,25 @@ def test_what_is_passed_over_is_told(tmp_path: Path) -> None:
         find_checkpoint(make(tmp_path / "empty"), "latest")
 
 
+@pytest.mark.parametrize("name", [SHARD, "manifest.json"])
+def test_what_the_disk_does_not_give_back_is_passed_over(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make(tmp_path / "run", 10, 20)
+    opened = Path.open
+
+    def broken(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path == folder_of(run, 20) / name:
+            raise OSError(errno.EIO, "Input/output error")
+        return opened(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", broken)
+    told: list[str] = []
+    assert [checkpoint.step for checkpoint in intact(run, told.append)] == [10]
+    assert len(told) == 1 and name in told[0]
+    assert [not state.trouble for state in survey(run, thorough=True)] == [True, False]
+
+
 # -------------------------------------------------------------------------------- manifests of strangers
 
 
@@ -164,6 +205,8 @@ def test_what_is_passed_over_is_told(tmp_path: Path) -> None:
         ({"shapes": {"w": [-1]}}, "greater than or equal to 0"),
         ({"best": {"step": 3}}, r"best\.score: Field required"),
         ({"histories": [[[1, "x"]]]}, "should be a valid (list|array)"),
+        ({"averaged_stops": 3}, "averaged_stops: Extra inputs are not permitted"),
+        ({"step": 11}, "is that of step-00000011"),
     ],
     ids=itertools.count(),
 )
@@ -189,20 +232,34 @@ def test_what_is_no_manifest_is_refused(tmp_path: Path, content: bytes) -> None:
 def test_links_in_a_checkpoint_are_refused(tmp_path: Path) -> None:
     folder = folder_of(make(tmp_path / "run", 10), 10)
     for name in (SHARD, "manifest.json"):
-        shutil.copytree(folder, tmp_path / "copy")
-        (tmp_path / "copy" / name).unlink()
-        (tmp_path / "copy" / name).symlink_to(folder / name)
+        copy = Path(shutil.copytree(folder, tmp_path / folder.name))
+        (copy / name).unlink()
+        (copy / name).symlink_to(folder / name)
         with pytest.raises(UserError, match="link"):
-            open_checkpoint(tmp_path / "copy")
-        shutil.rmtree(tmp_path / "copy")
+            open_checkpoint(copy)
+        shutil.rmtree(copy)
 
 
 def test_a_newer_format_is_no_damage(tmp_path: Path) -> None:
     """Whatever else is new about it."""
     folder = folder_of(make(tmp_path / "run", 10), 10)
-    (folder / "manifest.json").write_text('{"format": 2, "spans": []}')
+    (folder / "manifest.json").write_text(sealed({"format": 2, "spans": []}))
     with pytest.raises(NewerFormat):
         open_checkpoint(folder)
+
+
+def test_a_flipped_format_is_damage(tmp_path: Path) -> None:
+    """In a manifest with a checksum, and in one from before there were any: an older checkpoint is then taken."""
+    run = make(tmp_path / "run", 10, 20)
+    path = folder_of(run, 20) / "manifest.json"
+    with_checksum = path.read_text()
+    values = json.loads(with_checksum)
+    del values["sha256"]
+    for text in (with_checksum, json.dumps(values)):
+        path.write_text(text)
+        assert find_checkpoint(run, "latest").step == 20
+        path.write_text(text.replace('"format": 1', '"format": 3'))
+        assert find_checkpoint(run, "latest").step == 10
 
 
 JSON = st.recursive(
@@ -221,9 +278,21 @@ def test_any_json_is_a_manifest_or_a_mistake(tmp_path_factory: pytest.TempPathFa
         assert "\n" not in str(error)
 
 
+@pytest.mark.parametrize("name", [SHARD, "manifest.json"])
 @pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b + b"\0", lambda b: bytes([b[0] ^ 1]) + b[1:]])
-def test_every_damage_to_a_file_is_seen(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
+def test_every_damage_to_a_file_is_seen(tmp_path: Path, name: str, damage: Callable[[bytes], bytes]) -> None:
     folder = folder_of(make(tmp_path / "run", 10), 10)
-    (folder / SHARD).write_bytes(damage((folder / SHARD).read_bytes()))
-    with pytest.raises(UserError, match=SHARD):
+    (folder / name).write_bytes(damage((folder / name).read_bytes()))
+    with pytest.raises(UserError, match=name):
         open_checkpoint(folder)
+
+
+def test_every_bit_of_a_manifest_counts(tmp_path: Path) -> None:
+    folder = folder_of(make(tmp_path / "run", 10, best=10), 10)
+    path = folder / "manifest.json"
+    content = path.read_bytes()
+    for place, bit in itertools.product(range(len(content)), range(8)):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1 << bit]) + content[place + 1 :])
+        with pytest.raises(UserError, match=r"manifest\.json: ") as error:
+            read_manifest(folder)
+        assert not isinstance(error.value, NewerFormat)

@@ -433,6 +433,10 @@ def test_state_of_another_method_is_refused() -> None:
     vaccine.weights(gram(2), step=0)
     with pytest.raises(UserError, match=r"surgery.method pcgrad: the checkpoint was made with gradvac"):
         surgery("pcgrad").load_state_dict(vaccine.state_dict())
+    for shape in ([], [3], [3, 3, 3]):
+        vaccine.load_state_dict({"gradvac._phi_t": torch.zeros(shape)})
+        with pytest.raises(UserError, match=r"_phi_t has shape .*; it was damaged"):
+            vaccine.weights(torch.eye(3), 0)
 
 
 # --------------------------------------------------------------------------------------------- golden table

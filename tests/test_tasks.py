@@ -104,13 +104,13 @@ def test_a_fourth_task_needs_no_code(
     [phase] = plan(config, [task.tokens_N("train") for task in tasks])
     share = phase.schedule.shares(0, 0, 1)[3]
     batch = fourth.batch("train", share.micro_batches[0])
-    assert batch.count == share.examples == len(batch.labels_B) <= (values.get("batch_size") or 32)
+    assert len(batch.labels_B) == share.examples <= (values.get("batch_size") or 32)
 
     shape = EncoderShape(tokenizer.get_vocab_size(), 8, 1, 2, 16, 32)
     model = MultiTaskModel(shape, config.encoder, config.tasks, seed=0)
     answers = model(name, batch.packed)
     losses = fourth.example_losses(answers, batch.labels_B)
-    assert losses.shape == (batch.count,)
+    assert losses.shape == (share.examples,)
     if name == "topics":
         torch.testing.assert_close(losses, F.cross_entropy(answers, batch.labels_B, reduction="none"))
     else:
@@ -160,6 +160,21 @@ def test_the_generated_corpus_is_made_once_and_then_found(tmp_path: Path, monkey
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == first
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]  # nothing aside is left
     assert folder.stat().st_mode & 0o055 == 0o055  # another user may read a shared cache
+
+
+@pytest.mark.parametrize("name", ["quora-train.csv", "tokenizer.json", "checksums.json"])
+@pytest.mark.parametrize("damage", ["flipped", "missing"])
+def test_a_damaged_corpus_is_made_again(tmp_path: Path, name: str, damage: str) -> None:
+    folder = Path(locate_data(quick(tmp_path)).dir or "")
+    whole = tree(folder)
+    content = bytearray((folder / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / name).unlink()
+    if damage == "flipped":
+        (folder / name).write_bytes(content)
+    locate_data(quick(tmp_path))
+    assert tree(folder) == whole
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
 def test_what_a_killed_process_left_is_cleared_away(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pty
 import re
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from tensorboard.summary.writer import event_file_writer
 
 from mtbert import tracking
 from mtbert.figures import cosine_map
+from mtbert.record import MAX_LINE
 from mtbert.runs import Rank
 from mtbert.tracking import Tracker
 
@@ -67,6 +69,31 @@ def test_resume_continues_the_same_curve(tmp_path: Path, monkeypatch: pytest.Mon
     expected = [*[(step, float(step)) for step in range(6)], (6, 106.0), (7, 107.0), (8, 208.0), (9, 209.0)]
     assert curve(tmp_path, "loss/sst") == expected
     assert [(record["step"], record["loss/sst"]) for record in records(tmp_path)] == expected
+
+
+def test_metrics_are_on_disk_before_a_checkpoint_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Tracker(tmp_path, Rank(), 0, 10, quiet=True) as tracker:
+        tracker.scalars(0, {"loss/sst": 1.0})
+        synced: list[int] = []
+        monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_ino))
+        tracker.flush()
+        assert (tmp_path / "metrics.jsonl").stat().st_ino in synced
+
+
+def test_damaged_lines_are_dropped_and_long_ones_never_held_whole(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path, 0, 3)
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"stop": 3}\n' + bytes(16 * MAX_LINE) + b'\n{"step": 3, "time": 0, "loss/sst": 3}\n')
+    tracemalloc.start()
+    try:
+        with Tracker(tmp_path, Rank(), 4, 10):
+            assert tracemalloc.get_traced_memory()[1] < 8 * MAX_LINE
+    finally:
+        tracemalloc.stop()
+    assert [record["step"] for record in records(tmp_path)] == [0, 1, 2, 3]
+    assert "metrics.jsonl: 18 line(s) were damaged and are dropped" in capsys.readouterr().out
 
 
 def test_resume_after_death_in_the_middle_of_a_line(tmp_path: Path) -> None:

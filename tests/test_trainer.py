@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
 import signal
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -17,19 +18,31 @@ import pytest
 import torch
 import torch.multiprocessing
 import yaml
-from harness import forking_context
+from harness import Ranks, forking_context
+from safetensors.torch import save
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import distributed as dist
 
 from mtbert import checkpoint
 from mtbert.checkpoint import Checkpointer, _Reader, load_weights
-from mtbert.config import CheckpointConfig, Config, OptimizerConfig, PhaseConfig, load_config
+from mtbert.config import (
+    CheckpointConfig,
+    Config,
+    EngineConfig,
+    OptimizerConfig,
+    PhaseConfig,
+    WeightingConfig,
+    load_config,
+    to_yaml,
+)
 from mtbert.errors import UserError
-from mtbert.manifest import Best, find_checkpoint, open_checkpoint
+from mtbert.manifest import Best, find_checkpoint, folder_of, open_checkpoint, sealed
 from mtbert.metrics import METRICS
 from mtbert.randomness import addressed_rng
+from mtbert.ranks import join_ranks
 from mtbert.record import RunRecord, Said
 from mtbert.runs import Rank, create_run
-from mtbert.trainer import build, evaluate_run, train
+from mtbert.trainer import _in_turn, build, evaluate_run, train
 from mtbert.zero import Span
 
 STEPS = 12
@@ -231,6 +244,22 @@ def test_run_leaves_a_complete_record(config: Config) -> None:
     assert {"config/text_summary", "command/text_summary", "environment/text_summary"} <= set(shown.Tags()["tensors"])
 
 
+def slow_first(rank: Rank, rendezvous: str) -> str:
+    dist.destroy_process_group()
+    join_ranks(replace(rank, rendezvous=rendezvous), EngineConfig(threads=1), timeout_s=10)
+
+    def make() -> Any:
+        time.sleep(13 if rank.first else 0)
+        return f"built by {rank.rank}"
+
+    return str(_in_turn(rank, make))
+
+
+@pytest.mark.ranks
+def test_ranks_wait_longer_than_a_collective_for_the_first_one_s_data(ranks: Ranks, tmp_path: Path) -> None:
+    assert ranks(2, slow_first, f"file://{tmp_path}/rendezvous") == ["built by 0", "built by 1"]
+
+
 def test_a_damaged_checkpoint_is_passed_over(config: Config) -> None:
     run = new_run(config, "damaged")
     train(run, Rank(), quiet=True)
@@ -295,6 +324,33 @@ def test_a_run_whose_last_save_fails_says_so(config: Config) -> None:
         train(run, Rank(), quiet=True)
 
 
+def test_a_save_that_could_not_be_read_back_fails(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "MAX_MANIFEST", 1000)
+    with pytest.raises(UserError, match=r"could not be saved: manifest\.json has .* bytes, and no more than 1,000 are"):
+        train(new_run(config, "large"), Rank(), quiet=True)
+
+
+def test_cosines_are_kept_as_sums(config: Config) -> None:
+    """However many steps lie between evaluations; and a run whose checkpoint has every one of them goes on alike."""
+    run = config.run.model_copy(update={"evaluate_every": STEPS})
+    config = config.model_copy(update={"run": run, "checkpoint": CheckpointConfig(every_steps=2, keep=9)})
+    straight, earlier = new_run(config, "straight"), new_run(config, "earlier")
+    train(straight, Rank(), quiet=True)
+    polls = iter(range(STEPS))
+    assert train(earlier, Rank(), lambda: next(polls) == 3, quiet=True).step == 4
+    manifest = folder_of(earlier, 4) / "manifest.json"
+    values = json.loads(manifest.read_text())
+    pairs = [pair[:2] for pair in values["course"].pop("cosine_sums")]
+    lines = logged(earlier)
+    cosines = [[one, other, [line[f"gradient/cosine/{one}~{other}"] for line in lines]] for one, other in pairs]
+    manifest.write_text(sealed({**values, "course": {**values["course"], "cosines": cosines}}))
+    train(earlier, Rank(), quiet=True)
+    for step, count in ((6, 6), (8, 8), (10, 8)):  # from 8 on the encoder rests
+        expected, found = (open_checkpoint(folder_of(each, step)).manifest.course for each in (straight, earlier))
+        assert found.cosine_sums == expected.cosine_sums
+        assert [each[-1] for each in found.cosine_sums] == [count] * 3
+
+
 def test_training_goes_on_while_a_save_is_written(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """The disk takes its time until two more steps are done; what is saved is the state of the step it was asked at."""
     config = config.model_copy(update={"checkpoint": CheckpointConfig(every_steps=3, keep=9)})
@@ -325,7 +381,7 @@ def test_a_newer_checkpoint_is_not_passed_over(config: Config) -> None:
     run = new_run(config, "newer")
     train(run, Rank(), quiet=True)
     manifest = max((run / "checkpoints").glob("step-*")) / "manifest.json"
-    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format": 99}))
+    manifest.write_text(sealed({**json.loads(manifest.read_text()), "format": 99}))
     with pytest.raises(UserError, match="format 99 is from a newer mtbert"):
         train(run, Rank(), quiet=True)
 
@@ -354,6 +410,14 @@ def test_damaged_checkpoints_do_not_crowd_out_good_ones(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000011"]
 
 
+def test_what_a_user_put_beside_the_checkpoints_stays(tmp_path: Path) -> None:
+    names = ["step-00000001", "step-00000002", "step-00000002.bak", "step-old"]
+    for name in names:
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    Checkpointer(tmp_path, Rank(), keep=1)._prune(tmp_path / "checkpoints" / "step-00000002", None)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == names[1:]
+
+
 def digests_of(folder: Path) -> dict[str, str]:
     return {name: file.sha256 for name, file in open_checkpoint(folder).manifest.files.items()}
 
@@ -366,14 +430,56 @@ def test_losses_that_are_not_finite_end_the_run_with_a_clear_message(config: Con
         train(run, Rank(), quiet=True)
 
 
+def test_groups_of_parameters_may_change_between_attempts(config: Config) -> None:
+    """AdamW goes on counting where it was, the encoder's steps and the heads'; not so in a checkpoint of before groups
+    were named, nor in one that counts no group's."""
+    config = config.model_copy(update={"checkpoint": CheckpointConfig(every_steps=10, keep=9)})
+    run = new_run(config, "groups")
+    polls = iter(range(STEPS))
+    assert train(run, Rank(), lambda: next(polls) == 9, quiet=True).step == 10
+    optimizer = config.optimizer.model_copy(update={"layer_decay": 0.5, "weight_decay": 0.0})
+    (run / "config.yaml").write_text(to_yaml(config.model_copy(update={"optimizer": optimizer})))
+    manifest = folder_of(run, 10) / "manifest.json"
+    whole = manifest.read_text()
+    values = json.loads(whole)
+    for change in ({"adam_parts": []}, {"adam_steps": []}, {"adam_steps": values["adam_steps"][:-1]}):
+        manifest.write_text(sealed({**values, **change}))
+        with pytest.raises(UserError, match=r"AdamW's step counts do not fit .* optimizer\.layer_decay"):
+            train(run, Rank(), quiet=True)
+    manifest.write_text(whole)
+    train(run, Rank(), quiet=True)
+    last = open_checkpoint(folder_of(run, STEPS)).manifest
+    assert last.adam_parts != values["adam_parts"]
+    taken = set(zip(last.adam_parts, last.adam_steps, strict=True))
+    assert taken == {("encoder", 8), ("sst", STEPS), ("para", STEPS)}  # sts has no parameters of its own
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"no such file", "not a valid safetensors file"),
+        (save({"dwa.sum": torch.zeros(9)}), r"dwa\.sum has shape \[9\]"),
+    ],
+)
+def test_what_no_method_has_learnt_is_refused(config: Config, content: bytes, told: str) -> None:
+    run = new_run(config.model_copy(update={"weighting": WeightingConfig(method="dwa")}), "learnt")
+    polls = iter(range(STEPS))
+    assert train(run, Rank(), lambda: next(polls) == 1, quiet=True).step == 2
+    folder = folder_of(run, 2)
+    (folder / "weighting.safetensors").write_bytes(content)
+    values = json.loads((folder / "manifest.json").read_text())
+    values["files"]["weighting.safetensors"] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (folder / "manifest.json").write_text(sealed(values))
+    with pytest.raises(UserError, match=rf"weighting\.safetensors: {told}"):
+        train(run, Rank(), quiet=True)
+
+
 @pytest.mark.parametrize("width", [8, 24])
 def test_checkpoint_of_another_model_is_refused(config: Config, width: int) -> None:
     run = new_run(config, "other")
     train(run, Rank(), quiet=True)
     shape = config.encoder.shape.model_copy(update={"hidden_size": width})
     wider = config.model_copy(update={"encoder": config.encoder.model_copy(update={"shape": shape})})
-    from mtbert.config import to_yaml
-
     (run / "config.yaml").write_text(to_yaml(wider))
     with pytest.raises(UserError, match="belongs to another configuration"):
         train(run, Rank(), quiet=True)

@@ -148,7 +148,7 @@ def test_random_draws_follow_seed_and_step() -> None:
         ("dwa", {"temp": 1}, r"weighting\.options\.temp: dwa has no such option; valid: temperature"),
         ("dwa", {"temperature": 0}, r"weighting\.options of dwa: temperature must be above 0"),
         ("stch", {}, r"weighting\.options\.mu: stch needs it"),
-        ("stch", {"mu": -1}, r"weighting\.options of stch|mu"),
+        ("stch", {"mu": -1}, r"weighting\.options of stch: .*mu"),
         ("famo", {"lr": -1}, r"weighting\.options of famo: lr and weight_decay must not be negative"),
     ],
 )
@@ -160,3 +160,6 @@ def test_mistakes_are_told(method: str, options: dict[str, Any], message: str) -
 def test_another_method_s_state_is_refused() -> None:
     with pytest.raises(UserError, match="the checkpoint was made with homoscedastic"):
         weighting("famo").load_state_dict(weighting("homoscedastic").state_dict())
+    two = Weighting("famo", {}, [False] * 2, 0)
+    with pytest.raises(UserError, match="state is of other tasks, or was damaged"):
+        weighting("famo").load_state_dict(two.state_dict())

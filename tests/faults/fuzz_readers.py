@@ -64,8 +64,10 @@ def _yaml(content: bytes, place: Path) -> None:
 def _manifest(content: bytes, place: Path) -> None:
     from mtbert.manifest import open_checkpoint
 
-    (place / "manifest.json").write_bytes(content)
-    open_checkpoint(place)
+    folder = place / "step-00000003"  # as the manifests of the corpus say
+    folder.mkdir(exist_ok=True)
+    (folder / "manifest.json").write_bytes(content)
+    open_checkpoint(folder)
 
 
 def _shard(content: bytes, place: Path) -> None:
