@@ -23,7 +23,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from mtbert.config import DataConfig, ScheduleConfig, TaskConfig, load_config
-from mtbert.data import load_dataset, load_tokenizer
+from mtbert.data import load_dataset, load_tokenizer, sequence_lengths
 from mtbert.randomness import addressed_rng
 from mtbert.runs import Rank, create_run
 from mtbert.schedule import Schedule
@@ -86,7 +86,7 @@ def _open(folder: str, corpus: str) -> dict[str, float]:
     started = time.perf_counter()
     cache = str(Path(folder) / "cache")
     dataset = load_dataset(TASK, "many", "train", DataConfig(dir=folder, cache=cache), load_tokenizer(corpus))
-    schedule = Schedule(ScheduleConfig(), [dataset.lengths_NS.sum(1) + 2], [32], seed=0)
+    schedule = Schedule(ScheduleConfig(), [sequence_lengths(dataset, joint=False, max_length=512)], [32], seed=0)
     (share,) = schedule.shares(0, 0, 1)
     assert len(share.micro_batches[0]) == 32
     return {

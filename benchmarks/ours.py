@@ -22,9 +22,9 @@ from mtbert.surgery import Surgery
 OPTIMIZER = OptimizerConfig(lr=1e-5)
 
 
-def losses_of(model: MultiTaskModel, size: int, number: int) -> dict[int, list[Callable[[], Tensor]]]:
-    """The step's losses, one micro-batch each; what length buckets of the schedule would give (64 batches sorted)."""
-    batch = draw(number, size, pool=64)
+def losses_of(model: MultiTaskModel, size: int, pool: int, number: int) -> dict[int, list[Callable[[], Tensor]]]:
+    """The step's losses, one micro-batch each, of batches as a schedule with `bucket: pool` cuts them."""
+    batch = draw(number, size, pool, alike=True)
 
     def build(task: str, k: int) -> Tensor:
         packed = pack([ids for text in batch.sentences[task] for ids in text])
@@ -34,11 +34,11 @@ def losses_of(model: MultiTaskModel, size: int, number: int) -> dict[int, list[C
     return {k: [lambda task=task, k=k: build(task, k)] for k, task in enumerate(TASKS)}  # type: ignore[misc]
 
 
-def engine(shape: EncoderShape, method: str, size: int) -> Callable[[int], object]:
+def engine(shape: EncoderShape, method: str, size: int, pool: int) -> Callable[[int], object]:
     model = MultiTaskModel(shape, EncoderConfig(pooling="pooler"), TASKS, seed=0)
     groups = parameter_groups(model, OPTIMIZER, TASKS, shape.layers)
     host = Engine(model, groups, TASKS, EngineConfig(), OPTIMIZER, Surgery(method, {}, 0), Rank())
-    return lambda number: host.step(number, losses_of(host.model, size, number))
+    return lambda number: host.step(number, losses_of(host.model, size, pool, number))
 
 
 class BareLoop:
@@ -49,8 +49,8 @@ class BareLoop:
     saves is what surgery costs in all, its measurements included.
     """
 
-    def __init__(self, shape: EncoderShape, size: int, surgery: bool = True) -> None:
-        self.size = size
+    def __init__(self, shape: EncoderShape, size: int, pool: int, surgery: bool = True) -> None:
+        self.size, self.pool = size, pool
         self.operates = surgery
         self.passes: dict[int, float] = {}
         self.model = MultiTaskModel(shape, EncoderConfig(pooling="pooler"), TASKS, seed=0)
@@ -80,7 +80,7 @@ class BareLoop:
         self.gradients_KP.zero_()
         self.head_gradient.zero_()
         started = time.perf_counter()
-        for k, (build,) in losses_of(self.model, self.size, number).items():
+        for k, (build,) in losses_of(self.model, self.size, self.pool, number).items():
             for parameter, view in (*self.views[k], *self.head_views):
                 parameter.grad = view
             build().backward()

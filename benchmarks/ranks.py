@@ -59,7 +59,7 @@ def _rank(number: int, world: int, folder: Path) -> None:
     engine = Engine(model, groups, TASKS, EngineConfig(), OPTIMIZER, Surgery("pcgrad", {}, 0), rank)
 
     def step(step: int) -> None:
-        batch = draw(step, 32, pool=64)
+        batch = draw(step, 32, pool=64, alike=True)
 
         def build(task: str) -> torch.Tensor:
             mine = slice(number, None, world)

@@ -51,14 +51,14 @@ def padded(text: list[np.ndarray]) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(ids), torch.from_numpy(mask)
 
 
-def papers(shape: EncoderShape, size: int) -> Step:
+def papers(shape: EncoderShape, size: int, pool: int) -> Step:
     """transformers in fp32, random batches padded to their longest, PCGrad over whole gradients (Pytorch-PCGrad)."""
     model = Rival(shape).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
     parameters = list(model.parameters())
 
     def step(number: int) -> None:
-        batch = draw(number, size, pool=1)
+        batch = draw(number, size, pool, alike=False)
         losses = [model.loss(task, batch.sentences[task], batch.labels[task]) for task in TASKS]
         project(parameters, optimizer, losses, number)
         optimizer.step()
@@ -66,13 +66,13 @@ def papers(shape: EncoderShape, size: int) -> Step:
     return step
 
 
-def autocast(shape: EncoderShape, size: int) -> Step:
+def autocast(shape: EncoderShape, size: int, pool: int) -> Step:
     """transformers with bf16 autocast and dynamic padding, losses summed, no surgery."""
     model = Rival(shape).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
 
     def step(number: int) -> None:
-        batch = draw(number, size, pool=1)
+        batch = draw(number, size, pool, alike=False)
         with torch.autocast("cpu", torch.bfloat16):
             losses = [model.loss(task, batch.sentences[task], batch.labels[task]) for task in TASKS]
         optimizer.zero_grad()
@@ -82,7 +82,7 @@ def autocast(shape: EncoderShape, size: int) -> Step:
     return step
 
 
-def autojac(shape: EncoderShape, size: int) -> Step:
+def autojac(shape: EncoderShape, size: int, pool: int) -> Step:
     """The same model in fp32 with TorchJD's own way: a Jacobian of the losses, then its PCGrad.
 
     The losses one at a time (`parallel_chunk_size=1`): the vmap of all at once needs three times the memory. The heads
@@ -93,7 +93,7 @@ def autojac(shape: EncoderShape, size: int) -> Step:
     aggregator = PCGrad()
 
     def step(number: int) -> None:
-        batch = draw(number, size, pool=1)
+        batch = draw(number, size, pool, alike=False)
         losses = [model.loss(task, batch.sentences[task], batch.labels[task]) for task in TASKS]
         optimizer.zero_grad()
         backward(losses, parallel_chunk_size=1)

@@ -1,4 +1,4 @@
-"""A whole training step against its rivals, all taking turns in one process: medians and ratios.
+"""A whole training step against its rivals, all taking turns in one process: means and ratios.
 
 usage: python -m benchmarks.step [--shape minilm | base] [--rounds 12] [--batch 32]
 
@@ -31,22 +31,25 @@ CLOSER = 4
 
 
 def measure(shape_name: str, rounds: int, batch: int) -> dict[str, Any]:
-    """Medians of the contenders, and what follows from them. In one process group of one rank."""
+    """Mean seconds of the contenders, and what follows from them. In one process group of one rank.
+
+    All have the same examples in all, `rounds` batches of them; ours cut by length, as our schedule does it.
+    """
     shape = SHAPES[shape_name]
     join_ranks(Rank(), EngineConfig())
     try:
-        bare = BareLoop(shape, batch)
+        bare = BareLoop(shape, batch, rounds)
         dtype = choose_precision("auto", torch.device("cpu"))
         peaks: list[float] = []
         own = {
-            "ours": engine(shape, "pcgrad", batch),
-            "ours, sum": engine(shape, "sum", batch),
+            "ours": engine(shape, "pcgrad", batch, rounds),
+            "ours, sum": engine(shape, "sum", batch, rounds),
             "bare loop": bare,
-            "bare sum": BareLoop(shape, batch, surgery=False),
+            "bare sum": BareLoop(shape, batch, rounds, surgery=False),
         }
-        rivals = {"gemm": lambda _: peaks.append(gemm_rate(dtype)), "autocast": autocast(shape, batch)}
+        rivals = {"gemm": lambda _: peaks.append(gemm_rate(dtype)), "autocast": autocast(shape, batch, rounds)}
         if shape_name != "base":  # these keep three padded graphs in fp32: with BERT-base's shape more than 20 GB
-            rivals |= {"papers": papers(shape, batch), "autojac": autojac(shape, batch)}
+            rivals |= {"papers": papers(shape, batch, rounds), "autojac": autojac(shape, batch, rounds)}
         seconds = interleave(own | rivals, rounds)
         del rivals
         # what lies a few per cent apart takes more rounds to tell, and these are quick
@@ -59,8 +62,9 @@ def measure(shape_name: str, rounds: int, batch: int) -> dict[str, Any]:
         """Median over batches: the ratio of two steps with the same batch is less noisy than that of medians."""
         return statistics.median(a / b - 1 for a, b in zip(close[one], close[other], strict=True))
 
-    rates = [step_flops(shape, draw(number, batch, pool=64)) / taken for number, taken in bare.passes.items()]
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    flops = sum(step_flops(shape, draw(number, batch, rounds, alike=True)) for number in bare.passes)
+    # over all batches: the median of ours, which differ in length, would say nothing of the long ones
+    means = {name: statistics.mean(values) for name, values in seconds.items()}
     peak = max(peaks)
     return {
         "shape": shape_name,
@@ -68,14 +72,14 @@ def measure(shape_name: str, rounds: int, batch: int) -> dict[str, Any]:
         "rounds": rounds,
         "threads": torch.get_num_threads(),
         "dtype": str(dtype).removeprefix("torch."),
-        "seconds": medians,
-        "examples_per_second": {name: 3 * batch / median for name, median in medians.items()},
-        "times_faster": {name: median / medians["ours"] for name, median in medians.items()},
+        "seconds": means,
+        "examples_per_second": {name: 3 * batch / mean for name, mean in means.items()},
+        "times_faster": {name: mean / means["ours"] for name, mean in means.items()},
         "surgery_share": slower("ours", "ours, sum"),
         "surgery_and_its_measurements": slower("bare loop", "bare sum"),
         "deepspeed_share": slower("ours", "bare loop"),
         "gemm_peak_flops": peak,
-        "model_flops_share": statistics.median(rates) / peak,
+        "model_flops_share": flops / sum(bare.passes.values()) / peak,
     }
 
 

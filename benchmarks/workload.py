@@ -36,13 +36,21 @@ class Batch:
     labels: dict[str, Tensor]
 
 
-def draw(step: int, size: int, pool: int) -> Batch:
-    """A step's examples; `pool` batches are sorted by length together, 1 is a plain random batch."""
+def draw(step: int, size: int, pool: int, alike: bool) -> Batch:
+    """A step's examples. Every `pool` steps have the same ones in all, whether `alike` or not.
+
+    `alike`: as our schedule cuts them, examples of like length together, the batches in random order. Else at random.
+    """
     sentences, labels = {}, {}
     for number, (task, (_, _, _, texts)) in enumerate(LENGTHS.items()):
         rng = addressed_rng(0, "benchmark", step // pool, number)
         lengths = draw_lengths(task, pool * size, rng)
-        lengths = lengths[np.argsort(lengths.sum(1), kind="stable")][step % pool * size :][:size]
+        place = step % pool
+        if alike:
+            lengths = lengths[np.argsort(lengths.sum(1), kind="stable")]
+            place = rng.permutation(pool)[place]
+        lengths = lengths[place * size :][:size]
+        rng = addressed_rng(0, "benchmark", step // pool, number, place)
         sentences[task] = [[rng.integers(1000, 30000, n) for n in lengths[:, text]] for text in range(texts)]
         classes = {"sst": 5, "para": 2, "sts": 6}[task]
         labels[task] = torch.from_numpy(rng.integers(0, classes, size))

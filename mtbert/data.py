@@ -258,13 +258,14 @@ def kept_lengths(lengths_NS: NDArray[np.int32], joint: bool, max_length: int) ->
     return np.stack([first_N, shorter_N + longer_N - first_N], axis=1)
 
 
-def sequence_lengths(dataset: Dataset, joint: bool, max_length: int) -> NDArray[np.int64]:
+def sequence_lengths(dataset: Dataset, joint: bool, max_length: int) -> NDArray[np.int32]:
     """Tokens that each example costs in the encoder, after truncation and with special tokens, (N,).
 
     Texts encoded separately cost the sum of their sequences.
     """
     kept_NS = kept_lengths(dataset.lengths_NS, joint, max_length)
-    lengths_N: NDArray[np.int64] = kept_NS.sum(axis=1, dtype=np.int64) + (3 if joint else 2 * dataset.texts)
+    lengths_N: NDArray[np.int32] = kept_NS.sum(axis=1, dtype=np.int32)
+    lengths_N += 3 if joint else 2 * dataset.texts
     return lengths_N
 
 

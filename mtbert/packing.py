@@ -129,7 +129,7 @@ def _block(lengths: np.ndarray, start: int, stop: int) -> Block:
     return Block(slice(start, stop), count, longest, *tensors)
 
 
-def batches_by_length(tokens_N: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+def batches_by_length(tokens_N: NDArray[np.integer]) -> Iterator[NDArray[np.int64]]:
     """The N examples, those of like length together, up to `TOKENS_PER_BATCH` tokens (or one example) a batch."""
     order_N = np.argsort(tokens_N, kind="stable")
     start, load = 0, 0

@@ -41,7 +41,7 @@ class Said:
 
     ids_N: NDArray[np.str_]  # of the id column, else the line
     lines_N: NDArray[np.int64]  # of the file
-    tokens_N: NDArray[np.int64]  # what the example costs in the encoder
+    tokens_N: NDArray[np.int32]  # what the example costs in the encoder
     labels_N: NDArray[np.float64]
     predictions_N: NDArray[np.float64]
     losses_N: NDArray[np.float64]

@@ -160,11 +160,12 @@ class Schedule:
     def global_batch(self, task: int, ordinal: int) -> Indices:
         """Examples of a task's batch; the batches of a pass hold every example exactly once."""
         number, place = divmod(ordinal, self.batches_per_pass[task])
-        order_N, bounds = self._pass(task, number)
-        return order_N[bounds[place] : bounds[place + 1]]
+        order_N, bounds, places = self._pass(task, number)
+        cut = places[place]
+        return order_N[bounds[cut] : bounds[cut + 1]].astype(np.int64)
 
-    def _cut_pass(self, task: int, number: int) -> tuple[Indices, NDArray[np.int64]]:
-        """Order of the examples in a pass and the borders of its batches.
+    def _cut_pass(self, task: int, number: int) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]:
+        """Order of the examples in a pass, the borders of its batches, and the order of these.
 
         Shuffled, then sorted by length within buckets of `config.bucket` batches, then the batches shuffled: a
         batch holds examples of like length, which wastes little in attention and balances ranks, and the pass
@@ -172,18 +173,14 @@ class Schedule:
         """
         tokens_N, batches = self.tokens_N[task], self.batches_per_pass[task]
         rng = addressed_rng(self.seed, "pass", self.tasks[task], number)
-        order_N = rng.permutation(len(tokens_N))
+        order_N = np.arange(len(tokens_N), dtype=np.int32)  # a dataset may have millions: no copy, and half the bytes
+        rng.shuffle(order_N)
         bounds = np.arange(batches + 1) * len(tokens_N) // batches
         for first in range(0, batches, self.config.bucket):
             low, high = bounds[first], bounds[min(first + self.config.bucket, batches)]
             inside = order_N[low:high]
             order_N[low:high] = inside[np.argsort(tokens_N[inside], kind="stable")]
-        if self.config.bucket == 1:
-            return order_N, bounds
-        places = rng.permutation(batches)
-        shuffled = np.concatenate([order_N[bounds[place] : bounds[place + 1]] for place in places])
-        sizes = np.diff(bounds)[places]
-        return shuffled, np.concatenate([[0], np.cumsum(sizes)])
+        return order_N, bounds, np.arange(batches) if self.config.bucket == 1 else rng.permutation(batches)
 
     # ---------------------------------------------------------------------------------------- which rank
 

@@ -55,7 +55,7 @@ class Task:
     def splits(self) -> list[Dataset]:
         return [self.train] if self.dev is None else [self.train, self.dev]
 
-    def tokens_N(self, split: Split) -> NDArray[np.int64]:
+    def tokens_N(self, split: Split) -> NDArray[np.int32]:
         """What each example costs in the encoder, in tokens."""
         return sequence_lengths(self.dataset(split), self.config.head.kind == "joint", self.max_length)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from benchmarks import data, using
 from benchmarks.ranks import uneven_work
 from benchmarks.scaling import WORLDS, Machine, sharded, whole
-from benchmarks.workload import interleave
+from benchmarks.workload import LENGTHS, draw, interleave
 
 MACHINE = Machine(tasks=3, parameters=10**8, bytes_per_number=2, compute=0.3, finish=0.01, link=1e10, latency=0.0)
 
@@ -24,9 +25,29 @@ def test_the_model_of_a_step() -> None:
         assert sharded(MACHINE, world) <= sharded(MACHINE, world, overlap=False) <= whole(MACHINE, world)
     # two ranks: a gradient needs 10 ms on the link and a backward 100, so only the last one shows, and the gathering
     assert sharded(MACHINE, 2) == pytest.approx(0.3 + 0.01 + 0.01 / 2 + 0.01)
+    # what feeding the sockets takes from the backward beside it: two of three transfers run beside one
+    fed = dataclasses.replace(MACHINE, host=1e-11)
+    assert sharded(fed, 2) == pytest.approx(sharded(MACHINE, 2) + 2 * 1e8 * 1e-11)
     # a link so slow that it never rests: the first backward, three gradients, the gathering
     slow = dataclasses.replace(MACHINE, link=1e8)
     assert sharded(slow, 2) == pytest.approx(0.1 + 3 * 1.0 + 0.01 / 2 + 1.0)
+
+
+def test_contenders_have_the_same_examples_in_all() -> None:
+    """Ours by length and in random order, the others' at random: nobody's first batches are its shortest."""
+
+    def lengths(step: int, alike: bool) -> dict[str, list[tuple[int, ...]]]:
+        batch = draw(step, 8, 16, alike)
+        columns = {task: [[len(ids) for ids in text] for text in batch.sentences[task]] for task in LENGTHS}
+        return {task: list(zip(*column, strict=True)) for task, column in columns.items()}
+
+    ours, theirs = [lengths(step, True) for step in range(16)], [lengths(step, False) for step in range(16)]
+    for task in LENGTHS:
+        assert sorted(chain(*(batch[task] for batch in ours))) == sorted(chain(*(batch[task] for batch in theirs)))
+        tokens = [sum(map(sum, batch[task])) for batch in ours]
+        assert max(tokens) > 2 * min(tokens), "examples of like length come together"
+        assert tokens != sorted(tokens)
+    assert len({tuple(batch["sst"]) for batch in ours}) == 16
 
 
 @pytest.mark.parametrize("world", [2, 4])
