@@ -11,10 +11,14 @@ import pytest
 
 from benchmarks import data, using
 from benchmarks.ranks import uneven_work
-from benchmarks.scaling import WORLDS, Machine, sharded, whole
+from benchmarks.scaling import WORLDS, Machine, step, table
 from benchmarks.workload import LENGTHS, draw, interleave
 
 MACHINE = Machine(tasks=3, parameters=10**8, bytes_per_number=2, compute=0.3, finish=0.01, link=1e10, latency=0.0)
+
+
+def sharded(machine: Machine, world: int, overlap: bool = True) -> float:
+    return step(machine.parts(world), overlap)
 
 
 def test_the_model_of_a_step() -> None:
@@ -22,15 +26,29 @@ def test_the_model_of_a_step() -> None:
     endless = dataclasses.replace(MACHINE, link=float("inf"))
     for world in WORLDS:
         assert sharded(endless, world) == pytest.approx(MACHINE.compute + MACHINE.finish / world)
-        assert sharded(MACHINE, world) <= sharded(MACHINE, world, overlap=False) <= whole(MACHINE, world)
+        whole = step(MACHINE.parts(world, sharded=False))
+        assert sharded(MACHINE, world) <= sharded(MACHINE, world, overlap=False)
+        assert sharded(MACHINE, world) <= whole + 1e-9
     # two ranks: a gradient needs 10 ms on the link and a backward 100, so only the last one shows, and the gathering
     assert sharded(MACHINE, 2) == pytest.approx(0.3 + 0.01 + 0.01 / 2 + 0.01)
-    # what feeding the sockets takes from the backward beside it: two of three transfers run beside one
-    fed = dataclasses.replace(MACHINE, host=1e-11)
-    assert sharded(fed, 2) == pytest.approx(sharded(MACHINE, 2) + 2 * 1e8 * 1e-11)
+    assert sharded(MACHINE, 2, overlap=False) == pytest.approx(0.3 + 3 * 0.01 + 0.01 / 2 + 0.01)
+    # two of the three exchanges run beside a backward, which is longer for feeding them
+    fed = dataclasses.replace(MACHINE.parts(2), feeding=0.002)
+    assert step(fed) == pytest.approx(sharded(MACHINE, 2) + 2 * 0.002)
     # a link so slow that it never rests: the first backward, three gradients, the gathering
     slow = dataclasses.replace(MACHINE, link=1e8)
     assert sharded(slow, 2) == pytest.approx(0.1 + 3 * 1.0 + 0.01 / 2 + 1.0)
+    # 1,023 messages for each of three exchanges, two of which are hidden, and the gathering
+    far = dataclasses.replace(endless, latency=1e-5)
+    assert sharded(far, 1024) == pytest.approx(0.3 + 0.01 / 1024 + 2 * 1023e-5)
+
+
+def test_the_forecast_says_where_communication_overtakes() -> None:
+    told = table(dataclasses.replace(MACHINE, link=3.4e9)).splitlines()
+    assert len(told) == 1 + len(WORLDS) + 5 and told[1].split()[0] == "1" and told[len(WORLDS)].split()[0] == "1024"
+    assert "sharded: communication that shows exceeds computation nowhere" in told
+    # three all-reduces of 2 · 200 MB · 7/8 each: 309 ms, after 300 ms of backwards
+    assert "whole, no overlap: communication that shows exceeds computation from 8 ranks on" in told
 
 
 def test_contenders_have_the_same_examples_in_all() -> None:
