@@ -50,7 +50,7 @@ from mtbert.packing import pack
 from mtbert.ranks import close_ranks, join_ranks
 from mtbert.runs import Rank
 from mtbert.surgery import Surgery
-from mtbert.zero import exchange
+from mtbert.zero import exchange, sum_ranks
 
 WORLDS = tuple(2**exponent for exponent in range(11))
 PAYLOAD = 1448 / 1514
@@ -64,7 +64,7 @@ class Parts:
     tasks: int
     backward: float  # forward and backward of one task
     exchange: float  # one task's gradient on its way
-    finish: float  # Gram, combination, optimizer
+    finish: float  # sums of what arrived, Gram, combination, optimizer
     gather: float  # the new weights on their way
     feeding: float = 0.0  # what an exchange takes from a backward beside it, where the same cores feed the sockets
 
@@ -259,7 +259,7 @@ def _rank(number: int, world: int, folder: Path, shape_name: str, rounds: int) -
             build().backward()
 
     seconds: dict[str, list[float]] = {"step": [], "backwards": [], "finish": []}
-    finish = _Finish(shared // world)
+    finish = _Finish(shared // world, engine.dtype, world)
     for turn in range(rounds + 2):
         # both see every batch, half of them apart: who comes second with one finds its products prepared
         for name, work in (
@@ -284,16 +284,21 @@ def _views(model: torch.nn.Module) -> list[tuple[torch.nn.Parameter, torch.Tenso
 
 
 class _Finish:
-    """What comes after the last exchange, without the gathering: Gram matrix, combination, AdamW, rounded weights."""
+    """What nothing hides, without the gathering: sums of what arrived, Gram, combination, AdamW, rounded weights."""
 
-    def __init__(self, numbers: int) -> None:
+    def __init__(self, numbers: int, dtype: torch.dtype, world: int) -> None:
+        self.sent_WS = torch.zeros(world, numbers, dtype=dtype)
+        self.received = torch.zeros(world - 1, numbers, dtype=dtype)
         self.shards_KS = torch.randn(len(TASKS), numbers) * 1e-3
         self.master = torch.zeros(numbers)
         self.master.grad = torch.zeros(numbers)
-        self.rounded = torch.zeros(numbers, dtype=torch.bfloat16)
+        self.rounded = torch.zeros(numbers, dtype=dtype)
         self.optimizer = torch.optim.AdamW([self.master], lr=1e-5, fused=True)
 
     def __call__(self) -> None:
+        if len(self.received):
+            for shard in self.shards_KS:
+                sum_ranks(self.received, self.sent_WS, shard)
         gram(self.shards_KS)
         assert self.master.grad is not None
         combine(self.shards_KS, torch.ones(len(TASKS)), out=self.master.grad)

@@ -213,7 +213,7 @@ class Stage1:
         sent = self._groups(place)
         shards = self.shards_KS[slot].split([rows.shape[1] for rows in sent])
         for shard, received, rows in zip(shards, self.received, sent, strict=True):
-            _sum_ranks(received, rows, shard)
+            sum_ranks(received, rows, shard)
 
     def shards(self) -> tuple[Tensor, dict[int, Own]]:
         self._receive()
@@ -232,7 +232,7 @@ class Stage1:
             received = torch.empty_like(sent[1:])
             for work in exchange(received, sent):
                 work.wait()
-            own[index] = _sum_ranks(received, sent, torch.empty(sent.shape[1], device=self.device))
+            own[index] = sum_ranks(received, sent, torch.empty(sent.shape[1], device=self.device))
         return own
 
     def apply(self, gradients: Sequence[Tensor]) -> None:
@@ -266,7 +266,7 @@ def exchange(received: Tensor, sent_WS: Tensor) -> list[Any]:
     return works
 
 
-def _sum_ranks(received: Tensor, sent_WS: Tensor, out: Tensor) -> Tensor:
+def sum_ranks(received: Tensor, sent_WS: Tensor, out: Tensor) -> Tensor:
     """fp32 sum over ranks, in rank order (torch.sum with a dtype makes a converted copy of everything first)."""
     rank = dist.get_rank()
     rows = [*received[:rank], sent_WS[rank], *received[rank:]]
