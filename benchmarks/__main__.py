@@ -149,7 +149,8 @@ def measure(part: str) -> dict[str, Any]:
         answer = Path(folder) / "record.json"
         command = [sys.executable, "-m", f"benchmarks.{module}", *arguments, "--json", str(answer)]
         hidden = {} if part.startswith("gpu") else {"CUDA_VISIBLE_DEVICES": ""}
-        subprocess.run(command, check=True, env={**os.environ, **hidden})
+        if code := subprocess.run(command, env={**os.environ, **hidden}).returncode:
+            raise UserError(f"{part} ended with exit code {code}; what was measured before is kept")
         machine = {"cpu": _cpu(), "cores": os.cpu_count(), "python": platform.python_version()}
         stamp = {"command": PARTS[part], "when": datetime.date.today().isoformat(), "machine": machine}
         return {**stamp, **json.loads(answer.read_text())}
@@ -202,14 +203,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         record = read_record(given.json)
         if absent := set(given.parts) - set(here):
             raise UserError(f"--parts {' '.join(sorted(absent))}: there is no GPU here")
+        for part in given.parts:
+            print(f"measuring {part} …", flush=True)
+            record[part] = measure(part)
+            record = {name: record[name] for name in PARTS if name in record}
+            options.write_record(given.json, record)
     except UserError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
-    for part in given.parts:
-        print(f"measuring {part} …", flush=True)
-        record[part] = measure(part)
-        record = {name: record[name] for name in PARTS if name in record}
-        options.write_record(given.json, record)
     if given.json.resolve() == RESULTS:
         write_page(record)
     print(block(record))

@@ -27,6 +27,7 @@ from tokenizers import Tokenizer
 from benchmarks import options
 from mtbert.config import DataConfig, ScheduleConfig, TaskConfig, load_config
 from mtbert.data import load_dataset, load_tokenizer, sequence_lengths
+from mtbert.errors import UserError
 from mtbert.randomness import addressed_rng
 from mtbert.ranks import peak_memory
 from mtbert.runs import Rank, create_run
@@ -35,6 +36,7 @@ from mtbert.tasks import locate_data
 from mtbert.trainer import train
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
+BATCH = 32
 TASK = TaskConfig(kind="classification", train="many.tsv", dev="many.tsv", classes=2)
 
 
@@ -90,9 +92,9 @@ def _open(folder: str, corpus: str) -> dict[str, float]:
     started = time.perf_counter()
     cache = str(Path(folder) / "cache")
     dataset = load_dataset(TASK, "many", "train", DataConfig(dir=folder, cache=cache), load_tokenizer(corpus))
-    schedule = Schedule(ScheduleConfig(), [sequence_lengths(dataset, joint=False, max_length=512)], [32], seed=0)
+    schedule = Schedule(ScheduleConfig(), [sequence_lengths(dataset, joint=False, max_length=512)], [BATCH], seed=0)
     (share,) = schedule.shares(0, 0, 1)
-    assert len(share.micro_batches[0]) == 32
+    assert len(share.micro_batches[0]) == BATCH
     return {
         "start_up_seconds": time.perf_counter() - started,
         "resident_bytes": peak_memory(torch.device("cpu")),
@@ -100,6 +102,8 @@ def _open(folder: str, corpus: str) -> dict[str, float]:
 
 
 def measure(examples: int) -> dict[str, Any]:
+    if examples < BATCH:
+        raise UserError(f"--examples {examples}: takes a batch of {BATCH} or more")
     return {"waiting_for_data": waiting(), **start_up(examples)}
 
 
