@@ -28,7 +28,7 @@ clean: ## remove .venv, caches and build products; runs/ stays
 	@rm -rf .venv .venv-tools .fuzz .mutants audit build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage
 	@find mtbert launch tune tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
-bench: $(TEST_READY) ## what docs/performance.md says, measured anew (half an hour; leave the machine alone)
+bench: $(TEST_READY) ## what docs/performance.md says, measured anew (40 minutes; leave the machine alone)
 	@.venv/bin/python -m benchmarks $(ARGS)
 
 papers: $(TEST_READY) ## every system of the four papers, hours, resumable; from ../shared/data and runs/minilm, or ARGS="--data DIR --encoder DIR"

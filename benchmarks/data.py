@@ -1,36 +1,42 @@
 """Data: how long training waits for it, and what ten million examples cost at start.
 
-usage: python -m benchmarks.data [--examples 10000000]
+usage: python -m benchmarks.data [--examples 10000000] [--json FILE]
 
 Waiting is the mean of `speed/waiting_for_data` over a run of 60 steps of 3 × 32 examples of the generated corpus. For
 the start-up, a file of so many one-sentence examples is written and tokenised once (not counted, but told); then a new
-process opens it, builds the schedule and takes the first batch: seconds without imports, and its peak memory.
+process opens it, builds the schedule and takes the first batch: seconds without imports, the files just written still
+in the page cache, and its peak memory.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
 import time
+from argparse import SUPPRESS
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from tokenizers import Tokenizer
 
+from benchmarks import options
 from mtbert.config import DataConfig, ScheduleConfig, TaskConfig, load_config
 from mtbert.data import load_dataset, load_tokenizer, sequence_lengths
+from mtbert.errors import UserError
 from mtbert.randomness import addressed_rng
+from mtbert.ranks import peak_memory
 from mtbert.runs import Rank, create_run
 from mtbert.schedule import Schedule
 from mtbert.tasks import locate_data
 from mtbert.trainer import train
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
+BATCH = 32
 TASK = TaskConfig(kind="classification", train="many.tsv", dev="many.tsv", classes=2)
 
 
@@ -86,16 +92,18 @@ def _open(folder: str, corpus: str) -> dict[str, float]:
     started = time.perf_counter()
     cache = str(Path(folder) / "cache")
     dataset = load_dataset(TASK, "many", "train", DataConfig(dir=folder, cache=cache), load_tokenizer(corpus))
-    schedule = Schedule(ScheduleConfig(), [sequence_lengths(dataset, joint=False, max_length=512)], [32], seed=0)
+    schedule = Schedule(ScheduleConfig(), [sequence_lengths(dataset, joint=False, max_length=512)], [BATCH], seed=0)
     (share,) = schedule.shares(0, 0, 1)
-    assert len(share.micro_batches[0]) == 32
+    assert len(share.micro_batches[0]) == BATCH
     return {
         "start_up_seconds": time.perf_counter() - started,
-        "resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "resident_bytes": peak_memory(torch.device("cpu")),
     }
 
 
 def measure(examples: int) -> dict[str, Any]:
+    if examples < BATCH:
+        raise UserError(f"--examples {examples}: takes a batch of {BATCH} or more")
     return {"waiting_for_data": waiting(), **start_up(examples)}
 
 
@@ -107,16 +115,16 @@ def table(result: dict[str, Any]) -> str:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--examples", type=int, default=10_000_000)
-    parser.add_argument("--open", nargs=2, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.open:
-        print(json.dumps(_open(*options.open)))
-    else:
-        print(table(measure(options.examples)))
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = options.parser("data", __doc__)
+    parser.add_argument("--examples", type=options.count, default=10_000_000)
+    parser.add_argument("--open", nargs=2, help=SUPPRESS)
+    given, _ = parser.parse_known_args(arguments)
+    if given.open:
+        print(json.dumps(_open(*given.open)))
+        return 0
+    return options.run(parser, lambda o: measure(o.examples), table, arguments)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,20 +1,22 @@
 """What surgery costs as tasks are added, the gradients being there: Gram matrix, weights and combination.
 
-usage: python -m benchmarks.growth [--rounds 9] [--parameters 22700000]
+usage: python -m benchmarks.growth [--rounds 9] [--parameters 22700000] [--json FILE]
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+from benchmarks import options
 from benchmarks.workload import interleave
 from mtbert.engine import combine, gram
-from mtbert.ranks import choose_precision
+from mtbert.ranks import choose_precision, local_device
+from mtbert.runs import Rank
 from mtbert.surgery import Surgery
 
 TASKS = (2, 4, 8, 16)
@@ -22,9 +24,10 @@ TASKS = (2, 4, 8, 16)
 
 def measure(rounds: int, parameters: int) -> dict[str, Any]:
     """Median seconds by number of tasks, PCGrad."""
-    dtype = choose_precision("auto", torch.device("cpu"))
-    gradients_KP = torch.randn(max(TASKS), parameters, dtype=torch.bfloat16).to(dtype)
-    combined = torch.empty(parameters)
+    device = local_device(Rank())
+    dtype = choose_precision("auto", device)
+    gradients_KP = torch.randn(max(TASKS), parameters, dtype=torch.bfloat16, device=device).to(dtype)
+    combined = torch.empty(parameters, device=device)
     surgery = Surgery("pcgrad", {}, 0)
 
     def operate(tasks: int) -> Callable[[int], None]:
@@ -44,13 +47,12 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join([*lines, f"K = 16 over K = 4: {result['growth_16_over_4']:.2f}×"])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--parameters", type=int, default=22_700_000)
-    options = parser.parse_args()
-    print(table(measure(options.rounds, options.parameters)))
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = options.parser("growth", __doc__)
+    parser.add_argument("--rounds", type=options.count, default=9)
+    parser.add_argument("--parameters", type=options.count, default=22_700_000)
+    return options.run(parser, lambda o: measure(o.rounds, o.parameters), table, arguments)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -3,99 +3,131 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import chain
 
 import torch
 from torch import Tensor
 
-from benchmarks.workload import TASKS, draw, loss_of
+from benchmarks.workload import TASKS, Batch, Batches, finish, loss_of
 from mtbert.config import EncoderConfig, EngineConfig, OptimizerConfig
 from mtbert.encoder import EncoderShape
 from mtbert.engine import Engine, combine, gram, parameter_groups
 from mtbert.heads import MultiTaskModel
 from mtbert.packing import pack
 from mtbert.randomness import addressed_generator
-from mtbert.ranks import choose_precision
+from mtbert.ranks import choose_precision, local_device
 from mtbert.runs import Rank
 from mtbert.surgery import Surgery
 
 OPTIMIZER = OptimizerConfig(lr=1e-5)
+CONFIG = EngineConfig()
 
 
-def losses_of(model: MultiTaskModel, size: int, pool: int, number: int) -> dict[int, list[Callable[[], Tensor]]]:
-    """The step's losses, one micro-batch each, of batches as a schedule with `bucket: pool` cuts them."""
-    batch = draw(number, size, pool, alike=True)
+def build_model(shape: EncoderShape) -> MultiTaskModel:
+    return MultiTaskModel(shape, EncoderConfig(pooling="pooler"), TASKS, seed=0)
+
+
+def build_engine(shape: EncoderShape, rank: Rank, together: bool = False) -> Engine:
+    """The engine with PCGrad. `together`: all tasks are one to it, of which it makes one gradient."""
+    model = build_model(shape)
+    groups = parameter_groups(model, OPTIMIZER, TASKS, shape.layers)
+    tasks = TASKS
+    if together:
+        tasks = {"all": TASKS["sst"]}  # only the weight of its loss is read, and that is 1 for all three
+        groups = [replace(group, users=("all",)) if group.task else group for group in groups]
+    return Engine(model, groups, tasks, CONFIG, OPTIMIZER, Surgery("pcgrad", {}, 0), rank)
+
+
+def losses_of(model: MultiTaskModel, batch: Batch, number: int, rank: Rank) -> dict[int, list[Callable[[], Tensor]]]:
+    """The step's losses on this rank, one micro-batch of each task: every W-th example, over the global batch."""
+    device = local_device(rank)
+    mine = slice(rank.rank, None, rank.world)
 
     def build(task: str, k: int) -> Tensor:
-        packed = pack([ids for text in batch.sentences[task] for ids in text])
-        generator = addressed_generator(torch.device("cpu"), 0, "dropout", number, k)
-        return loss_of(task, model(task, packed, generator), batch.labels[task])
+        packed = pack([ids for text in batch.sentences[task] for ids in text[mine]]).to(device)
+        generator = addressed_generator(device, 0, "dropout", number, rank.rank, k)
+        answers = model(task, packed, generator)
+        return loss_of(task, answers, batch.labels[task][mine].to(device)) / rank.world
 
     return {k: [lambda task=task, k=k: build(task, k)] for k, task in enumerate(TASKS)}  # type: ignore[misc]
 
 
-def engine(shape: EncoderShape, method: str, size: int, pool: int) -> Callable[[int], object]:
-    model = MultiTaskModel(shape, EncoderConfig(pooling="pooler"), TASKS, seed=0)
-    groups = parameter_groups(model, OPTIMIZER, TASKS, shape.layers)
-    host = Engine(model, groups, TASKS, EngineConfig(), OPTIMIZER, Surgery(method, {}, 0), Rank())
-    return lambda number: host.step(number, losses_of(host.model, size, pool, number))
+def through_engine(shape: EncoderShape, batches: Batches, together: bool = False) -> Callable[[int], object]:
+    engine = build_engine(shape, Rank(), together)
+
+    def step(number: int) -> None:
+        losses = losses_of(engine.model, batches(number), number, Rank())
+        engine.step(number, {0: [*chain.from_iterable(losses.values())]} if together else losses)
+
+    return step
 
 
 class BareLoop:
-    """PCGrad without DeepSpeed: flat gradients, Gram, combination and a fused AdamW on fp32 masters, one process.
+    """What `Engine.step` computes, without DeepSpeed: flat gradients, Gram, combination, a fused AdamW on fp32 masters.
 
     What it takes tells what DeepSpeed adds; `passes` has the seconds of its forwards and backwards alone, by number.
     Without `surgery` all tasks accumulate into one gradient, as whoever knows nothing of surgery would do: what that
     saves is what surgery costs in all, its measurements included.
     """
 
-    def __init__(self, shape: EncoderShape, size: int, pool: int, surgery: bool = True) -> None:
-        self.size, self.pool = size, pool
-        self.operates = surgery
-        self.passes: dict[int, float] = {}
-        self.model = MultiTaskModel(shape, EncoderConfig(pooling="pooler"), TASKS, seed=0)
+    def __init__(self, shape: EncoderShape, batches: Batches, surgery: bool = True) -> None:
+        self.batches, self.operates = batches, surgery
+        self.passes: dict[int, list[float]] = defaultdict(list)
         self.surgery = Surgery("pcgrad", {}, 0)
-        dtype = choose_precision("auto", torch.device("cpu"))
-        shared = [p for name, p in self.model.named_parameters() if not name.startswith("heads.")]
-        heads = [p for name, p in self.model.named_parameters() if name.startswith("heads.")]
-        self.masters = [self._flatten(parameters, dtype) for parameters in (shared, heads)]
-        self.optimizer = torch.optim.AdamW(self.masters, lr=1e-5, fused=True)
+        device = local_device(Rank())
+        dtype = choose_precision("auto", device)
+        self.model = build_model(shape).to(device)
+        self.groups = parameter_groups(self.model, OPTIMIZER, TASKS, shape.layers)
+        named = dict(self.model.named_parameters())
+        members = [[named[name] for name in group.names] for group in self.groups]
+        self.masters = [torch.cat([p.detach().float().flatten() for p in parameters]) for parameters in members]
+        options = [
+            {"params": [master], "lr": group.lr, "weight_decay": group.weight_decay}
+            for master, group in zip(self.masters, self.groups, strict=True)
+        ]
+        self.optimizer = torch.optim.AdamW(options, betas=OPTIMIZER.betas, eps=OPTIMIZER.eps, fused=True)
         self.flats = [master.to(dtype) for master in self.masters]
-        for parameters, flat in zip((shared, heads), self.flats, strict=True):
+        for parameters, flat in zip(members, self.flats, strict=True):
             for parameter, view in zip(parameters, _views(flat, parameters), strict=True):
                 parameter.data = view
+        self.shared = sum(group.task is None for group in self.groups)  # groups of the encoder, which come first
+        shared, heads = [*chain(*members[: self.shared])], [*chain(*members[self.shared :])]
         rows = len(TASKS) if surgery else 1
-        self.gradients_KP = torch.zeros(rows, self.flats[0].numel(), dtype=dtype)
+        self.gradients_KP = torch.zeros(rows, sum(p.numel() for p in shared), dtype=dtype, device=device)
         views = [list(zip(shared, _views(row, shared), strict=True)) for row in self.gradients_KP]
         self.views = [views[min(k, rows - 1)] for k in range(len(TASKS))]
-        self.head_gradient = torch.zeros_like(self.flats[1])
+        self.head_gradient = torch.zeros(sum(p.numel() for p in heads), dtype=dtype, device=device)
         self.head_views = list(zip(heads, _views(self.head_gradient, heads), strict=True))
-        self.combined = torch.empty_like(self.masters[0])
-
-    @staticmethod
-    def _flatten(parameters: list[torch.nn.Parameter], dtype: torch.dtype) -> Tensor:
-        return torch.cat([p.detach().flatten() for p in parameters]).float()
+        self.combined = torch.empty(self.gradients_KP.shape[1], device=device)
 
     def __call__(self, number: int) -> None:
         self.gradients_KP.zero_()
         self.head_gradient.zero_()
         started = time.perf_counter()
-        for k, (build,) in losses_of(self.model, self.size, self.pool, number).items():
+        for k, (build,) in losses_of(self.model, self.batches(number), number, Rank()).items():
             for parameter, view in (*self.views[k], *self.head_views):
                 parameter.grad = view
             build().backward()
-        self.passes[number] = time.perf_counter() - started
+        finish()
+        self.passes[number].append(time.perf_counter() - started)
         if self.operates:
-            gram_KK = gram(self.gradients_KP)
+            gram_KK = gram(self.gradients_KP).cpu()
             weights_K = self.surgery.weights(gram_KK.float(), number, tuple(range(len(TASKS))))
             square = float(weights_K.double() @ gram_KK @ weights_K.double())
         else:
             weights_K = torch.ones(1)
             square = float(torch.linalg.vector_norm(self.gradients_KP, dtype=torch.float32)) ** 2
-        scale = min(1.0, 1.0 / (square + float(self.head_gradient.float().square().sum())) ** 0.5)
+        norm = (square + float(self.head_gradient.double().square().sum())) ** 0.5
+        scale = min(1.0, CONFIG.clip_norm / norm) if CONFIG.clip_norm else 1.0
         combine(self.gradients_KP, weights_K * scale, out=self.combined)
-        self.masters[0].grad = self.combined
-        self.masters[1].grad = self.head_gradient.float() * scale
+        sizes = [len(master) for master in self.masters]
+        head_gradient = self.head_gradient.float() * scale
+        pieces = [*self.combined.split(sizes[: self.shared]), *head_gradient.split(sizes[self.shared :])]
+        for master, piece in zip(self.masters, pieces, strict=True):
+            master.grad = piece
         self.optimizer.step()
         for flat, master in zip(self.flats, self.masters, strict=True):
             flat.copy_(master)

@@ -1,16 +1,20 @@
-"""What several ranks cost: numbers on the wire, memory of task gradients, uneven work, waiting for gradients.
+"""What several ranks cost: numbers on the wire, memory of task gradients, uneven work, communication that shows.
 
-usage: python -m benchmarks.ranks [--worlds 2 4]
+usage: python -m benchmarks.ranks [--world 2] [--json FILE]
 
-Ranks are gloo processes of this machine, one thread each. Wire and memory are counted, not timed. Uneven work is the
-share of a step in which the average rank has nothing to do because another one was given more (in floating-point
-operations of its real tokens, over 200 steps of the schedule at the real data's lengths). Waiting is the time a rank
-spends in `wait()` for task gradients that did not arrive during the following backward.
+Ranks are gloo processes of this machine, one thread each. What is on the wire is counted from the collectives that
+torch's profiler sees in a step, the memory from the tensors' sizes. Uneven work is the share of a step in which the
+average rank would have nothing to do because another one was given more, if ranks met after every task; computed from
+the floating-point operations of real tokens, over 200 steps of the schedule at the real data's lengths. Communication
+that shows is the time that a rank's own thread spends in collectives and waiting for those that run beside the
+backwards, slower ranks included.
 """
 
 from __future__ import annotations
 
-import argparse
+import cProfile
+import os
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -19,29 +23,27 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as processes
 
-from benchmarks.ours import OPTIMIZER
-from benchmarks.workload import LENGTHS, SHAPES, TASKS, draw, draw_lengths, loss_of
-from mtbert.config import EncoderConfig, EngineConfig, ScheduleConfig
-from mtbert.engine import Engine, parameter_groups
+from benchmarks import options
+from benchmarks.ours import build_engine, losses_of
+from benchmarks.workload import LENGTHS, SHAPES, TASKS, draw, draw_lengths
+from mtbert.config import EngineConfig, ScheduleConfig
+from mtbert.encoder import EncoderShape
 from mtbert.flops import encoder_flops
-from mtbert.heads import MultiTaskModel
-from mtbert.packing import pack
 from mtbert.randomness import addressed_rng
 from mtbert.ranks import close_ranks, join_ranks
 from mtbert.runs import Rank
 from mtbert.schedule import Schedule
-from mtbert.surgery import Surgery
+from mtbert.zero import Stage1
 
 STEPS = 5
 
 
-def measure(world: int) -> dict[str, Any]:
+def measure(world: int, shape: EncoderShape = SHAPES["minilm"]) -> dict[str, Any]:
     """Of rank 0, everything that was counted; of the schedule, how even its shares are."""
     with tempfile.TemporaryDirectory() as folder:
-        context = processes.spawn(_rank, (world, Path(folder)), nprocs=world, join=False)
+        context = processes.spawn(_rank, (world, shape, Path(folder)), nprocs=world, join=False)
         assert context is not None
         while not context.join():
             pass
@@ -49,78 +51,71 @@ def measure(world: int) -> dict[str, Any]:
     return {"world": world, **counted, "uneven_work": uneven_work(world)}
 
 
-def _rank(number: int, world: int, folder: Path) -> None:
+def _rank(number: int, world: int, shape: EncoderShape, folder: Path) -> None:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # one GPU has no room for two ranks of NCCL
     rank = Rank(number, world, number, world, f"file://{folder / 'rendezvous'}")
-    shape = SHAPES["minilm"]
     join_ranks(rank, EngineConfig(threads=1))
-    model = MultiTaskModel(shape, EncoderConfig(pooling="pooler"), TASKS, seed=0)
-    groups = parameter_groups(model, OPTIMIZER, TASKS, shape.layers)
-    shared = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("heads."))
-    engine = Engine(model, groups, TASKS, EngineConfig(), OPTIMIZER, Surgery("pcgrad", {}, 0), rank)
+    engine = build_engine(shape, rank)
+    shared = sum(p.numel() for name, p in engine.model.named_parameters() if not name.startswith("heads."))
 
-    def step(step: int) -> None:
-        batch = draw(step, 32, pool=64, alike=True)
-
-        def build(task: str) -> torch.Tensor:
-            mine = slice(number, None, world)
-            packed = pack([ids for text in batch.sentences[task] for ids in text[mine]])
-            return loss_of(task, engine.model(task, packed), batch.labels[task][mine]) / world
-
-        losses = {k: [lambda task=task: build(task)] for k, task in enumerate(TASKS)}
-        engine.step(step, losses)  # type: ignore[arg-type]
+    def step(number: int) -> None:
+        engine.step(number, losses_of(engine.model, draw(number, 32, pool=64, alike=True), number, rank))
 
     step(0)
-    waiting = _Waiting()
+    profile = cProfile.Profile()
     started = time.perf_counter()
-    for count in range(1, 1 + STEPS):
-        step(count)
+    with profile:
+        for count in range(1, 1 + STEPS):
+            step(count)
     seconds = time.perf_counter() - started
-    waiting.close()
-    with torch.profiler.profile(record_shapes=True) as profile:
+    with torch.profiler.profile(record_shapes=True) as events:
         step(1 + STEPS)
-    given = dict.fromkeys(("alltoall_base_", "_allgather_base_"), 0)
-    for event in profile.events():
-        kind = event.name.removeprefix("c10d::")
-        if kind in given:
-            given[kind] += max((int(np.prod(shape)) for shape in event.input_shapes if shape), default=0)
     if rank.first:
+        sent = numbers_sent([(event.name, event.input_shapes) for event in events.events()], world)
         record = {
-            "shared": shared,
-            # both collectives send (W − 1)/W of what they are given
-            "sent": sum(given.values()) * (world - 1) / world,
-            "sent_expected": (len(TASKS) + 1) * shared * (world - 1) / world,
-            "gradient_bytes": engine.gradient_bytes,
+            "parameters": shared,
+            "sent_per_parameter": sent / shared,
+            "sent_expected": (len(TASKS) + 1) * (world - 1) / world,
+            "gradients_per_parameter": engine.gradient_bytes / shared / 4,  # in fp32 numbers
             "seconds": seconds / STEPS,
-            "waiting": waiting.seconds / seconds,
+            "communication_that_shows": _shown(profile) / seconds,
         }
         torch.save(record, folder / "counted.pt")
     close_ranks()
 
 
-class _Waiting:
-    """Adds up the seconds spent waiting for asynchronous all-to-alls."""
+def numbers_sent(events: Sequence[tuple[str, Sequence[Any]]], world: int) -> float:
+    """By one rank, of all that was sent among a profile's events (name, shapes of inputs); KeyError on what is unknown."""
+    others = world - 1
+    per_number = {  # of a rank's input
+        "gloo:send": 1,
+        "gloo:recv": 0,
+        "gloo:all_gather": others,
+        "gloo:all_reduce": 2 * others / world,  # as a ring
+        "gloo:barrier": 0,
+    }
+    return sum(
+        per_number[name] * sum(int(np.prod(shape)) for shape in shapes)
+        for name, shapes in events
+        if name.startswith("gloo:")
+    )
 
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        self.collective = dist.all_to_all_single
-        dist.all_to_all_single = self._call
 
-    def close(self) -> None:
-        dist.all_to_all_single = self.collective
+def _shown(profile: cProfile.Profile) -> float:
+    """Seconds in torch's collectives (each is called through one wrapper), and in the engine's waits for gradients.
 
-    def _call(self, *args: Any, **options: Any) -> Any:
-        work = self.collective(*args, **options)
-        return _Timed(work, self) if work is not None else None
-
-
-class _Timed:
-    def __init__(self, work: Any, total: _Waiting) -> None:
-        self.work, self.total = work, total
-
-    def wait(self) -> None:
-        started = time.perf_counter()
-        self.work.wait()
-        self.total.seconds += time.perf_counter() - started
+    A profile has no line for a wait itself, which is C++; it is all that its function does but call for sums.
+    """
+    collectives = waiting = 0.0
+    for entry in profile.getstats():
+        if isinstance(entry.code, str):
+            continue
+        if entry.code.co_filename.endswith("c10d_logger.py") and entry.code.co_name == "wrapper":
+            collectives += entry.totaltime
+        elif entry.code in (Stage1._receive.__code__, Stage1._own.__code__):
+            waiting += entry.inlinetime
+    assert collectives and waiting, "torch or the engine calls them otherwise now"
+    return collectives + waiting
 
 
 def uneven_work(world: int, steps: int = 200, examples: int = 8000) -> float:
@@ -128,38 +123,38 @@ def uneven_work(world: int, steps: int = 200, examples: int = 8000) -> float:
     schedule = Schedule(ScheduleConfig(), [texts.sum(1) for texts in lengths], [32] * len(lengths), seed=0)
     idle = []
     for step in range(steps):
-        work = [_work(schedule, lengths, step, rank, world) for rank in range(world)]
-        idle.append(1 - np.mean(work) / max(work))
+        work_WK = np.array([_work(schedule, lengths, step, rank, world) for rank in range(world)])
+        idle.append(1 - work_WK.mean(0).sum() / work_WK.max(0).sum())
     return float(np.mean(idle))
 
 
-def _work(schedule: Schedule, lengths: Sequence[np.ndarray], step: int, rank: int, world: int) -> float:
-    shares = schedule.shares(step, rank, world)
-    return sum(
-        encoder_flops(
-            SHAPES["minilm"], torch.from_numpy(lengths[share.task][indices].ravel()), only_first=True, trained=True
+def _work(schedule: Schedule, lengths: Sequence[np.ndarray], step: int, rank: int, world: int) -> list[float]:
+    """A rank's operations for each task of a step."""
+    return [
+        sum(
+            encoder_flops(
+                SHAPES["minilm"], torch.from_numpy(lengths[share.task][indices].ravel()), only_first=True, trained=True
+            )
+            for indices in share.micro_batches
         )
-        for share in shares
-        for indices in share.micro_batches
-    )
+        for share in schedule.shares(step, rank, world)
+    ]
 
 
 def table(result: dict[str, Any]) -> str:
-    shared = result["shared"]
     return (
-        f"W = {result['world']}: sent {result['sent'] / shared:.3f}·P a step and rank, (K+1)·P·(W−1)/W is "
-        f"{result['sent_expected'] / shared:.3f}·P; task gradients {result['gradient_bytes'] / shared:.2f} bytes·P; "
-        f"uneven work {result['uneven_work']:.1%}; "
-        f"waiting for gradients {result['waiting']:.1%} of a step of {result['seconds']:.2f} s"
+        f"W = {result['world']}: sent {result['sent_per_parameter']:.3f}·P a step and rank, (K+1)·P·(W−1)/W is "
+        f"{result['sent_expected']:.3f}·P; task gradients {result['gradients_per_parameter']:.2f}·P numbers of fp32; "
+        f"uneven work {result['uneven_work']:.1%}; communication that shows {result['communication_that_shows']:.1%} "
+        f"of a step of {result['seconds']:.2f} s"
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--worlds", type=int, nargs="+", default=[2, 4])
-    for world in parser.parse_args().worlds:
-        print(table(measure(world)), flush=True)
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = options.parser("ranks", __doc__)
+    parser.add_argument("--world", type=options.count, default=2)
+    return options.run(parser, lambda o: measure(o.world), table, arguments)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

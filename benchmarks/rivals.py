@@ -1,4 +1,7 @@
-"""A training step of what users have instead: each rival is a function of the step's number."""
+"""A training step of what users have instead: each rival is a function of the step's number.
+
+Weights and dropout come from torch's global generator, which the benchmark's process seeds.
+"""
 
 from __future__ import annotations
 
@@ -11,17 +14,22 @@ from torchjd.aggregation import PCGrad
 from torchjd.autojac import backward, jac_to_grad
 from transformers import BertConfig, BertModel
 
-from benchmarks.workload import TASKS, draw, loss_of
+from benchmarks.workload import TASKS, Batch, Batches, loss_of
 from mtbert.encoder import EncoderShape
 from mtbert.randomness import addressed_rng
+from mtbert.ranks import local_device
+from mtbert.runs import Rank
 
 Step = Callable[[int], None]
 
 
 class Rival(nn.Module):
-    """The papers' model: one encoder pass per text, padded to the longest of the batch, pooler, concat heads."""
+    """The papers' model: one encoder pass per text, padded to the longest of the batch, pooler, concat heads.
 
-    def __init__(self, shape: EncoderShape) -> None:
+    As ours without dropout of the attention's weights, whose random numbers are no work of ours.
+    """
+
+    def __init__(self, shape: EncoderShape, attention: str = "sdpa") -> None:
         super().__init__()
         self.bert = BertModel(
             BertConfig(
@@ -29,6 +37,8 @@ class Rival(nn.Module):
                 num_hidden_layers=shape.layers,
                 num_attention_heads=shape.heads,
                 intermediate_size=shape.intermediate_size,
+                attention_probs_dropout_prob=0.0,
+                attn_implementation=attention,
             )
         )
         self.drop = nn.Dropout(0.3)
@@ -38,9 +48,17 @@ class Rival(nn.Module):
         )
 
     def loss(self, task: str, texts: list[list[np.ndarray]], labels: Tensor) -> Tensor:
-        vectors = [self.drop(self.bert(*padded(text)).pooler_output) for text in texts]
+        device = self.bert.device
+        vectors = [self.drop(self.bert(*(part.to(device) for part in padded(text))).pooler_output) for text in texts]
         answers = self.heads[task](torch.cat(vectors, -1)).float()
-        return loss_of(task, answers if task == "sst" else answers.squeeze(-1), labels)
+        return loss_of(task, answers if task == "sst" else answers.squeeze(-1), labels.to(device))
+
+    def losses(self, batch: Batch) -> list[Tensor]:
+        return [self.loss(task, batch.sentences[task], batch.labels[task]) for task in TASKS]
+
+
+def build(shape: EncoderShape, attention: str = "sdpa") -> Rival:
+    return Rival(shape, attention).train().to(local_device(Rank()))
 
 
 def padded(text: list[np.ndarray]) -> tuple[Tensor, Tensor]:
@@ -51,30 +69,29 @@ def padded(text: list[np.ndarray]) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(ids), torch.from_numpy(mask)
 
 
-def papers(shape: EncoderShape, size: int, pool: int) -> Step:
+def papers(shape: EncoderShape, batches: Batches) -> Step:
     """transformers in fp32, random batches padded to their longest, PCGrad over whole gradients (Pytorch-PCGrad)."""
-    model = Rival(shape).train()
+    model = build(shape)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
     parameters = list(model.parameters())
 
     def step(number: int) -> None:
-        batch = draw(number, size, pool, alike=False)
-        losses = [model.loss(task, batch.sentences[task], batch.labels[task]) for task in TASKS]
-        project(parameters, optimizer, losses, number)
+        project(parameters, optimizer, model.losses(batches(number)), number)
         optimizer.step()
 
     return step
 
 
-def autocast(shape: EncoderShape, size: int, pool: int) -> Step:
-    """transformers with bf16 autocast and dynamic padding, losses summed, no surgery."""
-    model = Rival(shape).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+def autocast(shape: EncoderShape, batches: Batches, attention: str, compiled: bool = False) -> Step:
+    """transformers with bf16 autocast, dynamic padding and a fused AdamW (its Trainer's), losses summed, no surgery."""
+    model = build(shape, attention)
+    if compiled:
+        model.bert.compile(dynamic=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
 
     def step(number: int) -> None:
-        batch = draw(number, size, pool, alike=False)
-        with torch.autocast("cpu", torch.bfloat16):
-            losses = [model.loss(task, batch.sentences[task], batch.labels[task]) for task in TASKS]
+        with torch.autocast(model.bert.device.type, torch.bfloat16):
+            losses = model.losses(batches(number))
         optimizer.zero_grad()
         torch.stack(losses).sum().backward()
         optimizer.step()
@@ -82,19 +99,18 @@ def autocast(shape: EncoderShape, size: int, pool: int) -> Step:
     return step
 
 
-def autojac(shape: EncoderShape, size: int, pool: int) -> Step:
+def autojac(shape: EncoderShape, batches: Batches) -> Step:
     """The same model in fp32 with TorchJD's own way: a Jacobian of the losses, then its PCGrad.
 
     The losses one at a time (`parallel_chunk_size=1`): the vmap of all at once needs three times the memory. The heads
     have one task each and are differentiated with the rest.
     """
-    model = Rival(shape).train()
+    model = build(shape)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
     aggregator = PCGrad()
 
     def step(number: int) -> None:
-        batch = draw(number, size, pool, alike=False)
-        losses = [model.loss(task, batch.sentences[task], batch.labels[task]) for task in TASKS]
+        losses = model.losses(batches(number))
         optimizer.zero_grad()
         backward(losses, parallel_chunk_size=1)
         jac_to_grad(model.parameters(), aggregator)
@@ -110,7 +126,7 @@ def project(parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, lo
         optimizer.zero_grad()
         loss.backward(retain_graph=True)
         rows.append(torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters]))
-        present.append(torch.cat([torch.full((p.numel(),), p.grad is not None) for p in parameters]))
+        present.append(torch.cat([torch.full((p.numel(),), p.grad is not None, device=p.device) for p in parameters]))
     shared = torch.stack(present).all(0)
     rng = addressed_rng(0, "order", step)
     projected = [row.clone() for row in rows]

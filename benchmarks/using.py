@@ -12,12 +12,11 @@ request of a client is a bad one, which must be refused with a reason.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import http.client
 import itertools
 import json
-import os
+import re
 import statistics
 import subprocess
 import sys
@@ -32,12 +31,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks import options
 from benchmarks.workload import gemm_rate
 from mtbert.data import sequence_lengths
 from mtbert.errors import UserError
 from mtbert.flops import encoder_flops
-from mtbert.predict import answer_texts, predict_file
-from mtbert.readers import Record, form_of, read_table
+from mtbert.predict import answer_texts, opened_source, predict_file
+from mtbert.readers import Record, Row, read_rows
 from mtbert.trained import Trained, load_run
 
 ROUNDS = 3
@@ -76,13 +76,20 @@ def measure_predict(run_dir: str, file: str, task: str, gigabytes: float) -> dic
 
 def _work(run: Trained, file: str, task: str) -> tuple[float, int, int]:
     """Floating-point operations, tokens and words of a file's rows."""
-    config = run.task(task)
-    texts = [[row[column] for column in config.columns.text] for row in _rows(file)]
-    joint = config.head.kind == "joint"
+    texts = _texts(run, task, file)
+    joint = run.task(task).head.kind == "joint"
     lengths_N = sequence_lengths(run.tokenise(texts), joint, run.max_length)
     assert joint or len(texts[0]) == 1, "of pairs encoded separately the texts would have to be counted one by one"
     flops = encoder_flops(run.shape, torch.from_numpy(lengths_N), run.model.pooling != "mean", trained=False)
     return flops, int(lengths_N.sum()), sum(len(text.split()) for row in texts for text in row)
+
+
+def _texts(run: Trained, task: str, file: str) -> list[list[str]]:
+    rows = read_rows(Path(file), run.task(task).columns.text)
+    texts = [list(row.values) for row in rows if isinstance(row, Row)]
+    if not texts:
+        raise UserError(f"{file}: no row")
+    return texts
 
 
 def _inflated(file: str, target: Path, gigabytes: float) -> Path:
@@ -97,22 +104,29 @@ def _inflated(file: str, target: Path, gigabytes: float) -> Path:
 
 
 def _rows(file: str) -> Iterator[dict[str, str]]:
-    with Path(file).open("rb") as opened:
-        for row in read_table(opened, form_of(Path(file)), file).rows:
+    with opened_source(file, "") as table:
+        for row in table.rows:
             if isinstance(row, Record):
                 yield row.values
+
+
+CHILD = """
+import resource, subprocess, sys
+code = subprocess.run(sys.argv[1:]).returncode
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+sys.exit(code)
+"""
+"""Runs a command and prints its peak in KiB. It is small itself: a process begins with the peak of who starts it."""
 
 
 def _memory(run_dir: str, task: str, file: Path) -> int:
     """The peak of `mtbert predict` on a file, in bytes."""
     out = file.with_suffix(".out")
     command = [sys.executable, "-m", "mtbert", "predict", run_dir, str(file), "--task", task, "--out", str(out)]
-    process = subprocess.Popen(command)
-    _, status, usage = os.wait4(process.pid, 0)
-    assert status == 0
+    told = subprocess.run([sys.executable, "-c", CHILD, *command], check=True, stdout=subprocess.PIPE, text=True).stdout
     out.unlink()
     file.unlink()
-    return usage.ru_maxrss * 1024
+    return int(told.split()[-1]) * 1024
 
 
 BAD = [
@@ -139,14 +153,12 @@ class _Client:
 
 def measure_serve(run_dir: str, file: str, task: str, clients: int, seconds: float) -> dict[str, Any]:
     run = load_run(Path(run_dir), "best")
-    texts = [[row[column] for column in run.task(task).columns.text] for row in _rows(file)]
+    texts = _texts(run, task, file)
     expected = answer_texts(run, task, texts)
     del run
     command = [sys.executable, "-m", "mtbert", "serve", run_dir, "--port", "0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout
-    host, port = process.stdout.readline().split()[1].removeprefix("http://").split(":")
-    end = time.monotonic() + seconds
 
     def post(connection: http.client.HTTPConnection, body: bytes) -> tuple[int, Any]:
         connection.request("POST", "/predict", body, {"Content-Type": "application/json"})
@@ -181,12 +193,18 @@ def measure_serve(run_dir: str, file: str, task: str, clients: int, seconds: flo
         raise AssertionError
 
     try:
+        address = re.match(r"mtbert: http://([^:]+):(\d+)", process.stdout.readline())
+        if not address:
+            raise UserError(f"the service did not start: exit code {process.wait(timeout=60)}")
+        host, port = address.groups()
+        end = time.monotonic() + seconds
         with ThreadPoolExecutor(clients) as pool:
             results = list(pool.map(client, range(clients)))
         up = process.poll() is None
     finally:
         process.terminate()
         process.wait()
+        process.stdout.close()
     times = np.concatenate([result.seconds for result in results])
     return {
         "clients": clients,
@@ -204,22 +222,22 @@ def measure_serve(run_dir: str, file: str, task: str, clients: int, seconds: flo
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options.parser("using", __doc__)
     parser.add_argument("what", choices=["predict", "serve"])
     parser.add_argument("run")
     parser.add_argument("file")
     parser.add_argument("--task", required=True)
-    parser.add_argument("--gigabytes", type=float, default=1)
-    parser.add_argument("--clients", type=int, default=64)
-    parser.add_argument("--seconds", type=float, default=60)
-    options = parser.parse_args(arguments)
+    parser.add_argument("--gigabytes", type=options.amount, default=1)
+    parser.add_argument("--clients", type=options.count, default=64)
+    parser.add_argument("--seconds", type=options.amount, default=60)
+    given = parser.parse_args(arguments)
     try:
-        if options.what == "predict":
-            result = measure_predict(options.run, options.file, options.task, options.gigabytes)
+        if given.what == "predict":
+            result = measure_predict(given.run, given.file, given.task, given.gigabytes)
         else:
-            result = measure_serve(options.run, options.file, options.task, options.clients, options.seconds)
+            result = measure_serve(given.run, given.file, given.task, given.clients, given.seconds)
     except UserError as error:
-        print(f"using: {error}", file=sys.stderr)
+        print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
     print(json.dumps(result, indent=1))
     return 0

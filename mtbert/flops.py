@@ -35,16 +35,17 @@ def encoder_flops(shape: EncoderShape, lengths_B: Tensor, only_first: bool, trai
 
     Args:
         lengths_B: tokens of each sequence.
-        only_first: the last layer's output is wanted for [CLS] alone (pooling pooler or cls).
+        only_first: the last layer's output is wanted for [CLS] alone (pooling pooler or cls), which then is the only
+            query there; all tokens are keys and values.
         trained: forward and backward; else forward alone, as under a frozen encoder.
     """
     lengths_B = lengths_B.double()
-    tokens, sequences = float(lengths_B.sum()), len(lengths_B)
-    width, inner = shape.hidden_size, shape.intermediate_size
-    keys = 2 * tokens * 3 * width**2 + 4 * width * float(lengths_B.square().sum())  # q, k, v; then q kᵀ and its product
-    per_token = 2 * (width**2 + 2 * width * inner)
-    outputs = tokens * (shape.layers - 1) + (sequences if only_first else tokens)
-    return (3 if trained else 1) * (shape.layers * keys + outputs * per_token)
+    tokens, width, inner = float(lengths_B.sum()), shape.hidden_size, shape.intermediate_size
+    keys = 2 * tokens * 2 * width**2  # k, v
+    per_query = 2 * (width**2 + width**2 + 2 * width * inner)  # q, what follows attention, the two inner layers
+    layer = keys + tokens * per_query + 4 * width * float(lengths_B.square().sum())  # q kᵀ and its product with v
+    last = keys + len(lengths_B) * per_query + 4 * width * tokens if only_first else layer
+    return (3 if trained else 1) * ((shape.layers - 1) * layer + last)
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:

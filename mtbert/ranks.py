@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import datetime
 import os
+import resource
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -63,6 +65,18 @@ def close_ranks() -> None:
         deepspeed.comm.destroy_process_group()
     else:
         dist.destroy_process_group()
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: on a GPU what tensors took at most, elsewhere the process as a whole, its libraries included."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    # a process started by a large one begins with that one's ru_maxrss (Linux keeps it over vfork and exec)
+    status = Path("/proc/self/status")
+    for line in status.read_text().splitlines() if status.exists() else ():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def choose_precision(wanted: str, device: torch.device) -> torch.dtype:

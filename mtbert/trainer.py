@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-import resource
 import shlex
-import sys
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
@@ -45,7 +43,7 @@ from mtbert.phases import Phase, plan
 from mtbert.pretrained import load_pretrained
 from mtbert.pretrained import origin as pretrained_origin
 from mtbert.randomness import addressed_generator
-from mtbert.ranks import close_ranks, join_ranks, patient_group
+from mtbert.ranks import close_ranks, join_ranks, patient_group, peak_memory
 from mtbert.record import RunRecord, Said, settings, write_predictions
 from mtbert.runs import NO_ROOM, Outcome, Rank, Stopwatch, check_run, write_atomically
 from mtbert.schedule import Schedule, Share
@@ -534,7 +532,7 @@ class _Run:
         values |= {f"learning_rate/{part}": rate for part, rate in self._learning_rates(step, phase).items()}
         for task, passes in phase.schedule.passes_at(phase.schedule_step(step)).items():
             values[f"passes/{self.tasks[task].name}"] = passes
-        values["memory/peak_gib"] = _peak_memory(self.device) / 2**30
+        values["memory/peak_gib"] = peak_memory(self.device) / 2**30
         self.tracker.scalars(step, values)
 
     def _gradient_values(self, result: StepResult) -> dict[str, float]:
@@ -601,13 +599,6 @@ def _said(task: Task, result: Evaluation) -> Said:
         losses_N=result.losses_N,
         probabilities_NC=result.probabilities_NC,
     )
-
-
-def _peak_memory(device: torch.device) -> int:
-    """Bytes: on a GPU what tensors took at most, elsewhere the process as a whole, its libraries included."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _baselines(task: Task, result: Evaluation) -> tuple[float, float]:
