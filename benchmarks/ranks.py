@@ -85,7 +85,7 @@ def _rank(number: int, world: int, shape: EncoderShape, folder: Path) -> None:
 
 
 def numbers_sent(events: Sequence[tuple[str, Sequence[Any]]], world: int) -> float:
-    """By one rank, of all that was sent among a profile's events (name, shapes of inputs); KeyError on what is unknown."""
+    """By one rank, of all that was sent among a profile's events: name, shapes of inputs; KeyError on others."""
     others = world - 1
     per_number = {  # of a rank's input
         "gloo:send": 1,
