@@ -34,7 +34,6 @@ from launch.records import (
     STALE_S,
     End,
     Lock,
-    alive,
     end_path,
     job_folder,
     log_path,
@@ -46,7 +45,7 @@ from launch.records import (
     write_end,
 )
 from mtbert.errors import UserError
-from mtbert.runs import NO_ROOM, Outcome, Rank, Stopwatch
+from mtbert.runs import NO_ROOM, Outcome, Rank, Stopwatch, alive, read_small
 
 Train = Callable[[Path, Rank, Callable[[], bool], bool], Outcome]
 
@@ -291,8 +290,8 @@ class Attempt:
                 print(f"{status}: {message}\n{self.run}: {error.strerror}", file=sys.stderr)
 
     def _holds_lock(self) -> bool:
-        with contextlib.suppress(FileNotFoundError):
-            return f'"{self.name}"' in self.lock.path.read_text()
+        with contextlib.suppress(FileNotFoundError, UserError):
+            return f'"{self.name}"'.encode() in read_small(self.lock.path)
         return False
 
     # ----------------------------------------------------------------------------------------- requeue

@@ -70,6 +70,21 @@ class Stopwatch:
         self._last = now
 
 
+def alive(pid: int) -> bool:
+    """Whether a process of this host is there and not merely waiting for its parent to hear of its end: in containers
+    the first process may never ask."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:  # gone meanwhile, or no Linux
+        return not Path("/proc/self").exists()
+
+
 @contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
     """Where to write what `path` is to hold: a file beside it that takes its name if nothing goes wrong. A link stays

@@ -22,6 +22,7 @@ import pytest
 from harness import forking_context
 from safetensors.numpy import save_file
 
+from launch.records import Lock, last_end, read_note
 from mtbert.cli import main
 from mtbert.config import load_config
 from mtbert.data import load_tokenizer
@@ -145,6 +146,12 @@ def test_large_files_where_small_ones_belong(copy: Path) -> None:
         sparse(copy / name, b"{")
         assert name.rsplit("/")[-1] in told(function, copy, *["latest"] * (function is load_run))
         (copy / name).write_bytes(content)
+    (copy / "job").mkdir()
+    for name in ("job.json", "lock", "token-0.end.json"):
+        sparse(copy / "job" / name, b"{")
+    assert "job.json: not what a launcher wrote" in told(read_note, copy)
+    assert "a lock that names nobody" in told(Lock(copy, "token-0").check)
+    assert (end := last_end(copy, "token")) and end.status == "failed"
     newest = max((copy / "checkpoints").iterdir())
     sparse(newest / "manifest.json", b"{")
     assert "manifest.json: missing or not readable" in told(read_manifest, newest)
