@@ -45,7 +45,7 @@ from launch.records import (
     write_end,
 )
 from mtbert.errors import UserError
-from mtbert.runs import NO_ROOM, Outcome, Rank, Stopwatch, alive, read_small
+from mtbert.runs import NO_ROOM, Outcome, Rank, Stopwatch, alive, read_small, sweep
 
 Train = Callable[[Path, Rank, Callable[[], bool], bool], Outcome]
 
@@ -244,6 +244,8 @@ class Attempt:
             left = path.suffix in (".rendezvous", ".stop") or ".rank" in path.suffix or ".end.json." in path.name
             if left and not ours and not path.name.startswith(f".{self.name}"):
                 path.unlink(missing_ok=True)
+        for place, _, _ in os.walk(self.run):
+            sweep(Path(place))
 
     def _leave(self, code: int) -> None:
         with contextlib.suppress(OSError):

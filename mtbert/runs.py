@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -14,7 +15,7 @@ import stat
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -75,7 +76,7 @@ def alive(pid: int) -> bool:
     the first process may never ask."""
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         pass
@@ -83,6 +84,23 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:  # gone meanwhile, or no Linux
         return not Path("/proc/self").exists()
+
+
+HOST = platform.node().replace(".", "-")
+
+
+def aside(target: Path) -> Path:
+    """Where this process writes what is to take the name of `target` when it is whole. `sweep` knows such names."""
+    return target.with_name(f".{target.name}.{HOST}.{os.getpid()}.tmp")
+
+
+def sweep(folder: Path, name: str = "*") -> None:
+    """Remove what processes of this host that were killed have left aside in `folder`, for files of that name."""
+    for path in folder.glob(f".{name}.{HOST}.*.tmp"):
+        pid = path.name.split(".")[-2]
+        if pid.isdecimal() and not alive(int(pid)):
+            with suppress(OSError):  # another user's, or another process sweeps as well
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 @contextmanager
@@ -94,17 +112,18 @@ def written_aside(path: Path) -> Iterator[Path]:
         yield path
         return
     target = Path(os.path.realpath(path))
-    aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    sweep(target.parent, glob.escape(target.name))
+    new = aside(target)
     try:
-        yield aside
-        aside.replace(target)
+        yield new
+        new.replace(target)
     finally:
-        aside.unlink(missing_ok=True)  # there only if something went wrong
+        new.unlink(missing_ok=True)  # there only if something went wrong
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write aside, fsync, rename: a reader sees the old file or the new one, never half of it."""
-    with written_aside(path) as aside, aside.open("wb") as file:
+    with written_aside(path) as new, new.open("wb") as file:
         file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         if stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # a pipe refuses it

@@ -29,6 +29,7 @@ from launch.records import (
     write_note,
 )
 from mtbert.errors import UserError
+from mtbert.runs import HOST
 
 QUICK_S = 20
 """Far below any time-out of torch or submitit, with room for a busy machine."""
@@ -213,6 +214,19 @@ def test_a_lock_on_another_host_is_stale_when_untouched(run: Path) -> None:
     long_ago = time.time() - 120
     os.utime(elsewhere.path, (long_ago, long_ago))
     assert Lock(run, "new-0").holder() is None
+
+
+def test_who_holds_the_lock_clears_up_after_killed_processes(launch: Launch, run: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    (run / "predictions").mkdir()
+    names = [".launch.json", "job/.job.json", "predictions/.step-00000003.npz"]
+    for pid in (dead.pid, os.getpid()):
+        for name in names:
+            (run / f"{name}.{HOST}.{pid}.tmp").touch()
+    out, err = launch("tell").communicate(timeout=60)
+    left = {str(path.relative_to(run)) for path in run.rglob(".*.tmp")}
+    assert left == {f"{name}.{HOST}.{os.getpid()}.tmp" for name in names}, out + err
 
 
 DAMAGED = {
