@@ -220,7 +220,8 @@ def read_small(path: Path) -> bytes:
     return content
 
 
-_SECRET_NAMES = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|KEY)$")
+_SECRET_NAMES = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|KEY)(_ID)?$")
+_SECRET_OPTIONS = re.compile(r"--?([\w-]*[_-])?(token|secret|password|passwd|key)", re.IGNORECASE)
 _SECRETS = re.compile(r"\bhf_[A-Za-z0-9]{8,}|(?<=://)[^/\s@]+(?=@)|(?i:(?<=token=)|(?<=password=)|(?<=secret=))\S+")
 
 
@@ -230,6 +231,14 @@ def redacted(text: str) -> str:
         if _SECRET_NAMES.search(name) and len(value) >= 8:
             text = text.replace(value, "[redacted]")
     return _SECRETS.sub("[redacted]", text)
+
+
+def redacted_command(words: list[str]) -> list[str]:
+    """Also without the word after an option such as --token."""
+    return [
+        "[redacted]" if at and _SECRET_OPTIONS.fullmatch(words[at - 1]) else redacted(word)
+        for at, word in enumerate(words)
+    ]
 
 
 def discard_unstarted(folder: Path) -> None:
@@ -250,7 +259,7 @@ def _environment(command: list[str]) -> dict[str, Any]:
     }
     return {
         "format": FORMAT,
-        "command": [redacted(word) for word in command],
+        "command": redacted_command(command),
         "directory": str(Path.cwd()),
         "python": sys.version.split()[0],
         "platform": platform.platform(),

@@ -271,9 +271,12 @@ def test_secrets_that_were_typed_do_not_get_into_the_run_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "opensesame42")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIA0123456789")
     config = load_config(None, [f"run.dir={tmp_path}", "tasks.a={kind: classification, train: t, dev: d}"])
     words = ["x=hf_abcdefghijklmnop", "https://me:pass@host/x", "token=abc", "opensesame42!", "tokenizer=t.json"]
+    words += ["id=AKIA0123456789", "--token", "abc", "--api-key", "def", "--tokenizer", "t.json"]
     run = create_run(config, None, words)
     kept = json.loads((run / "environment.json").read_text())["command"]
     hidden = "[redacted]"
-    assert kept == [f"x={hidden}", f"https://{hidden}@host/x", f"token={hidden}", f"{hidden}!", "tokenizer=t.json"]
+    wanted = [f"x={hidden}", f"https://{hidden}@host/x", f"token={hidden}", f"{hidden}!", "tokenizer=t.json"]
+    assert kept == [*wanted, f"id={hidden}", "--token", hidden, "--api-key", hidden, "--tokenizer", "t.json"]
