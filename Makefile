@@ -29,7 +29,7 @@ check: $(TEST_READY) ## lint, formatting, types and the import rules
 	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest --quiet tests/test_imports.py
 
 clean: ## remove .venv, caches and build products; runs/ stays
-	@rm -rf .venv .venv-tools .fuzz .mutants audit build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage
+	@rm -rf .venv .venv-tools .fuzz .mutants audit build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage*
 	@find mtbert launch tune tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 bench: $(TEST_READY) ## what docs/performance.md says, measured anew (half an hour; leave the machine alone)
