@@ -96,7 +96,8 @@ class Owner:
 def _read(kind: type[T], path: Path) -> T | None:
     """What `path` holds, None where that is something else. Raises `OSError`, also for a file that is not there."""
     try:
-        return TypeAdapter(kind).validate_json(read_small(path), strict=True)
+        content = read_small(path)  # first: the watch asks for what is seldom there
+        return TypeAdapter(kind).validate_json(content, strict=True)
     except (UserError, ValidationError):
         return None
 
