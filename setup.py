@@ -16,7 +16,7 @@ PARQUET = ["pyarrow>=18"]
 SERVE = ["fastapi>=0.115", "uvicorn>=0.34"]
 ONNX = ["onnx>=1.18", "onnxscript>=0.5"]
 DEV = [
-    "pytest>=8.3",
+    "pytest>=9.0",
     "pytest-cov>=6",
     "pytest-xdist>=3.6",
     "hypothesis>=6.100",

@@ -34,7 +34,6 @@ from launch.records import (
     STALE_S,
     End,
     Lock,
-    alive,
     end_path,
     job_folder,
     log_path,
@@ -46,7 +45,7 @@ from launch.records import (
     write_end,
 )
 from mtbert.errors import UserError
-from mtbert.runs import NO_ROOM, Outcome, Rank, Stopwatch
+from mtbert.runs import NO_ROOM, Outcome, Rank, Stopwatch, alive, read_small, sweep
 
 Train = Callable[[Path, Rank, Callable[[], bool], bool], Outcome]
 
@@ -245,6 +244,8 @@ class Attempt:
             left = path.suffix in (".rendezvous", ".stop") or ".rank" in path.suffix or ".end.json." in path.name
             if left and not ours and not path.name.startswith(f".{self.name}"):
                 path.unlink(missing_ok=True)
+        for place, _, _ in os.walk(self.run):
+            sweep(Path(place))
 
     def _leave(self, code: int) -> None:
         with contextlib.suppress(OSError):
@@ -291,8 +292,8 @@ class Attempt:
                 print(f"{status}: {message}\n{self.run}: {error.strerror}", file=sys.stderr)
 
     def _holds_lock(self) -> bool:
-        with contextlib.suppress(FileNotFoundError):
-            return f'"{self.name}"' in self.lock.path.read_text()
+        with contextlib.suppress(FileNotFoundError, UserError):
+            return f'"{self.name}"'.encode() in read_small(self.lock.path)
         return False
 
     # ----------------------------------------------------------------------------------------- requeue

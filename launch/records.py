@@ -23,10 +23,12 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import Field, TypeAdapter, ValidationError
 
 from mtbert.errors import UserError
-from mtbert.runs import write_atomically
+from mtbert.runs import alive, read_small, write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("mtbert", "launch")
@@ -40,16 +42,23 @@ PATIENCE_S = 30.0
 """How long slurmctld may be silent, or refuse, before that counts: it restarts, or is busy."""
 
 
+Plain = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
+"""What goes into file names and command lines: a note may come from a stranger."""
+SlurmJob = Annotated[str, Field(pattern=r"^[0-9]+(_[0-9]+)?$")]
+Count = Annotated[int, Field(ge=1, lt=2**31)]
+T = TypeVar("T")
+
+
 @dataclass(frozen=True)
 class JobNote:
     """`job.json`: the submission a run folder belongs to."""
 
     cluster: Literal["slurm", "local"]
-    id: str
-    token: str
+    id: SlurmJob
+    token: Plain
     host: str
-    nodes: int
-    ranks_per_node: int
+    nodes: Count
+    ranks_per_node: Count
     gpus: bool = False
 
     def again(self, run: Path) -> str:
@@ -72,6 +81,25 @@ class End:
     step: int | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     message: str = ""
+
+
+@dataclass
+class Owner:
+    """`lock`: the attempt that holds a run folder."""
+
+    attempt: str
+    host: Plain
+    pid: Count
+    slurm_job: SlurmJob | None
+
+
+def _read(kind: type[T], path: Path) -> T | None:
+    """What `path` holds, None where that is something else. Raises `OSError`, also for a file that is not there."""
+    try:
+        content = read_small(path)  # first: the watch asks for what is seldom there
+        return TypeAdapter(kind).validate_json(content, strict=True)
+    except (UserError, ValidationError):
+        return None
 
 
 def job_folder(run: Path) -> Path:
@@ -117,10 +145,15 @@ def write_note(run: Path, note: JobNote) -> None:
 
 
 def read_note(run: Path) -> JobNote | None:
+    """Raises `UserError` for one that was damaged."""
+    path = job_folder(run) / "job.json"
     try:
-        return JobNote(**json.loads((job_folder(run) / "job.json").read_text()))
+        note = _read(JobNote, path)
     except FileNotFoundError:
         return None
+    if note is None:
+        raise UserError(f"{path}: not what a launcher wrote; it was damaged. Delete it when its job is over")
+    return note
 
 
 def write_end(run: Path, attempt: str, end: End) -> bool:
@@ -141,16 +174,18 @@ def write_end(run: Path, attempt: str, end: End) -> bool:
 
 
 def read_end(run: Path, attempt: str) -> End | None:
+    path = end_path(run, attempt)
     try:
-        return End(**json.loads(end_path(run, attempt).read_text()))
+        return _read(End, path) or End("failed", 0, "?", message=f"{path}: not what a rank wrote; it was damaged")
     except FileNotFoundError:
         return None
 
 
 def last_end(run: Path, token: str) -> End | None:
     """The end of a job's latest attempt that left one."""
-    numbers = [int(path.name.split(".")[0].rsplit("-", 1)[1]) for path in job_folder(run).glob(f"{token}-*.end.json")]
-    return read_end(run, f"{token}-{max(numbers)}") if numbers else None
+    numbers = [path.name.split(".")[0].rsplit("-", 1)[1] for path in job_folder(run).glob(f"{token}-*.end.json")]
+    last = max((int(number) for number in numbers if number.isdecimal()), default=None)
+    return None if last is None else read_end(run, f"{token}-{last}")
 
 
 def snapshot_code(run: Path) -> Path:
@@ -179,19 +214,14 @@ class Lock:
     def __init__(self, run: Path, attempt: str, slurm_job: str | None = None) -> None:
         self.run = run
         self.path = job_folder(run) / "lock"
-        self.owner: dict[str, Any] = {
-            "attempt": attempt,
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "slurm_job": slurm_job,
-        }
+        self.owner = Owner(attempt, socket.gethostname(), os.getpid(), slurm_job)
 
     def acquire(self) -> None:
         """Raises `UserError` when a living attempt of another job holds the folder."""
         while True:
             try:
                 with self.path.open("x") as file:
-                    json.dump(self.owner, file)
+                    json.dump(asdict(self.owner), file)
                 return
             except FileExistsError:
                 pass
@@ -209,40 +239,26 @@ class Lock:
     def holder(self) -> str | None:
         """Who holds the lock and lives, in words; None when nobody does."""
         try:
-            owner: dict[str, Any] = json.loads(self.path.read_text() or "{}")
+            owner = _read(Owner, self.path)  # empty while it is being written, or damaged: its age decides
             age_s = time.time() - self.path.stat().st_mtime
         except FileNotFoundError:
             return None
         if owner:
-            same_job = owner["attempt"].rsplit("-", 1)[0] == self.owner["attempt"].rsplit("-", 1)[0]
-            dead = owner["host"] == self.owner["host"] and not alive(owner["pid"])
-            job = owner["slurm_job"]
-            if same_job or dead or (job and slurm_state(job) not in ("RUNNING", "COMPLETING", "UNKNOWN")):
+            same_job = owner.attempt.rsplit("-", 1)[0] == self.owner.attempt.rsplit("-", 1)[0]
+            dead = owner.host == self.owner.host and not alive(owner.pid)
+            over = owner.slurm_job and slurm_state(owner.slurm_job) not in ("RUNNING", "COMPLETING", "UNKNOWN")
+            if same_job or dead or over:
                 return None
         if age_s > STALE_S:
             return None
-        return f"process {owner.get('pid', '?')} on {owner.get('host', '?')}, seen {max(age_s, 0):.0f} s ago"
+        who = f"process {owner.pid} on {owner.host}" if owner else "a lock that names nobody"
+        return f"{who}, seen {max(age_s, 0):.0f} s ago"
 
     def touch(self) -> None:
         os.utime(self.path)
 
     def release(self) -> None:
         self.path.unlink(missing_ok=True)
-
-
-def alive(pid: int) -> bool:
-    """Whether a process of this host is there and not merely waiting for its parent to hear of its end: in containers
-    the first process may never ask."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:  # gone meanwhile, or no Linux
-        return not Path("/proc/self").exists()
 
 
 def slurm_fields(job: str) -> dict[str, str]:

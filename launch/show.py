@@ -46,6 +46,8 @@ def report(run: Path, note: JobNote, end: End | None) -> int:
         return 1
     if end.status == "mistake":
         print(f"error: {end.message}", file=sys.stderr)
+        if any((run / "checkpoints").glob("step-*")):  # a disk that was full at the end, say
+            print(f"continue with: {resume}", file=sys.stderr)
         return 2
     if end.status in ("failed", "lost"):
         print(f"rank {end.rank} on {end.host} failed; all output: {log_path(run).parent}/", file=sys.stderr)

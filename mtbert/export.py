@@ -33,7 +33,7 @@ from mtbert.encoder import Encoder, Layer, Pooling
 from mtbert.errors import UserError
 from mtbert.heads import Head, MultiTaskModel
 from mtbert.pretrained import save_pretrained
-from mtbert.runs import user_path
+from mtbert.runs import aside, sweep, user_path
 from mtbert.trained import Trained, kept_encoder
 
 HEADS_FORMAT = 1
@@ -50,22 +50,23 @@ def export(run: Trained, folder: Path, onnx: bool = False) -> None:
     """
     assert run.dtype == torch.float32, "load_run(…, precision='fp32')"
     folder = user_path(folder)
-    aside = folder.parent / f".exporting-{uuid.uuid4().hex}"  # not mkdtemp: its folders are closed to others
+    new = aside(folder.with_name(f"exporting-{uuid.uuid4().hex}"))  # not mkdtemp: its folders are closed to others
+    sweep(folder.parent, "exporting-*")
     try:
         if folder.exists():
             raise UserError(f"{folder}: exists already; name a new folder")
-        aside.mkdir(parents=True)
-        _encoder(run, aside)
-        _sentence_transformers(run, aside)
-        _heads(run, aside)
+        new.mkdir(parents=True)
+        _encoder(run, new)
+        _sentence_transformers(run, new)
+        _heads(run, new)
         if onnx:
-            _onnx(run, aside / "onnx")
-        _write(aside / "README.md", model_card(run))
-        aside.rename(folder)
+            _onnx(run, new / "onnx")
+        _write(new / "README.md", model_card(run))
+        new.rename(folder)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error.strerror}") from None
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(new, ignore_errors=True)
 
 
 def _write(path: Path, content: str | dict[str, Any] | list[Any]) -> None:

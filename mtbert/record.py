@@ -9,6 +9,7 @@ No torch in here: reading a run is a matter of a moment, on any machine.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import math
@@ -30,6 +31,7 @@ from mtbert.runs import check_run, read_small, write_atomically
 METRICS_FILE = "metrics.jsonl"
 PREDICTIONS = "predictions"
 MAX_LINE = 2**20  # bytes
+MAX_ID = 100
 MAX_SAID = 2**31
 """Bytes of predictions unpacked: ten million examples and more. A file of a few kilobytes could hold terabytes."""
 Which = Literal["best", "latest"]
@@ -39,7 +41,7 @@ Which = Literal["best", "latest"]
 class Said:
     """One task's development examples in the order of their file, and what the model said of each."""
 
-    ids_N: NDArray[np.str_]  # of the id column, else the line
+    ids_N: NDArray[np.str_]  # of the id column, else the line; `kept_id`
     lines_N: NDArray[np.int64]  # of the file
     tokens_N: NDArray[np.int32]  # what the example costs in the encoder
     labels_N: NDArray[np.float64]
@@ -49,6 +51,11 @@ class Said:
 
     def __len__(self) -> int:
         return len(self.labels_N)
+
+
+def kept_id(id: str) -> str:
+    """An example's id as `Said` has it: one of a megabyte would make each of the others as wide."""
+    return id if len(id) <= MAX_ID else f"{id[: MAX_ID - 17]}…{hashlib.sha256(id.encode()).hexdigest()[:16]}"
 
 
 def write_predictions(run_dir: Path, step: int, said: Mapping[str, Said], best: int | None) -> None:
@@ -171,7 +178,7 @@ class RunRecord:
             return {}
         try:
             values = json.loads(read_small(path))
-        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
+        except (ValueError, RecursionError):  # also a number of 5000 digits
             values = None
         if not isinstance(values, dict):
             raise UserError(f"{path}: not what training wrote; it was damaged")
@@ -206,4 +213,4 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     return pairs
 
 
-__all__ = ["Curve", "RunRecord", "Said", "Which", "settings", "write_predictions"]
+__all__ = ["Curve", "RunRecord", "Said", "Which", "kept_id", "settings", "write_predictions"]

@@ -18,7 +18,7 @@ from mtbert.figures import data_uri, evaluation_figures
 from mtbert.metrics import METRICS
 from mtbert.pages import Table, render, run_pictures, write_page_at
 from mtbert.readers import Row, read_rows
-from mtbert.record import RunRecord, Said, Which
+from mtbert.record import RunRecord, Said, Which, kept_id
 from mtbert.tasks import locate_data
 from mtbert.token_cache import wanted_columns
 
@@ -140,7 +140,7 @@ def _read(run: RunRecord, name: str, said: Said, wanted: set[int]) -> tuple[dict
 def _same(row: Row, task: TaskConfig, said: Said, at: int) -> bool:
     """Whether a row is the example said something of: by its id, without ids by its label. Triplets have neither."""
     if task.columns.id is not None:
-        return row.id == str(said.ids_N[at])
+        return kept_id(row.id or "") == kept_id(str(said.ids_N[at]))
     try:
         return task.kind == "triplets" or math.isclose(float(row.values[task.texts]), said.labels_N[at], rel_tol=1e-6)
     except (TypeError, ValueError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -14,7 +15,7 @@ import stat
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -70,6 +71,38 @@ class Stopwatch:
         self._last = now
 
 
+def alive(pid: int) -> bool:
+    """Whether a process of this host is there and not merely waiting for its parent to hear of its end: in containers
+    the first process may never ask."""
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:  # gone meanwhile, or no Linux
+        return not Path("/proc/self").exists()
+
+
+HOST = platform.node().replace(".", "-")
+
+
+def aside(target: Path) -> Path:
+    """Where this process writes what is to take the name of `target` when it is whole. `sweep` knows such names."""
+    return target.with_name(f".{target.name}.{HOST}.{os.getpid()}.tmp")
+
+
+def sweep(folder: Path, name: str = "*") -> None:
+    """Remove what processes of this host that were killed have left aside in `folder`, for files of that name."""
+    for path in folder.glob(f".{name}.{HOST}.*.tmp"):
+        pid = path.name.split(".")[-2]
+        if pid.isdecimal() and not alive(int(pid)):
+            with suppress(OSError):  # another user's, or another process sweeps as well
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
 @contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
     """Where to write what `path` is to hold: a file beside it that takes its name if nothing goes wrong. A link stays
@@ -79,17 +112,18 @@ def written_aside(path: Path) -> Iterator[Path]:
         yield path
         return
     target = Path(os.path.realpath(path))
-    aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    sweep(target.parent, glob.escape(target.name))
+    new = aside(target)
     try:
-        yield aside
-        aside.replace(target)
+        yield new
+        new.replace(target)
     finally:
-        aside.unlink(missing_ok=True)  # there only if something went wrong
+        new.unlink(missing_ok=True)  # there only if something went wrong
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write aside, fsync, rename: a reader sees the old file or the new one, never half of it."""
-    with written_aside(path) as aside, aside.open("wb") as file:
+    with written_aside(path) as new, new.open("wb") as file:
         file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         if stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # a pipe refuses it
@@ -186,7 +220,8 @@ def read_small(path: Path) -> bytes:
     return content
 
 
-_SECRET_NAMES = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|KEY)$")
+_SECRET_NAMES = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|KEY)(_ID)?$")
+_SECRET_OPTIONS = re.compile(r"--?([\w-]*[_-])?(token|secret|password|passwd|key)", re.IGNORECASE)
 _SECRETS = re.compile(r"\bhf_[A-Za-z0-9]{8,}|(?<=://)[^/\s@]+(?=@)|(?i:(?<=token=)|(?<=password=)|(?<=secret=))\S+")
 
 
@@ -196,6 +231,14 @@ def redacted(text: str) -> str:
         if _SECRET_NAMES.search(name) and len(value) >= 8:
             text = text.replace(value, "[redacted]")
     return _SECRETS.sub("[redacted]", text)
+
+
+def redacted_command(words: list[str]) -> list[str]:
+    """Also without the word after an option such as --token."""
+    return [
+        "[redacted]" if at and _SECRET_OPTIONS.fullmatch(words[at - 1]) else redacted(word)
+        for at, word in enumerate(words)
+    ]
 
 
 def discard_unstarted(folder: Path) -> None:
@@ -216,7 +259,7 @@ def _environment(command: list[str]) -> dict[str, Any]:
     }
     return {
         "format": FORMAT,
-        "command": [redacted(word) for word in command],
+        "command": redacted_command(command),
         "directory": str(Path.cwd()),
         "python": sys.version.split()[0],
         "platform": platform.platform(),

@@ -13,7 +13,6 @@ import itertools
 import json
 import math
 import os
-import platform
 import shutil
 import time
 import zlib
@@ -29,7 +28,7 @@ from mtbert.config import TaskConfig
 from mtbert.errors import UserError
 from mtbert.manifest import sha256
 from mtbert.readers import Quarantined, Row, read_rows
-from mtbert.runs import write_atomically
+from mtbert.runs import aside, sweep, write_atomically
 
 Progress = Callable[[int, int | None], None]
 """Called with the rows done and, where it is known, how many there are."""
@@ -123,13 +122,11 @@ def _tokenise(
     progress: Progress | None,
 ) -> None:
     """Write the arrays of `rows` aside and rename them to `folder`, replacing one that is damaged."""
-    host = platform.node()
-    for left in folder.parent.glob(f"{folder.name}.{host}.*.tmp"):
-        shutil.rmtree(left)  # by a process that was killed: on this host the lock is ours
-    aside = folder.with_name(f"{folder.name}.{host}.{os.getpid()}.tmp")
-    aside.mkdir()
+    sweep(folder.parent)
+    new = aside(folder)
+    new.mkdir()
     try:
-        with _Writer(aside, task, shown, tokenizer) as writer:
+        with _Writer(new, task, shown, tokenizer) as writer:
             start = told = time.monotonic()
             for done, row in enumerate(rows):
                 writer.add(row)
@@ -138,15 +135,15 @@ def _tokenise(
                     told = now
             writer.finish()
         if folder.exists():
-            damaged = aside.with_suffix(".damaged.tmp")
+            damaged = aside(folder.with_name(f"{folder.name}.damaged"))
             folder.rename(damaged)
             shutil.rmtree(damaged)
         try:
-            aside.rename(folder)
+            new.rename(folder)
         except OSError:  # a host that does not share the lock was first
             assert intact(folder)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(new, ignore_errors=True)
 
 
 class _Writer:

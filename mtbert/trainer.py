@@ -44,7 +44,7 @@ from mtbert.pretrained import load_pretrained
 from mtbert.pretrained import origin as pretrained_origin
 from mtbert.randomness import addressed_generator
 from mtbert.ranks import close_ranks, join_ranks, patient_group, peak_memory
-from mtbert.record import RunRecord, Said, settings, write_predictions
+from mtbert.record import RunRecord, Said, kept_id, settings, write_predictions
 from mtbert.runs import NO_ROOM, Outcome, Rank, Stopwatch, check_run, write_atomically
 from mtbert.schedule import Schedule, Share
 from mtbert.surgery import Surgery, conflicts
@@ -591,7 +591,7 @@ class _Run:
 def _said(task: Task, result: Evaluation) -> Said:
     dev = task.dataset("dev")
     return Said(
-        ids_N=np.array(dev.ids[:], dtype=np.str_),
+        ids_N=np.array([kept_id(id) for id in dev.ids], dtype=np.str_),
         lines_N=np.array(dev.lines_N),
         tokens_N=task.tokens_N("dev"),
         labels_N=dev.labels_N.astype(np.float64),

@@ -19,6 +19,7 @@ ROOT = Path(__file__).parent.parent
 # no deadline: a busy machine is no failure; derandomised: what passed once on a commit passes again
 settings.register_profile("mtbert", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("mtbert")
+settings.register_profile("long", deadline=None, max_examples=2000)  # other examples each time: --hypothesis-profile
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -39,6 +39,7 @@ from mtbert.data import (
 )
 from mtbert.errors import UserError
 from mtbert.readers import Row, read_rows
+from mtbert.runs import HOST
 from mtbert.token_cache import intact
 
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz", "film", "good", "##s", "É"]
@@ -401,7 +402,9 @@ def test_what_a_killed_process_left_is_cleared_away(home: Home) -> None:
     home.load(ROWS)
     [folder] = home.folders()
     (folder / "manifest.json").unlink()
-    left = folder.with_name(f"{folder.name}.{os.uname().nodename}.1.tmp")
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    left = folder.with_name(f".{folder.name}.{HOST}.{dead.pid}.tmp")
     left.mkdir()
     home.load(ROWS)
     assert home.folders() == [folder]

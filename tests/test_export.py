@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import resource
+import subprocess
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,6 +29,7 @@ from mtbert.export import PaddedEncoder, export
 from mtbert.heads import MultiTaskModel
 from mtbert.packing import pack
 from mtbert.readers import Row, read_rows
+from mtbert.runs import HOST
 from mtbert.trained import Trained, load_run
 
 ROOT = Path(__file__).parent.parent
@@ -236,6 +240,15 @@ def test_nothing_is_overwritten_and_nothing_half_written(trained_run: Path, tmp_
     with pytest.raises(UserError, match="cannot be written: File name too long"):
         export(run, tmp_path / ("x" * 256))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "mine"]
+
+
+def test_what_a_killed_export_left_goes_with_the_next(trained_run: Path, tmp_path: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    for pid in (dead.pid, os.getpid()):
+        (tmp_path / f".exporting-0.{HOST}.{pid}.tmp" / "onnx").mkdir(parents=True)
+    export(load_run(trained_run, "latest", "fp32"), tmp_path / "model")
+    assert {path.name for path in tmp_path.iterdir()} == {f".exporting-0.{HOST}.{os.getpid()}.tmp", "model"}
 
 
 def test_of_two_exports_at_once_one_is_there_whole(trained_run: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from mtbert.config import load_config, to_yaml
 from mtbert.errors import UserError
-from mtbert.record import RunRecord, Said, settings, write_predictions
+from mtbert.record import MAX_ID, RunRecord, Said, kept_id, settings, write_predictions
 from mtbert.runs import Rank
 from mtbert.tracking import Tracker
 
@@ -71,6 +71,20 @@ def test_mistakes(run: Path, tmp_path: Path) -> None:
     (run / "metrics.jsonl").unlink()
     with pytest.raises(UserError, match="nothing was evaluated yet"):
         RunRecord(run).said("latest")
+
+
+def test_a_damaged_document_is_one_line(run: Path) -> None:
+    for content in (b"[1]", b'{"step": ', b"\xff", b'{"step": ' + b"7" * 5000 + b"}", b"[" * 2**17):
+        (run / "result.json").write_bytes(content)
+        with pytest.raises(UserError, match=r"result\.json: not what training wrote; it was damaged"):
+            RunRecord(run).document("result.json")
+
+
+def test_an_id_of_a_megabyte_is_kept_short_and_apart_from_others() -> None:
+    ids = ["7", "x" * MAX_ID, "x" * 2**20, "x" * 2**20 + "y"]
+    kept = [kept_id(id) for id in ids]
+    assert kept[:2] == ids[:2] and len(set(kept)) == 4
+    assert max(map(len, kept)) == MAX_ID and [kept_id(id) for id in kept] == kept
 
 
 def test_settings_are_what_bears_on_learning() -> None:

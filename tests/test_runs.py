@@ -17,7 +17,7 @@ import pytest
 
 from mtbert.config import Config, DataConfig, EncoderConfig, load_config
 from mtbert.errors import UserError
-from mtbert.runs import Outcome, Rank, create_run, discard_unstarted, write_atomically
+from mtbert.runs import Outcome, Rank, create_run, discard_unstarted, sweep, write_atomically
 
 ROOT = Path(__file__).parent.parent
 COMMAND = ["mtbert", "train", "--set", "seed=3"]
@@ -221,3 +221,37 @@ def test_paths_in_the_folder_are_absolute(tmp_path: Path, monkeypatch: pytest.Mo
     assert written[0].encoder.tokenizer == str(tmp_path / "t.json")
     assert written[0].encoder.pretrained == str(tmp_path / "model")
     assert written[1].encoder.pretrained == "google-bert/bert-base-uncased"
+
+
+# ------------------------------------------------------------------------------------- what is left of files
+
+HANGS = """
+import sys
+from pathlib import Path
+from mtbert.runs import written_aside
+with written_aside(Path(sys.argv[1])) as aside:
+    aside.write_text("half")
+    print("half", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_what_a_killed_process_wrote_aside_is_swept(tmp_path: Path) -> None:
+    """By the next who writes the file, and by `sweep` for all files of a folder; a living process keeps its own."""
+    for name in ("[1].json", "other.json"):
+        command = [sys.executable, "-c", HANGS, str(tmp_path / name)]
+        process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert process.stdout and process.stdout.readline() == "half\n"
+        write_atomically(tmp_path / name, "whole")
+        sweep(tmp_path)
+        [left] = tmp_path.glob(".*.tmp")
+        assert left.read_text() == "half"
+        process.kill()
+        process.communicate()
+        if name == "[1].json":
+            write_atomically(tmp_path / "other.json", "another file")
+            assert left.exists()
+            write_atomically(tmp_path / name, "whole")
+        else:
+            sweep(tmp_path)
+        assert contents(tmp_path) == sorted({"other.json", "[1].json"})

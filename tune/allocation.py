@@ -24,7 +24,7 @@ from launch.records import ROOT
 from launch.show import STOPPED
 from mtbert.errors import UserError
 from mtbert.runs import write_atomically
-from tune.cluster import OBJECT_STORE_BYTES, ray_home, set_variables, write_token
+from tune.cluster import OBJECT_STORE_BYTES, ray_folder, ray_home, set_variables, write_token
 
 JOIN_S = 120
 """For all nodes to come; Slurm starts the tasks of a step together, so this is for slow file systems."""
@@ -112,7 +112,7 @@ def _ray_start(home: Path, *options: str) -> subprocess.Popen[bytes]:
         f"--num-cpus={os.environ['SLURM_CPUS_ON_NODE']}",
         f"--num-gpus={os.environ.get('SLURM_GPUS_ON_NODE', '0')}",
         f"--object-store-memory={OBJECT_STORE_BYTES}",
-        f"--temp-dir={home}",
+        f"--temp-dir={ray_folder(home)}",
         "--disable-usage-stats",
         *options,
     ]

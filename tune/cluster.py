@@ -72,11 +72,11 @@ def ray_home(*secrets: Path) -> Iterator[Path]:
     """A folder for Ray on this node, only for this user; it, `secrets` and all processes that use it go with the block,
     also after a kill -9.
 
-    Under /tmp when the usual place has a long name: Ray's sockets lie 62 characters below, and the path of a socket has
-    107 at most.
+    Under /tmp when the usual place has a long name: Ray's sockets lie 64 characters below, and the path of a socket has
+    107 at most. Ray opens its own folder to everyone; `ray_folder` is one within.
     """
     usual = tempfile.gettempdir()
-    home = Path(tempfile.mkdtemp(prefix="mtbert-ray-", dir=usual if len(usual) < 25 else "/tmp"))
+    home = Path(tempfile.mkdtemp(prefix="mtbert-ray-", dir=usual if len(usual) < 23 else "/tmp"))
     sweeper = subprocess.Popen(
         ["sh", "-c", SWEEP, str(home), *map(str, secrets)],
         stdin=subprocess.PIPE,
@@ -90,6 +90,10 @@ def ray_home(*secrets: Path) -> Iterator[Path]:
         assert sweeper.stdin
         sweeper.stdin.close()
         sweeper.wait()
+
+
+def ray_folder(home: Path) -> Path:
+    return home / "r"
 
 
 def write_token(file: Path) -> Path:
@@ -115,7 +119,7 @@ def local_ray(cpus: int, gpus: int, dashboard: bool) -> Iterator[None]:
                 object_store_memory=OBJECT_STORE_BYTES,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
-                _temp_dir=str(home),
+                _temp_dir=str(ray_folder(home)),
             )
         try:
             yield
@@ -125,7 +129,14 @@ def local_ray(cpus: int, gpus: int, dashboard: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def joined_ray(address: str, count: int) -> Iterator[None]:
-    """A Ray that is running already, while the block lasts. Waits until it has `count` nodes."""
+    """A Ray that is running already, while the block lasts. Waits until it has `count` nodes.
+
+    Raises `UserError` without a token for it, lest it be one that asks for none.
+    """
+    if os.environ.get("RAY_AUTH_MODE") != "token" or "RAY_AUTH_TOKEN_PATH" not in os.environ:
+        raise UserError(
+            f"--address {address}: needs RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH with the token's file"
+        )
     import ray
 
     ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)

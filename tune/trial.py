@@ -7,6 +7,7 @@ actors → ranks (the kernel kills a rank with its actor), so no rank outlives i
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -26,6 +27,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from launch.records import End, job_folder, read_end
 from mtbert.config import load_config, to_yaml
+from mtbert.manifest import with_the_best
 from mtbert.record import METRICS_FILE
 from mtbert.runs import write_atomically
 from tune.curves import LINEAGE_FILE, STARTS_FILE, attempts, evaluations_in
@@ -133,11 +135,15 @@ def graft(folder: Path, donor: Path, step: int, plan: Plan) -> int:
             continue
         shutil.rmtree(own, ignore_errors=True)
         own.mkdir()
+        best = with_the_best([source]) - {source}
         try:
             shutil.copytree(source, own / source.name, copy_function=os.link)
-            break
         except (shutil.Error, FileNotFoundError):  # removed under our hands
             continue
+        for path in best:  # which that checkpoint names, and `--checkpoint best` looks for
+            with contextlib.suppress(shutil.Error, FileNotFoundError):
+                shutil.copytree(path, own / path.name, copy_function=os.link)
+        break
     own_file = folder / "config.yaml"
     write_atomically(own_file, plan.config)
     write_atomically(own_file, to_yaml(load_config(own_file, [f"run.name={folder.name!r}"])))

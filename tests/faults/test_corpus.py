@@ -1,11 +1,28 @@
-"""What fuzzing started from and what it found: every input is read, or refused in one line."""
+"""What fuzzing started from and what it found: every input is read, or refused in one line, in bounded memory."""
 
 from __future__ import annotations
 
+import resource
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fuzz_readers import CORPUS, READERS, refuses_or_reads
+
+from launch.records import End, JobNote, Owner
+
+ROOM = 2**30
+
+
+@pytest.fixture(autouse=True)
+def room() -> Iterator[None]:
+    """No more memory than this beyond what the process has."""
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + ROOM, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 @pytest.mark.parametrize("reader", READERS)
@@ -14,3 +31,47 @@ def test_the_corpus_is_read_or_refused(reader: str, tmp_path: Path) -> None:
     assert files
     for path in files:
         refuses_or_reads(reader, path.read_bytes(), tmp_path)
+
+
+def rows(read: Any) -> Any:
+    return [row.values for row in read]
+
+
+TABLE = [{"id": "1", "text": "a film", "label": "3"}, {"id": "2", "text": 'a, "b"\nc', "label": "4"}]
+PLAIN: dict[str, tuple[Callable[[Any], Any], Any]] = {
+    "csv": (rows, TABLE),
+    "tsv": (rows, TABLE),
+    "delimited": (rows, TABLE),
+    "jsonl": (lambda read: rows(read[:2]), [{"text": "a", "label": 1}, {"text": None}]),
+    "parquet": (rows, [("a", 0.5), (None, 1.0)]),
+    "yaml": (lambda read: (read.seed, read.data.dir, read.tasks["a"].classes), (1, "D", 3)),
+    "manifest": (lambda read: (read.step, read.best), (3, {"step": 3, "score": 0.5})),
+    "shard": (lambda read: read.tolist(), [1.0, 1.0]),
+    "weights": (lambda read: read[1]["words.weight"].tolist(), [[1.0, 1.0]] * 3),
+    "metrics": (lambda read: read["loss/a"].values[0], 0.25),
+    "state": (lambda read: read["famo.m"].tolist(), [[1.0] * 3] * 3),
+    "shape": (lambda read: (read.vocab_size, read.heads), (30, 2)),
+    "tokenizer": (list, ["a", "b", "[UNK]"]),
+    "vocabulary": (list, ["a", "b", "[UNK]"]),
+    "predictions": (list, ["u", "v"]),
+    "note": (lambda read: read, JobNote("slurm", "7", "ab12", "n", 2, 1)),
+    "lock": (lambda read: read, Owner("ab-0", "n", 7, "7_1")),
+    "end": (lambda read: read, End("stopped", 1, "n", 4, {"a": 0.5}, "m")),
+    "space": (lambda read: [parameter.name for parameter in read.parameters], ["optimizer.lr", "w"]),
+}
+"""Of what `corpus/READER/plain` says: what to look at, and what is there."""
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_what_is_in_order_is_read(reader: str, tmp_path: Path) -> None:
+    read = refuses_or_reads(reader, (CORPUS / reader / "plain").read_bytes(), tmp_path)
+    look, wanted = PLAIN[reader]
+    assert read is not None and look(read) == wanted
+
+
+def test_a_manifest_is_sealed_before_it_is_read(tmp_path: Path) -> None:
+    """Else no mutation of one with a checksum would get further than that."""
+    folder = CORPUS / "manifest"
+    read = refuses_or_reads("manifest", (folder / "sealed").read_bytes(), tmp_path)
+    assert read is not None and read.size == 1
+    assert refuses_or_reads("manifest", (folder / "sealed-newer").read_bytes(), tmp_path) is None

@@ -22,6 +22,7 @@ import pytest
 from harness import forking_context
 from safetensors.numpy import save_file
 
+from launch.records import Lock, last_end, read_note
 from mtbert.cli import main
 from mtbert.config import load_config
 from mtbert.data import load_tokenizer
@@ -145,6 +146,12 @@ def test_large_files_where_small_ones_belong(copy: Path) -> None:
         sparse(copy / name, b"{")
         assert name.rsplit("/")[-1] in told(function, copy, *["latest"] * (function is load_run))
         (copy / name).write_bytes(content)
+    (copy / "job").mkdir()
+    for name in ("job.json", "lock", "token-0.end.json"):
+        sparse(copy / "job" / name, b"{")
+    assert "job.json: not what a launcher wrote" in told(read_note, copy)
+    assert "a lock that names nobody" in told(Lock(copy, "token-0").check)
+    assert (end := last_end(copy, "token")) and end.status == "failed"
     newest = max((copy / "checkpoints").iterdir())
     sparse(newest / "manifest.json", b"{")
     assert "manifest.json: missing or not readable" in told(read_manifest, newest)
@@ -264,9 +271,12 @@ def test_secrets_that_were_typed_do_not_get_into_the_run_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "opensesame42")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIA0123456789")
     config = load_config(None, [f"run.dir={tmp_path}", "tasks.a={kind: classification, train: t, dev: d}"])
     words = ["x=hf_abcdefghijklmnop", "https://me:pass@host/x", "token=abc", "opensesame42!", "tokenizer=t.json"]
+    words += ["id=AKIA0123456789", "--token", "abc", "--api-key", "def", "--tokenizer", "t.json"]
     run = create_run(config, None, words)
     kept = json.loads((run / "environment.json").read_text())["command"]
     hidden = "[redacted]"
-    assert kept == [f"x={hidden}", f"https://{hidden}@host/x", f"token={hidden}", f"{hidden}!", "tokenizer=t.json"]
+    wanted = [f"x={hidden}", f"https://{hidden}@host/x", f"token={hidden}", f"{hidden}!", "tokenizer=t.json"]
+    assert kept == [*wanted, f"id={hidden}", "--token", hidden, "--api-key", hidden, "--tokenizer", "t.json"]

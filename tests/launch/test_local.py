@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pty
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from duties import Launch
 
-from launch.records import ROOT, Lock, job_folder, make_job_folder
+from launch.records import (
+    ROOT,
+    End,
+    JobNote,
+    Lock,
+    job_folder,
+    last_end,
+    make_job_folder,
+    read_end,
+    read_note,
+    write_end,
+    write_note,
+)
 from mtbert.errors import UserError
+from mtbert.runs import HOST
 
 QUICK_S = 20
 """Far below any time-out of torch or submitit, with room for a busy machine."""
@@ -76,6 +91,15 @@ def test_a_users_mistake_found_in_a_rank_is_one_line(launch: Launch) -> None:
     out, err = job.communicate(timeout=QUICK_S)
     assert (job.returncode, out) == (2, "")
     assert err == "error: train.csv line 3: label 7 is not in 0 … 4\n"
+
+
+def test_a_mistake_found_after_a_save_can_be_continued(launch: Launch, run: Path) -> None:
+    (run / "checkpoints" / "step-00000003").mkdir(parents=True)
+    job = launch("rank_1_finds_a_mistake")
+    _, err = job.communicate(timeout=QUICK_S)
+    mistake, advice = err.splitlines()
+    assert job.returncode == 2 and mistake.startswith("error: train.csv line 3: ")
+    assert advice.startswith("continue with: ") and advice.endswith(f" --resume {run}")
 
 
 def test_ctrl_c_saves_on_every_rank(launch: Launch, run: Path) -> None:
@@ -176,7 +200,7 @@ def test_a_lock_left_by_a_dead_process_is_taken_over(run: Path) -> None:
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     old = Lock(run, "old-0")
-    old.owner["pid"] = dead.pid
+    old.owner.pid = dead.pid
     old.acquire()
     Lock(run, "new-0").acquire()
     assert "new-0" in (job_folder(run) / "lock").read_text()
@@ -184,12 +208,75 @@ def test_a_lock_left_by_a_dead_process_is_taken_over(run: Path) -> None:
 
 def test_a_lock_on_another_host_is_stale_when_untouched(run: Path) -> None:
     elsewhere = Lock(run, "old-0")
-    elsewhere.owner["host"] = "elsewhere"
+    elsewhere.owner.host = "elsewhere"
     elsewhere.acquire()
     assert (holder := Lock(run, "new-0").holder()) and "elsewhere" in holder
     long_ago = time.time() - 120
     os.utime(elsewhere.path, (long_ago, long_ago))
     assert Lock(run, "new-0").holder() is None
+
+
+def test_who_holds_the_lock_clears_up_after_killed_processes(launch: Launch, run: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    (run / "predictions").mkdir()
+    names = [".launch.json", "job/.job.json", "predictions/.step-00000003.npz"]
+    for pid in (dead.pid, os.getpid()):
+        for name in names:
+            (run / f"{name}.{HOST}.{pid}.tmp").touch()
+    out, err = launch("tell").communicate(timeout=60)
+    left = {str(path.relative_to(run)) for path in run.rglob(".*.tmp")}
+    assert left == {f"{name}.{HOST}.{os.getpid()}.tmp" for name in names}, out + err
+
+
+DAMAGED = {
+    "cut": b'{"attempt": "old-0", "host": ',
+    "empty": b"",
+    "no object": b"[1]",
+    "of other things": b'{"nodes": 2}',
+    "of other types": b'{"attempt": 1, "host": "a", "pid": "7", "slurm_job": null}',
+    "a process that cannot be": b'{"attempt": "old-0", "host": "a", "pid": 99999999999, "slurm_job": null}',
+    "an option for a job": b'{"attempt": "old-0", "host": "a", "pid": 7, "slurm_job": "--me"}',
+    "bytes": b"\xff\xfe",
+    "a number of 5000 digits": b'{"pid": ' + b"7" * 5000 + b"}",
+    "nested": b"[" * 2**17,
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_a_damaged_lock_goes_by_its_age(run: Path, kind: str) -> None:
+    path = job_folder(run) / "lock"
+    path.write_bytes(DAMAGED[kind])
+    assert "a lock that names nobody" in (Lock(run, "new-0").holder() or "")
+    long_ago = time.time() - 120
+    os.utime(path, (long_ago, long_ago))
+    Lock(run, "new-0").acquire()
+    assert "new-0" in path.read_text()
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_damaged_notes_are_one_line(run: Path, kind: str) -> None:
+    for name in ("job.json", "token-0.end.json", "token-ten.end.json"):
+        (job_folder(run) / name).write_bytes(DAMAGED[kind])
+    with pytest.raises(UserError, match=r"job\.json: not what a launcher wrote; it was damaged") as error:
+        read_note(run)
+    assert "\n" not in str(error.value)
+    end = last_end(run, "token")
+    assert (
+        end
+        and end.status == "failed"
+        and end.message.endswith("token-0.end.json: not what a rank wrote; it was damaged")
+    )
+
+
+def test_notes_come_back_as_they_were(run: Path) -> None:
+    note = JobNote("slurm", "17_3", "sbatch17", "", 2, 4, True)
+    write_note(run, note)
+    assert read_note(run) == note
+    end = End("stopped", 1, "node.a", 7, {"a": 1.5, "b": math.inf}, "said\nso")
+    assert write_end(run, "token-2", end) and not write_end(run, "token-2", end)
+    write_end(run, "token-10", replace(end, step=None))
+    assert read_end(run, "token-2") == end and last_end(run, "token") == replace(end, step=None)
 
 
 @pytest.mark.parametrize("name", ["", "1_submitted.pkl"])

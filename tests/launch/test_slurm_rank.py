@@ -128,3 +128,23 @@ def test_a_signal_during_the_imports_of_a_plain_batch_script(run: Path, slurm: F
     done = subprocess.run(words, env={**os.environ, **VARIABLES}, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode in (1, 2), done.stderr
     assert read_end(run, "sbatch7-0") is not None
+
+
+@pytest.mark.parametrize(
+    ("words", "made"),
+    [
+        ([], "runs/mtbert-7 --config configs/quickstart.yaml"),
+        (["runs/mine"], "runs/mine --config configs/quickstart.yaml"),
+        (["--set", "seed=1"], "runs/mtbert-7 --config configs/quickstart.yaml --set seed=1"),
+        (["runs/mine", "--set", "seed=1"], "runs/mine --config configs/quickstart.yaml --set seed=1"),
+    ],
+)
+def test_the_batch_script_takes_options_for_no_run_folder(tmp_path: Path, words: list[str], made: str) -> None:
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\necho "$@"\nexit 1\n')
+    python.chmod(0o755)
+    script = ["bash", str(ROOT / "slurm" / "train.sbatch"), *words]
+    environment = {"PATH": os.environ["PATH"], "SLURM_JOB_ID": "7"}
+    done = subprocess.run(script, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, f"-m launch.rank make {made}\n"), done.stderr

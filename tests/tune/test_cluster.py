@@ -1,0 +1,103 @@
+"""The Ray of a search lets nobody in who has not got its token, and tells nobody of itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mtbert.errors import UserError
+from tune.cluster import joined_ray
+
+ROOT = Path(__file__).parent.parent.parent
+
+CLUSTER = """
+import json, os, sys
+from tune.cluster import local_ray
+with local_ray(1, 0, False):
+    import ray
+    print(json.dumps([ray.get_runtime_context().gcs_address, os.environ["RAY_AUTH_TOKEN_PATH"]]), flush=True)
+    sys.stdin.read()
+"""
+CLIENT = """
+import sys
+from tune.cluster import joined_ray, nodes
+with joined_ray(sys.argv[1], 1):
+    print(len(nodes()), "node")
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[dict[str, Any]]:
+    """Address, token file and process id of a Ray as a search on this machine starts it."""
+    with tempfile.TemporaryDirectory(prefix="s") as tmp:  # a short name: it holds sockets
+        process = subprocess.Popen(
+            [sys.executable, "-c", CLUSTER],
+            cwd=ROOT,
+            env={**os.environ, "TMPDIR": tmp},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdout
+        address, token = json.loads(process.stdout.readline())
+        yield {"address": address, "token": Path(token), "home": Path(token).parent}
+        process.communicate(timeout=600)
+        assert not Path(token).exists()
+
+
+def join(address: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    return subprocess.run(
+        [sys.executable, "-c", CLIENT, address],
+        cwd=ROOT,
+        env={**plain, **variables},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+def test_the_token_is_the_users_alone(cluster: dict[str, Any]) -> None:
+    assert stat.S_IMODE(cluster["token"].stat().st_mode) == 0o600
+    assert stat.S_IMODE(cluster["home"].stat().st_mode) == 0o700
+    assert len(cluster["token"].read_text()) == 64
+
+
+def test_the_cluster_asks_for_it_and_reports_nothing(cluster: dict[str, Any]) -> None:
+    wanted = {"RAY_AUTH_MODE=token", f"RAY_AUTH_TOKEN_PATH={cluster['token']}", "RAY_USAGE_STATS_ENABLED=0"}
+    seen = set()  # of Ray's daemons; its agents write their names over their environment
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            environment = set((process / "environ").read_text().split("\0"))
+            name = Path((process / "cmdline").read_text().split("\0")[0]).name
+        except (OSError, UnicodeDecodeError):
+            continue
+        if name in ("gcs_server", "raylet") and f"TMPDIR={cluster['home']}" in environment:
+            assert wanted <= environment, name
+            seen.add(name)
+    assert seen == {"gcs_server", "raylet"}
+
+
+def test_who_has_the_token_joins_and_nobody_else(cluster: dict[str, Any], tmp_path: Path) -> None:
+    wrong = tmp_path / "token"
+    wrong.write_text("0" * 64)
+    welcome = join(cluster["address"], RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(cluster["token"]))
+    assert welcome.stdout == "1 node\n", welcome.stderr
+    refused = join(cluster["address"], RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(wrong))
+    assert refused.returncode and refused.stdout == ""
+    assert "AuthenticationError" in refused.stderr, refused.stderr[-2000:]
+
+
+def test_no_cluster_is_joined_without_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    with pytest.raises(UserError, match="RAY_AUTH_MODE=token"), joined_ray("127.0.0.1:1", 1):
+        pass

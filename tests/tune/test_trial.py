@@ -1,0 +1,39 @@
+"""What a trial of a population takes over from another."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from mtbert.manifest import find_checkpoint, folder_of, sealed
+
+ROOT = Path(__file__).parent.parent.parent
+
+GRAFT = """
+import sys
+from pathlib import Path
+from tune.trial import Plan, graft
+folder, donor, step = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+plan = Plan(0, str(folder.parent), (donor / "config.yaml").read_text(), {}, {}, False, 1, 1, 0.0)
+assert graft(folder, donor, step, plan) == step
+"""
+
+
+def test_a_graft_brings_the_best_checkpoint_along(trained_run: Path, tmp_path: Path) -> None:
+    """In a process of its own: Ray reads its settings when it is imported."""
+    donor, folder = Path(shutil.copytree(trained_run, tmp_path / "donor")), tmp_path / "grafted"
+    newest = max((donor / "checkpoints").glob("step-*"))
+    step = int(newest.name.removeprefix("step-"))
+    values = json.loads((newest / "manifest.json").read_text())
+    best = folder_of(donor, 1)
+    shutil.copytree(newest, best, dirs_exist_ok=True)
+    for path, own in ((best, {"step": 1}), (newest, {})):
+        (path / "manifest.json").write_text(sealed({**values, **own, "best": {"step": 1, "score": 0.9}}))
+    folder.mkdir()
+    command = [sys.executable, "-c", GRAFT, str(folder), str(donor), str(step)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert find_checkpoint(folder, "latest").step == step and find_checkpoint(folder, "best").step == 1
