@@ -271,6 +271,11 @@ class Patient:
                 self.job.wait()
             time.sleep(NAP_S)
 
+    def bury(self) -> None:
+        self.end()
+        for folder in (self.run, self.scratch):
+            shutil.rmtree(folder, ignore_errors=True)
+
     # -------------------------------------------------------------------------------------------- the clock
 
     def until(self, what: str, true: Callable[[], Any], nap_s: float = NAP_S) -> Any:

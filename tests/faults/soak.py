@@ -3,8 +3,9 @@
     python tests/faults/soak.py [--faults 500] [--seed 0] [--kinds WORD ...] [--ledger FILE]
     python tests/faults/soak.py --table [FILE ...]
 
-A patient (`patient.py`) is struck by one fault after another (`faults.py`), each at a moment drawn from the seed; the
-job goes on, or ends and is continued as its last words say. After every fault:
+A patient (`patient.py`) is struck by one fault after another, each at a moment drawn from the seed (`moments.py`): an
+end (`ends.py`), a refusal (`refusals.py`), damage (`damage.py`), or something beside it (`companions.py`). The job goes
+on, or ends and is continued as its last words say. After every fault:
 
 - there is evidence that it struck; a fault without is "not injected", is not counted, and is drawn again;
 - every checkpoint is whole, and its numbers are those of the undisturbed run after the same step;
@@ -37,7 +38,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from faults import KINDS, Kind, bury, here
+import companions  # noqa: F401 - each of them fills KINDS
+import damage  # noqa: F401
+import ends  # noqa: F401
+import refusals  # noqa: F401
+from kinds import KINDS, Kind, here
 from patient import ROOT, Lab, Lost, NotInjected, Patient, Undisturbed, lab, undisturbed
 
 from launch.show import STOPPED
@@ -101,7 +106,8 @@ class Soak:
         lost: Path,
         tell: Callable[[str], None],
     ) -> None:
-        self.place, self.ledger, self.seed, self.names, self.lost = place, ledger, seed, names, lost
+        self.place, self.ledger, self.seed, self.lost = place, ledger, seed, lost
+        self.names = [name for name in names if place.fills or KINDS[name].needs != "disk"]  # never the machine's own
         self.worlds, self.tell = worlds, tell
         self.references: dict[int, Undisturbed] = {}
         self.patient: Patient | None = None
@@ -237,7 +243,7 @@ class Soak:
 
     def discharge(self) -> None:
         if self.patient:
-            bury(self.patient)
+            self.patient.bury()
         self.patient = None
         for path in [*(self.place.disk / "runs").glob("patient-*"), self.place.disk / "exports"]:
             shutil.rmtree(path, ignore_errors=True)
@@ -263,7 +269,7 @@ def heard(patient: Patient, fault: Kind, code: int, words: str) -> None:
     if not re.search(patient.named or fault.because, words):
         raise Lost(f"exit code {code}, and its last words do not name the cause: {words}")
     # a mistake that is found before there is a job is told to who types that very command
-    began = code != 2 or ("run folder " in words and patient.checkpoints())
+    began = code != 2 or (re.search("^run folder ", words, re.MULTILINE) and patient.checkpoints())
     if began and not re.search(rf"continue with: .*--resume \S*{patient.name}\b", words):
         raise Lost(f"exit code {code} without a word on how to go on: {words}")
 
