@@ -58,9 +58,9 @@ def inside(*parts: str) -> Callable[[Patient], list[Path]]:
 
 
 def of_code(patient: Patient) -> list[Path]:
-    """What a rank has imported."""
-    compiled = {path.name.split(".")[0] for path in (patient.run / "code").rglob("*.pyc")}
-    return [path for path in inside("code")(patient) if path.suffix == ".py" and path.stem in compiled]
+    """What every rank imports."""
+    names = ("start", "job", "records", "runs", "config", "tasks", "manifest", "checkpoint", "engine", "trainer")
+    return [path for path in inside("code")(patient) if path.suffix == ".py" and path.stem in names]
 
 
 def of_records(patient: Patient) -> list[Path]:

@@ -127,9 +127,10 @@ def interrupt(patient: Patient) -> Evidence:
 def interrupt_twice(patient: Patient) -> Evidence:
     interrupt(patient)
     time.sleep(patient.draw.uniform(0.06, 0.5))  # the submitter looks every 0.05 s
-    if patient.ended:
-        raise NotInjected("it had saved and ended before the second", touched=True)
-    return patient.deliver(signal.SIGINT, [patient.submitter()])
+    try:
+        return patient.deliver(signal.SIGINT, [patient.submitter()])
+    except NotInjected:
+        raise NotInjected("it had saved and ended before the second", touched=True) from None
 
 
 @kind("kill -9 of the submitter, then cancel", -9, ends=True)

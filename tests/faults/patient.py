@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 from launch.records import alive  # noqa: E402
 from launch.show import STOPPED  # noqa: E402
 from mtbert.config import load_config  # noqa: E402
-from mtbert.manifest import Checkpoint, folders, prune, survey  # noqa: E402
+from mtbert.manifest import Checkpoint, prune, survey  # noqa: E402
 
 STEPS, SAVE_EVERY, EVALUATE_EVERY = 240, 10, 80
 PATIENCE_S = 300.0
@@ -178,13 +178,7 @@ class Patient:
 
     def processes(self) -> list[int]:
         """Everything that was started for this run and lives."""
-        mark = f"SOAK={self.run}\0".encode()
-        found = []
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdigit():
-                with suppress(OSError):
-                    if mark in (entry / "environ").read_bytes():
-                        found.append(int(entry.name))
+        found = _with_variable(f"SOAK={self.run}\0")
         self._pids.update(found)
         return found
 
@@ -294,13 +288,13 @@ class Patient:
         return answer
 
     def listen(self) -> None:
-        """No socket of it may be within reach of other machines."""
+        """No socket, of this or another patient, may be within reach of other machines."""
         if time.monotonic() < self._listened + LISTEN_EVERY_S:
             return
         self._listened = time.monotonic()
         if not (fresh := {inode: where for inode, where in _reachable() if inode not in self._others}):
             return
-        for pid in self.processes():
+        for pid in _with_variable(f"SOAK={self.lab.disk}/"):
             with suppress(OSError):
                 for entry in Path(f"/proc/{pid}/fd").iterdir():
                     with suppress(OSError):
@@ -436,6 +430,16 @@ class Patient:
         self.tidy()
 
 
+def _with_variable(text: str) -> list[int]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with suppress(OSError):
+                if text.encode() in (entry / "environ").read_bytes():
+                    found.append(int(entry.name))
+    return found
+
+
 def state(pid: int) -> str:
     """As in /proc: R, S, D, T (stopped), Z; X when it is gone."""
     try:
@@ -484,7 +488,7 @@ def facts(checkpoint: Checkpoint) -> dict[str, Any]:
 def measured(run: Path) -> list[dict[str, Any]]:
     """The lines of the metrics, without what depends on the clock and on memory."""
     lines = []
-    for text in (run / "metrics.jsonl").read_text().splitlines():
+    for text in (run / "metrics.jsonl").read_text(errors="replace").splitlines():
         with suppress(ValueError):  # damaged: what is missing is seen elsewhere
             line = json.loads(text)
             kept = {key: value for key, value in line.items() if not key.startswith(("speed/", "memory/"))}
@@ -538,6 +542,3 @@ def undisturbed(place: Lab, world: int) -> Undisturbed:
     result, metrics = (patient.run / "result.json").read_text(), measured(patient.run)
     prune(patient.run, keep=1)
     return Undisturbed(patient.run, checkpoints, result, metrics, time.monotonic() - before, lasts)
-
-
-__all__ = ["Lab", "Lost", "NotInjected", "Patient", "Undisturbed", "cpu_s", "folders", "lab", "state", "undisturbed"]

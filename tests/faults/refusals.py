@@ -24,10 +24,11 @@ STUCK_S = 1.0
 """CPU time without a line in the metrics after which a rank is working into the void: a step takes a few hundredths."""
 
 
-def bites(patient: Patient, rank: int, saying: str) -> Evidence:
+def bites(patient: Patient, rank: int, saying: str, mute: bool) -> Evidence:
     """Until the job shows that it has run into a fault that lasts: it says so, ends, or works on without getting on.
 
-    A rank whose log may not grow either cannot say it.
+    Args:
+        mute: whether the rank's log may not grow either, so that it cannot say it. What it works on then shows.
     """
     at, used, until = patient.last(), cpu_s(rank), time.monotonic() + HELD_S
     found: Evidence = {}
@@ -36,7 +37,8 @@ def bites(patient: Patient, rank: int, saying: str) -> Evidence:
         nonlocal at, used
         if said := re.search(saying, patient.words(everything=True)):
             found["said"] = said[0]
-        if patient.last() != at or patient.evaluating():
+        # scores are followed by pictures, which take a while
+        if not mute or patient.last() != at or patient.evaluating() or "metric/composite" in at:
             at, used = patient.last(), cpu_s(rank)
         elif (idle := cpu_s(rank) - used) > STUCK_S:
             found["no step for CPU seconds"] = round(idle, 1)
@@ -76,7 +78,7 @@ def under_limit(patient: Patient, what: int, value: Callable[[int], int], saying
     rank = patient.some_rank()
     patient.mark()
     with limited(rank, what, value):
-        return {**bites(patient, rank, saying), "pids": [rank]}
+        return {**bites(patient, rank, saying, mute=what == resource.RLIMIT_FSIZE), "pids": [rank]}
 
 
 def size_of(pid: int) -> int:
@@ -101,14 +103,14 @@ for name, what, value, codes, saying in (
 @kind("disk full (ENOSPC)", 2, because="No space left on device", needs="disk")
 def fill_the_disk(patient: Patient) -> Evidence:
     to_training(patient)
-    patient.saves_failed = True
+    patient.saves_failed, rank = True, patient.ready()[0]
     patient.mark()
     ballast = patient.lab.disk / "ballast"
     try:
         with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
             while True:
                 file.write(b"\0" * 4096)
-        return bites(patient, patient.ready()[0], "No space left on device")
+        return bites(patient, rank, "No space left on device", mute=True)
     finally:
         ballast.unlink(missing_ok=True)
 

@@ -247,6 +247,8 @@ class Soak:
         self.patient = None
         for path in [*(self.place.disk / "runs").glob("patient-*"), self.place.disk / "exports"]:
             shutil.rmtree(path, ignore_errors=True)
+        for said in self.place.root.glob("patient-*.out"):
+            said.unlink()
 
     def keep(self, number: int) -> None:
         """What a fault left, for who looks into it."""
