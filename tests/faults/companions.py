@@ -129,9 +129,7 @@ def kill_an_export(patient: Patient) -> Evidence:
     reference, place = patient.reference, patient.lab.disk / "exports"
     assert reference
     if not reference.exported:
-        began = time.monotonic()
         to_its_own_end(export(reference.run, place / "whole"), "an export")
-        reference.lasts["export"] = time.monotonic() - began
         reference.exported = contents(place / "whole")
         shutil.rmtree(place)
     killed = export(reference.run, place / "killed")

@@ -518,15 +518,15 @@ def undisturbed(place: Lab, world: int) -> Undisturbed:
     before = time.monotonic()
     patient.start()
     patient.ready()
-    present = time.monotonic()
+    present = patient.waited_s
     patient.until("a first step", lambda: patient.ended or patient.trains(), nap_s=0.002)
-    spent, last = {"start": time.monotonic() - present, "save": 0.0, "evaluation": 0.0}, time.monotonic()
+    spent, last = {"start": patient.waited_s - present, "save": 0.0, "evaluation": 0.0}, time.monotonic()
 
     def over() -> bool:
         nonlocal last
         now, phases = time.monotonic(), {"save": patient.saving(), "evaluation": patient.evaluating()}
         for phase, inside in phases.items():
-            spent[phase] += inside * (now - last)
+            spent[phase] += inside * min(now - last, LONGEST_NAP_S)
         last = now
         return patient.ended
 

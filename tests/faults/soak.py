@@ -134,20 +134,23 @@ class Soak:
         number = 1 + max((number for seed, number in self.ledger.faults if seed == self.seed), default=0)
         draw = random.Random(f"{self.seed} {number}")
         fault = self.choose(number)
-        began, used = time.monotonic(), _children_s()
+        began, waited, used = time.monotonic(), self.waited_s(), _children_s()
         line: Line = {"seed": self.seed, "number": number, "kind": fault.name, "commit": self.commit}
         try:
             patient = self.patient or self.admit(number, draw)
             patient.draw = draw
             line |= {"world": patient.world, "patient": patient.name, "step": patient.step()}
-            waited = patient.waited_s
             line |= self.strike(patient, fault)
-            line["waited_s"] = round(patient.waited_s - waited, 1)
         except Lost as error:
             line |= {"outcome": LOST, "what": str(error)}
         except Exception:
             line |= {"outcome": BROKEN, "what": traceback.format_exc()}
-        line |= {"seconds": round(time.monotonic() - began, 1), "cpu_s": round(_children_s() - used, 1)}
+        spent = {
+            "seconds": time.monotonic() - began,
+            "waited_s": self.waited_s() - waited,
+            "cpu_s": _children_s() - used,
+        }
+        line |= {what: round(seconds, 1) for what, seconds in spent.items()}
         self.book(line)
         return str(line["outcome"])
 
@@ -162,6 +165,10 @@ class Soak:
         if outcome in (LOST, BROKEN):
             self.keep(line["number"])
             self.discharge()
+
+    def waited_s(self) -> float:
+        """As this process saw it, and not as the clock says: a machine may stand still."""
+        return sum(patient.waited_s for patient in self.place.patients)
 
     def choose(self, number: int) -> Kind:
         """One of those that had the fewest turns."""
