@@ -349,7 +349,9 @@ class Patient:
     def evaluating(self) -> bool:
         """The line of the losses is written before an evaluation, that of the scores after it."""
         line = self.last()
-        return bool(line) and (line["step"] + 1) % EVALUATE_EVERY == 0 and "metric/composite" not in line
+        return (
+            self.trains() and bool(line) and (line["step"] + 1) % EVALUATE_EVERY == 0 and "metric/composite" not in line
+        )
 
     # -------------------------------------------------------------------------------------- its checkpoints
 

@@ -275,7 +275,9 @@ def heard(patient: Patient, fault: Kind, code: int, words: str) -> None:
     """A job that ended, other than with its submitter, has named the cause and how to go on."""
     if code < 0:
         return
-    if not re.search(patient.named or fault.because, words):
+    # where the run folder takes no record of the end, the logs tell
+    told = patient.words(everything=True) if re.search(r"see \S+/logs/", words) else words
+    if not re.search(patient.named or fault.because, told):
         raise Lost(f"exit code {code}, and its last words do not name the cause: {words}")
     # a mistake that is found before there is a job is told to who types that very command
     began = code != 2 or (re.search("^run folder ", words, re.MULTILINE) and patient.checkpoints())
