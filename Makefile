@@ -50,7 +50,7 @@ slurm-down: ## stop it and undo what slurm-up did
 test-slurm: $(TEST_READY) ## the tests on a real Slurm, brought up and taken down (Debian, root)
 	@MTBERT_SLURM=1 OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests/slurm $(ARGS)
 
-soak: $(TEST_READY) ## 500 faults into real jobs, an hour and more (all kinds: root, strace): make soak ARGS="--faults 50 --seed 1"
+soak: $(TEST_READY) ## 500 faults into real jobs, hours, resumable (all kinds: root, strace): make soak ARGS="--faults 50 --seed 1"
 	@.venv/bin/python tests/faults/soak.py $(ARGS)
 
 fuzz: $(TOOLS_READY) ## coverage-guided fuzzing of every reader: make fuzz SECONDS=600

@@ -22,10 +22,12 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 import yaml
+
+from mtbert.config import load_config
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -50,17 +52,27 @@ PAIRS = 5
 
 STEPS = 150
 
+TASKS = ("sst", "para", "sts")
+
 CONFIG = {
     "base": str(ROOT / "configs" / "quickstart.yaml"),
     "data": {"generate": {"train": 400, "dev": 60}},
-    "encoder": {"shape": {"hidden_size": 32, "layers": 2, "heads": 2, "intermediate_size": 64}},
+    "encoder": {"shape": {"hidden_size": 32, "layers": 2, "heads": 2, "intermediate_size": 64}, "dropout": 0.1},
+    "tasks": {task: {"head": {"dropout": 0.1}} for task in TASKS},
     "schedule": {"batch_size": 8},
     "phases": [{"steps": STEPS}],
     "engine": {"threads": 1, "precision": "fp32"},
     "checkpoint": {"every_steps": 20},
     "run": {"log_every": 1, "evaluate_every": 60},
 }
-"""A few seconds of training, long enough to be disturbed in the middle; dropout stays on."""
+"""A few seconds of training, long enough to be disturbed in the middle; with dropout, whose random numbers a resumed
+run must draw as before."""
+
+
+def write_config(path: Path, **changes: Any) -> None:
+    path.write_text(yaml.safe_dump({**CONFIG, **changes}))
+    config = load_config(path)
+    assert config.encoder.dropout and all(task.head.dropout for task in config.tasks.values())
 
 
 @dataclass(frozen=True)
@@ -212,7 +224,7 @@ class Bench:
         self.small.mkdir()
         # before there are nodes: they would not see it afterwards
         subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", self.small], check=True)
-        (place / "tiny.yaml").write_text(yaml.safe_dump(CONFIG))
+        write_config(place / "tiny.yaml")
         self.cluster = Cluster(place / "lab", 2 * PAIRS)
         os.environ["SLURM_CONF"] = str(self.cluster.lab / "slurm.conf")
         try:

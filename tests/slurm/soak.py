@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,8 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-import yaml
-from conftest import CONFIG, Cluster, Submission, Trained, scontrol, wait_until
+from conftest import Cluster, Submission, Trained, scontrol, wait_until, write_config
 
 STEPS_EACH = 130
 EVERY_STEPS = 20
@@ -27,7 +27,7 @@ def main(disturbances: int = 20, seed: int = 0) -> int:
     draw = random.Random(seed)
     steps = disturbances * STEPS_EACH
     place = Path(tempfile.mkdtemp(prefix="soak-"))
-    (place / "soak.yaml").write_text(yaml.safe_dump({**CONFIG, "phases": [{"steps": steps}]}))
+    write_config(place / "soak.yaml", phases=[{"steps": steps}])
     cluster = Cluster(place / "lab")
     os.environ["SLURM_CONF"] = str(cluster.lab / "slurm.conf")
     cluster("up")
@@ -35,6 +35,7 @@ def main(disturbances: int = 20, seed: int = 0) -> int:
         return soak(draw, disturbances, steps, place, cluster)
     finally:
         cluster("down")
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def soak(draw: random.Random, disturbances: int, steps: int, place: Path, cluster: Cluster) -> int:
@@ -54,7 +55,7 @@ def soak(draw: random.Random, disturbances: int, steps: int, place: Path, cluste
     code, out, err = submission.end(timeout=600)
     quiet, reference = submit(place, "undisturbed")
     quiet_code, _, _ = quiet.end(timeout=1200)
-    same = final(run, steps) == final(reference, steps)
+    same = bool(final(run, steps)) and final(run, steps) == final(reference, steps)
     logged = [line["step"] for line in run.lines() if "loss/sst" in line]
     whole = logged == list(range(steps))
     print(f"\nexit codes {code} and {quiet_code}; weights and optimizer state equal bit for bit: {same}; ")
