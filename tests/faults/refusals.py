@@ -90,7 +90,8 @@ def size_of(pid: int) -> int:
 NO_MEMORY = r"[Cc]annot allocate memory|can't allocate memory|MemoryError|bad_alloc|can't start new thread|was killed"
 
 for name, what, value, codes, saying in (
-    ("no file may grow (EFBIG)", resource.RLIMIT_FSIZE, lambda _: 1, (2,), "File too large"),
+    # the few lines about its end fit; with less a rank could not say why it ended
+    ("no file may grow (EFBIG)", resource.RLIMIT_FSIZE, lambda _: 4096, (2,), "File too large"),
     ("no file may be opened (EMFILE)", resource.RLIMIT_NOFILE, lambda _: 3, (1, 2), "Too many open files"),
     ("no more memory for a rank", resource.RLIMIT_AS, size_of, (1,), NO_MEMORY),
     ("no more memory for a rank, starting", resource.RLIMIT_AS, size_of, (1,), NO_MEMORY),
