@@ -540,7 +540,7 @@ def test_a_joint_pair_is_what_the_tokenizer_makes_of_it(home: Home, max_length: 
     assert batch.labels_B.dtype == torch.int64
     lengths_N = sequence_lengths(dataset, True, max_length)
     assert lengths_N[indices].tolist() == [len(encoded) for encoded in expected]
-    assert lengths_N.dtype == np.int64
+    assert lengths_N.dtype == np.int32
 
 
 @pytest.mark.parametrize("max_length", [512, 7])
