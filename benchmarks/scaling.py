@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import math
 import os
 import shutil
 import statistics
@@ -41,6 +40,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from benchmarks.options import amount, count
 from benchmarks.ours import OPTIMIZER
 from benchmarks.workload import SHAPES, TASKS, draw, loss_of
 from mtbert.config import EncoderConfig, EngineConfig
@@ -171,7 +171,8 @@ def check(links: Sequence[float], shape: str, rounds: int) -> list[dict[str, Any
 def told(row: dict[str, Any]) -> str:
     return (
         f"{row['ranks']} rank(s) at {row['gbit']:g} Gbit/s: measured {1e3 * row['measured']:.0f} ms, "
-        f"predicted {1e3 * row['predicted']:.0f} ms ({row['error']:+.0%})"
+        f"predicted {1e3 * row['predicted']:.0f} ms ({row['error']:+.0%}), from backwards of "
+        f"{1e3 * row['tasks'] * row['backward']:.0f} and {1e3 * row['finish']:.0f} to finish"
     )
 
 
@@ -334,26 +335,19 @@ def _travel(numbers: int, dtype: torch.dtype, rounds: int = 4) -> dict[str, floa
     return found
 
 
-def positive(text: str) -> float:
-    value = float(text)
-    if not (value > 0 and math.isfinite(value)):
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--compute", type=positive, help="seconds of a rank's forwards and backwards, all tasks")
-    parser.add_argument("--finish", type=positive, help="seconds of Gram, combination, optimizer on one rank")
-    parser.add_argument("--parameters", type=positive, default=22.7e6)
-    parser.add_argument("--tasks", type=int, choices=range(1, 65), default=3, metavar="K")
+    parser.add_argument("--compute", type=amount, help="seconds of a rank's forwards and backwards, all tasks")
+    parser.add_argument("--finish", type=amount, help="seconds of Gram, combination, optimizer on one rank")
+    parser.add_argument("--parameters", type=amount, default=22.7e6)
+    parser.add_argument("--tasks", type=count, default=3)
     parser.add_argument("--bytes", type=int, choices=(2, 4), default=2, help="per number on the wire")
-    parser.add_argument("--link", type=positive, default=100.0, help="Gbit/s per rank")
-    parser.add_argument("--latency", type=positive, default=20e-6, help="seconds per message")
+    parser.add_argument("--link", type=amount, default=100.0, help="Gbit/s per rank")
+    parser.add_argument("--latency", type=amount, default=20e-6, help="seconds per message")
     parser.add_argument("--check", action="store_true")
-    parser.add_argument("--links", type=positive, nargs="+", default=[0.25, 1.0, 4.0], help="Gbit/s, of the check")
+    parser.add_argument("--links", type=amount, nargs="+", default=[0.25, 1.0, 4.0], help="Gbit/s, of the check")
     parser.add_argument("--shape", choices=SHAPES, default="minilm", help="of the check")
-    parser.add_argument("--rounds", type=int, choices=range(1, 1000), default=12, metavar="N", help="of the check")
+    parser.add_argument("--rounds", type=count, default=12, help="of the check")
     parser.add_argument("--rank-in", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--rank", type=int, nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -378,7 +372,7 @@ def main() -> None:
             )
         )
     else:
-        parser.error("--compute and --finish: what was measured on one rank (python -m benchmarks.step prints both)")
+        parser.error("--compute and --finish: what one rank needs (--check tells it for this machine)")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 NEEDED = ["mtbert", "launch", "configs", "tests", "pyproject.toml"]
@@ -116,7 +117,7 @@ def check_controls(module: str, place: Path) -> None:
             raise SystemExit(f"{module}: every mutant of {name} must be {wanted}, but: {found}")
 
 
-def score(module: str, sample: int | None) -> dict[str, object]:
+def score(module: str, sample: int | None) -> dict[str, Any]:
     place = prepare(module)
     check_controls(module, place)
     if sample is None:
@@ -153,10 +154,10 @@ def main() -> int:
     code = 0
     for module in args.modules:
         found = answer[module] = score(module, args.sample)
-        mutants, tried, killed = (int(str(found[key])) for key in ("mutants", "tried", "killed"))
-        apart = ", ".join(f"{count} {state}" for state, count in found["states"].most_common())  # type: ignore[attr-defined]
+        mutants, tried, killed = (found[key] for key in ("mutants", "tried", "killed"))
+        apart = ", ".join(f"{count} {state}" for state, count in found["states"].most_common())
         print(f"{module}: {killed} of {tried} killed ({killed / max(tried, 1):.0%}), {mutants} in all: {apart}")
-        for name in found["survived"]:  # type: ignore[attr-defined]
+        for name in found["survived"]:
             print(f"    survived: {name}")
         wanted = mutants if args.sample is None else min(args.sample, mutants)
         if tried < wanted:
