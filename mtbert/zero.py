@@ -387,8 +387,23 @@ def quiet_deepspeed() -> Iterator[Any]:
 
         # its CPU start-up compiles a shared-memory op with ninja (27 s), and raises where there is no compiler
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        _import_muon()
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         yield deepspeed
+
+
+def _import_muon() -> None:
+    """Without the compiler, which its module asks for in passing: 1.5 to 2 s of every start for what is never called.
+
+    DeepSpeed asks of every optimizer whether it is its Muon.
+    """
+    from deepspeed.runtime import compiler
+
+    compile_, compiler.compile = compiler.compile, lambda: compiler.dummy_decorator
+    try:
+        import deepspeed.runtime.zero.muon.original_muon  # noqa: F401 - DeepSpeed finds it in sys.modules
+    finally:
+        compiler.compile = compile_
 
 
 def initialise_deepspeed(

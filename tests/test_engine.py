@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import math
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -523,3 +525,10 @@ def test_groups_layer_decay_and_weight_decay() -> None:
         spared = name.endswith("bias") or "norm" in name
         assert group.weight_decay == (0.0 if spared else 0.1), name
     assert set(found) == {name for name, _ in model(0.0).named_parameters()}
+
+
+def test_deepspeed_brings_no_compiler() -> None:
+    """Nothing here is compiled, and importing what could do it takes seconds of every start."""
+    code = "import sys; from mtbert.zero import quiet_deepspeed\nwith quiet_deepspeed(): print(*sys.modules)"
+    modules = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
+    assert "deepspeed.runtime.zero.muon.original_muon" in modules and "torch._inductor.compile_fx" not in modules

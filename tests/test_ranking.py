@@ -218,8 +218,7 @@ def tasks_of(step: int) -> list[str]:
 
 
 def reference(cuts: Sequence[Sequence[int]]) -> tuple[dict[str, Tensor], list[list[float]]]:
-    """Plain autograd in one process, with the sum of the task gradients. In fp64: of what ranks are held to, the rounding
-    is theirs alone."""
+    """Plain autograd in one process with the sum of the task gradients; in fp64, so that all rounding is the ranks'."""
     built = model().double()
     parameters = dict(built.named_parameters())
     groups = parameter_groups(built, OPTIMIZER, TASKS, SHAPE.layers, LAYERS)
