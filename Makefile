@@ -8,7 +8,7 @@ TOOLS := atheris==3.0.0 mutmut==3.8.1 pip-audit==2.10.1 pip-licenses==5.5.5 cycl
 GPL := quadprog # by way of TorchJD's projectors, only in the extras surgery and dev; any other is refused
 BROWSER_READY := .venv/.ready-to-browse
 
-.PHONY: help train test test-long check bench papers search clean slurm-up slurm-down test-slurm test-browser soak fuzz mutants audit
+.PHONY: help train test test-again test-long check bench papers search clean slurm-up slurm-down test-slurm test-browser soak fuzz mutants audit
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -18,6 +18,9 @@ train: $(TRAIN_READY) ## train on two nodes (local without Slurm): make train AR
 
 test: $(TEST_READY) ## run every test, and hold the core to its coverage: make test; a part: make test ARGS="-k schedule"
 	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --dist loadfile $(or $(ARGS),--cov)
+
+test-again: $(TEST_READY) ## make test until it fails, or TIMES=20, with a record: docs/reliability.md
+	@.venv/bin/python tests/faults/again.py --times $(or $(TIMES),20)
 
 test-long: $(TEST_READY) ## the property tests on thousands of examples, others each time
 	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --hypothesis-profile long -m hypothesis $(ARGS)

@@ -54,6 +54,8 @@ MISSES = 3
 HOPELESS = 25
 """Tries in a row that came to nothing after which a soak is given up."""
 
+LEDGER = Path(__file__).with_name("soak.jsonl")
+
 Line = dict[str, Any]
 
 
@@ -308,13 +310,15 @@ def table(ledgers: Sequence[Ledger]) -> str:
     phases = collections.Counter(
         str(line["evidence"]["phase"]) for line in lines if "phase" in line.get("evidence", {})
     )
+    commits = collections.Counter(str(line["commit"]) for line in lines if line["outcome"] in COUNTED)
     seconds = [line["seconds"] for line in lines if line["outcome"] in COUNTED]
     concluded = sum(len(ledger.concluded) for ledger in ledgers)
     notes = [
         f"{total[NOTHING]} more came to nothing and were not counted, {total[BROKEN]} to errors of the harness.",
         f"{len({(line['seed'], line.get('patient')) for line in lines})} patients, {concluded} of them to their end.",
         f"Moments: {', '.join(f'{phase} {count}' for phase, count in phases.most_common())}.",
-        f"{sum(seconds) / max(len(seconds), 1):.0f} s a fault.",
+        f"Commits: {', '.join(f'{commit} {count}' for commit, count in commits.items())}.",
+        f"{sum(seconds) / 3600:.1f} hours, {sum(seconds) / max(len(seconds), 1):.0f} s a fault.",
         *(f"Lost: seed {line['seed']}, {line['number']}, {line['kind']}: {line['what'].splitlines()[0]}"
           for line in lines if line["outcome"] == LOST),
     ]  # fmt: skip
@@ -342,7 +346,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kinds", nargs="+", default=[""], metavar="WORD", help="only kinds with one of these in them")
     parser.add_argument("--worlds", nargs="+", type=int, default=[1, 2], metavar="W")
-    parser.add_argument("--ledger", type=Path, default=Path("soak.jsonl"), metavar="FILE")
+    parser.add_argument("--ledger", type=Path, default=LEDGER, metavar="FILE", help="default: the repository's")
     parser.add_argument(
         "--lost", type=Path, default=Path("soak-lost"), metavar="FOLDER", help="for runs that were lost"
     )
