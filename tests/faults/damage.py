@@ -105,7 +105,7 @@ def damage(patient: Patient, name: str, target: Target, how: Callable[[Path, ran
         patient.start()
         raise NotInjected(f"{shown} is what it was")
     if not target.mends:
-        patient.damaged[path] = before
+        patient.damaged[path] = before, after
     patient.worn |= {path.parent.name} if name == "a file of the newest checkpoint" else set()
     patient.true_from = at + 1 if path.name == "metrics.jsonl" else patient.true_from
     plain = path.parent in (patient.run, patient.run / "job") or name == "code"

@@ -118,7 +118,7 @@ class Patient:
     job: subprocess.Popen[bytes] | None = None
     waited_s: float = 0.0  # as this process saw it
     # what faults have done to it, and what follows from that
-    damaged: dict[Path, bytes] = field(default_factory=dict)  # files to be put back, as they were
+    damaged: dict[Path, tuple[bytes, bytes | None]] = field(default_factory=dict)  # as they were, and after the damage
     worn: set[str] = field(default_factory=set)  # checkpoints that were damaged
     named: str = ""  # what its last words must match if it ends of the damage
     true_from: int = 0  # step from which on its metrics were left alone
@@ -409,8 +409,10 @@ class Patient:
         self.start(prefix)
 
     def put_back(self) -> None:
-        for path, content in self.damaged.items():
-            path.write_bytes(content)
+        """What was damaged, unless the job has written it anew meanwhile, as it does its lock."""
+        for path, (content, damaged) in self.damaged.items():
+            if (path.read_bytes() if path.exists() else None) == damaged:
+                path.write_bytes(content)
         self.damaged.clear()
 
     def conclude(self) -> None:
