@@ -30,6 +30,7 @@ import random
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -360,6 +361,8 @@ def main() -> int:
     if not names:
         parser.error(f"--kinds {' '.join(args.kinds)}: no kind has that in its name: {', '.join(KINDS)}")
     ledger = Ledger(args.ledger)
+    for number in (signal.SIGINT, signal.SIGTERM):  # the patients are not left behind; nohup would have SIGINT ignored
+        signal.signal(number, lambda *_: sys.exit("interrupted; the same command goes on from here"))
     soak(args.faults, args.seed, names, args.worlds, ledger, args.lost, lambda text: print(text, flush=True))
     print(table([ledger]))
     if missing:
