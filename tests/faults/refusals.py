@@ -191,7 +191,9 @@ def no_shared_memory(patient: Patient) -> Evidence:
 
 @kind("clock three days back", needs="faketime")
 def clock_back(patient: Patient) -> Evidence:
-    patient.restart(prefix=["faketime", "-m", "-f", "-3d"])
+    # not behind faketime itself, which would stay between the submitter and who waits for its exit code
+    asked = subprocess.run(["faketime", "-m", "-f", "-3d", "printenv", "LD_PRELOAD"], check=True, capture_output=True)
+    patient.restart(prefix=["env", f"LD_PRELOAD={asked.stdout.decode().strip()}", "FAKETIME=-3d"])
     ranks = patient.ready()
     to_training(patient)
     if not all("faketime" in Path(f"/proc/{pid}/maps").read_text() for pid in ranks.values()):
