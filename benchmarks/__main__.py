@@ -12,7 +12,6 @@ from __future__ import annotations
 import datetime
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -151,8 +150,7 @@ def measure(part: str) -> dict[str, Any]:
         hidden = {} if part.startswith("gpu") else {"CUDA_VISIBLE_DEVICES": ""}
         if code := subprocess.run(command, env={**os.environ, **hidden}).returncode:
             raise UserError(f"{part} ended with exit code {code}; what was measured before is kept")
-        machine = {"cpu": _cpu(), "cores": os.cpu_count(), "python": platform.python_version()}
-        stamp = {"command": PARTS[part], "when": datetime.date.today().isoformat(), "machine": machine}
+        stamp = {"command": PARTS[part], "when": datetime.date.today().isoformat(), "machine": options.machine()}
         return {**stamp, **json.loads(answer.read_text())}
 
 
@@ -215,17 +213,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write_page(record)
     print(block(record))
     return 0
-
-
-def _cpu() -> str:
-    """The processor as Linux names it, with the number formats that decide how fast it multiplies."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.processor()
-    name = next((line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")), "")
-    found = [flag for flag in ("avx512_bf16", "amx_bf16") if flag in text]
-    return f"{name} ({', '.join(found) or 'no bf16 products'})"
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
+import platform
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -70,3 +72,22 @@ def check_target(path: Path) -> None:
 
 def write_record(path: Path, record: dict[str, Any]) -> None:
     write_atomically(path, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+
+
+def machine() -> dict[str, str | int]:
+    """What measured: `cpu`, `cores` and the `python`, and the `gpu` where there is one."""
+    import torch
+
+    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
+    return {"cpu": _cpu(), "cores": os.cpu_count() or 1, "python": platform.python_version(), **gpu}
+
+
+def _cpu() -> str:
+    """The processor as Linux names it, with the number formats that decide how fast it multiplies."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor()
+    name = next((line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")), "")
+    found = [flag for flag in ("avx512_bf16", "amx_bf16") if flag in text]
+    return f"{name} ({', '.join(found) or 'no bf16 products'})"
