@@ -93,9 +93,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             runner.refuse_changed(todo)
             for number, (recipe, _) in enumerate(runner.perform_all(todo, options.jobs), 1):
                 print(f"{number}/{len(todo)} {recipe.row.name} seed {recipe.seed}: {recipe.row.system}", flush=True)
-                report(record, target, everything)
+                report(record, target, settings, options.steps)
             take_search(runner, lines, everything)
-        report(record, target, everything)
+        report(record, target, settings, options.steps)
     except UserError as error:
         print(f"{reader.prog}: {error}", file=sys.stderr)
         return 2
@@ -117,9 +117,10 @@ def to_be_run(wanted: Sequence[Recipe], lines: Sequence[Line], skipped: set[tupl
     ]
 
 
-def report(record: Record, target: Path, wanted: Sequence[Recipe]) -> None:
+def report(record: Record, target: Path, settings: Sequence[str], steps: int | None) -> None:
     with record.locked():  # else a slower process would write an older page over a newer one
-        write_page(target, record.lines(), wanted)
+        lines = record.lines()
+        write_page(target, lines, all_recipes(lines, settings, steps))
 
 
 def take_search(runner: Runner, lines: Sequence[Line], wanted: Sequence[Recipe]) -> None:
