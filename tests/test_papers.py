@@ -187,26 +187,23 @@ def test_runs_go_into_the_record_and_the_page_is_written_from_it(
     assert papers.main([*arguments, *elsewhere, "--report"]) == 0 and target.read_text() == told
 
     # other recipes: what is there is told, left out, and run again only if that is asked for
-    changed = [*arguments, "tasks.sst.head.dropout=0.7"]
+    changed = [*arguments, "optimizer.head_lr=0.5"]
     capsys.readouterr()
     assert papers.main(changed) == 0 and record.read_text() == text
     said = capsys.readouterr().out
-    assert "outdated: D1 seed 0 (tasks.sst.head.dropout); --redo runs it again\n" in said and "1/" not in said
-    assert (
-        "**Left out**, for these recipes have changed since: D1 seed 0 (tasks.sst.head.dropout); D6"
-        in target.read_text()
-    )
+    assert "outdated: D1 seed 0 (optimizer.head_lr); --redo runs it again\n" in said and "1/" not in said
+    assert "**Left out**, for these recipes have changed since: D1 seed 0 (optimizer.head_lr); D6" in target.read_text()
     assert papers.main([*changed, "--redo", "--rows", "D1", "--keep-runs"]) == 0
     assert "1/1 D1 seed 0" in capsys.readouterr().out and (tmp_path / "runs" / "D1-seed0" / "result.json").is_file()
     after = Record(record).entries()
-    assert [line.as_config.tasks["sst"].head.dropout for line in after] == [0.7, 0.3] and after[1] == lines[1]
+    assert after[0].as_config.optimizer.head_lr == 0.5 and after[1] == lines[1]
 
     # a folder of another recipe is not continued
     capsys.readouterr()
     assert papers.main([*arguments, "--redo"]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and f"{tmp_path}/runs/D1-seed0: holds a run whose configuration is not its" in said
-    assert "(tasks.sst.head.dropout); remove it" in said
+    assert "(optimizer.head_lr); remove it" in said
 
 
 def test_an_interrupted_run_goes_on_and_a_finished_one_is_only_recorded(
