@@ -80,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UserError(f"{RECORD}: holds runs of the recipes as they are; to change {keys}, name another --record")
         old = outdated(lines, everything)
         for line in old:
-            print(f"outdated: {outdated_told(line, everything)}; --redo runs it again")
+            print(f"outdated: {outdated_told(line, everything)}" + "; --redo runs it again" * (not options.redo))
         if not options.report:
             wanted = recipes(rows, options.seeds, settings, options.steps)
             skipped = set() if options.redo else {(line.row, line.seed) for line in old}
