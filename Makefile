@@ -38,7 +38,7 @@ clean: ## remove .venv, caches and build products; runs/ stays
 bench: $(TEST_READY) ## what docs/performance.md says, measured anew (40 minutes; leave the machine alone)
 	@.venv/bin/python -m benchmarks $(ARGS)
 
-papers: $(TEST_READY) ## every system of the four papers, hours, resumable; from ../shared/data and runs/minilm, or ARGS="--data DIR --encoder DIR"
+papers: $(TEST_READY) ## every system of the four papers that benchmarks/papers.jsonl lacks, hours: make papers ARGS="--budget 60 --data DIR --encoder DIR"
 	@.venv/bin/python -m benchmarks.papers $(ARGS)
 
 search: $(TEST_READY) ## 8 trials of the quick start, then best.yaml and report.md: make search ARGS="--trials 16"

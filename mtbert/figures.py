@@ -50,14 +50,19 @@ def pixels(figure: Figure) -> NDArray[np.uint8]:
     return np.asarray(canvas.buffer_rgba())
 
 
-def data_uri(figure: Figure) -> str:
-    """For the `src` of an image: an SVG that carries all it needs, and whose ids cannot meet another picture's."""
+def svg(figure: Figure) -> bytes:
+    """The same picture, the same bytes."""
     import matplotlib
 
     buffer = io.BytesIO()
-    with matplotlib.rc_context({"svg.hashsalt": "mtbert"}):  # the same picture, the same bytes
+    with matplotlib.rc_context({"svg.hashsalt": "mtbert"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return buffer.getvalue()
+
+
+def data_uri(figure: Figure) -> str:
+    """For the `src` of an image: an SVG that carries all it needs, and whose ids cannot meet another picture's."""
+    return "data:image/svg+xml;base64," + base64.b64encode(svg(figure)).decode()
 
 
 # ------------------------------------------------------------------------------------- one evaluation's task

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from benchmarks import papers
+from benchmarks.papers import __main__ as papers
+from benchmarks.papers import page as pages
+from benchmarks.papers import running
+from benchmarks.papers.record import RECORD, Entry, Line, Record, Search, compact, portable, unpacked
+from benchmarks.papers.rows import ROWS, TASKS, Row, identity, recipes, shortened
 from mtbert import synthetic
 from mtbert.config import Config, load_config, to_yaml
+from mtbert.errors import UserError
 from mtbert.heads import Head
 from mtbert.manifest import find_checkpoint
-from mtbert.record import RunRecord
+from mtbert.record import Curve, RunRecord
 from mtbert.runs import Rank, create_run
 from mtbert.trainer import train
 from tune.space import load_space
@@ -25,7 +32,7 @@ CONFIGS = sorted(path for path in (ROOT / "configs" / "papers").glob("*.yaml"))
 PARTS = ("base", "A", "B")  # what rows are based on
 
 
-NAMES = [row.name for row in papers.ROWS]
+NAMES = [row.name for row in ROWS]
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +57,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 def short(name: str, settings: list[str], steps: int) -> Config:
     path = ROOT / "configs" / "papers" / f"{name}.yaml"
-    return load_config(path, [*settings, papers.shortened(load_config(path, settings), steps)])
+    return load_config(path, [*settings, shortened(load_config(path, settings), steps)])
 
 
 def test_every_row_has_its_configuration_and_the_other_way_round() -> None:
@@ -59,8 +66,12 @@ def test_every_row_has_its_configuration_and_the_other_way_round() -> None:
     required = [f"A{n}" for n in range(1, 10)] + [f"B{n}" for n in range(6)] + [f"C{n}" for n in range(1, 7)]
     assert {*required, "C0-sst", "C0-cfimdb", "D1", "D2", "D3", "D4", "D5-sst", "D5-para", "D5-sts"} <= set(NAMES)
     assert sum(name.startswith("D6") for name in NAMES) == 4
-    for claim in (claim for row in papers.ROWS for claim in row.claims):
-        assert claim.than in NAMES and claim.metric in (*papers.TASKS, "composite")
+    for claim in (claim for row in ROWS for claim in row.claims):
+        assert claim.than in NAMES and claim.metric in (*TASKS, "composite")
+
+
+def row_of(name: str) -> Row:
+    return next(row for row in ROWS if row.name == name)
 
 
 def recipe(name: str) -> Config:
@@ -77,8 +88,8 @@ def test_b0_has_a_linear_head_for_similarity() -> None:
 def test_c1_is_c0s_run_for_it_cannot_differ() -> None:
     assert recipe("C1") == recipe("C0-sst")
     assert [phase.tasks for phase in recipe("C1").phases] == [["sst"]]  # the heads with more dropout are not trained
-    row = next(row for row in papers.ROWS if row.name == "C1")
-    sentence = papers.verdict(row.claims[0], row, {}, one_run=True)
+    row = row_of("C1")
+    sentence = pages.verdict(row.claims[0], row, {}, one_run=True)
     assert "(paper: +.139): cannot show; the configurations of C1 and C0-sst are equal" in sentence
 
 
@@ -99,7 +110,7 @@ def test_similarity_heads_are_those_of_paper_c(name: str, kind: str, scale: floa
 
 
 def test_e_linear_differs_from_e_cosine_in_the_head_alone() -> None:
-    one, other = papers.identity(recipe("E-linear")), papers.identity(recipe("E-cosine"))
+    one, other = identity(recipe("E-linear")), identity(recipe("E-cosine"))
     assert {key for key in one if one[key] != other[key]} == {"tasks.sts.head.kind"}
 
 
@@ -137,86 +148,292 @@ def test_a_row_trains_evaluates_saves_and_resumes(name: str, settings: list[str]
     assert not any("not_finite" in line and any("loss" in tag for tag in line["not_finite"]) for line in lines)
 
 
-def test_the_runner_goes_on_where_it_was_and_writes_the_page(
-    settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.fixture
+def arguments(settings: list[str], tmp_path: Path) -> list[str]:
+    """Three rows that are two runs, of two steps, into a record of their own."""
+    places = ["--out", str(tmp_path / "runs"), "--record", str(tmp_path / "papers.jsonl")]
+    return [*places, "--rows", "D1", "D6*probe", "--seeds", "1", "--steps", "2", "--set", *settings]
+
+
+def test_runs_go_into_the_record_and_the_page_is_written_from_it(
+    arguments: list[str], settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """D1 and D6-dot-probe are one configuration and so one run; two seeds of rows with a finding, one of others."""
-    data = next(text.partition("=")[2] for text in settings if text.startswith("data.dir="))
-    arguments = ["--data", data, "--out", str(tmp_path / "runs"), "--page", str(tmp_path / "docs" / "papers.md")]
-    arguments += ["--rows", "D1", "D6*probe", "--seeds", "1", "--steps", "2", "--set", *settings]
+    """D1 and D6-dot-probe are one configuration and so one run."""
+    record, target = tmp_path / "papers.jsonl", tmp_path / "papers.md"
     assert papers.main(arguments) == 0
-    folders = sorted(path for path in (tmp_path / "runs").iterdir() if path.is_dir())
-    assert [folder.name for folder in folders] == ["D1-seed0", "D6-concat-probe-seed0"]
-    results = {folder: (folder / "result.json").stat().st_mtime_ns for folder in folders}
-    page = (tmp_path / "docs" / "papers.md").read_text()
-    assert "3 of 3 runs are done" in page and "| [D6-dot-probe](" in page and data not in page
-    assert "beats concatenation on paraphrases (paper: +.013): " in page and "not decided" in page
-    (tmp_path / "docs" / "papers.md").unlink()
-    assert papers.main([*arguments, "--report"]) == 0
-    assert (tmp_path / "docs" / "papers.md").read_text() == page
-    assert results == {folder: (folder / "result.json").stat().st_mtime_ns for folder in folders}
+    assert [path for path in (tmp_path / "runs").iterdir() if path.suffix != ".lock"] == []
+    lines = Record(record).entries()
+    assert [(line.row, line.seed, line.precision) for line in lines] == [
+        ("D1", 0, "fp32"),
+        ("D6-concat-probe", 0, "fp32"),
+    ]
+    assert lines[0].sizes == {"sst": (40, 20), "para": (40, 20), "sts": (40, 20)} and lines[0].steps == 2
+    assert lines[0].scores.keys() == set(TASKS) and lines[0].seconds > 1
+    text, told = record.read_text(), target.read_text()
+    assert str(tmp_path) not in text + told and "/" not in json.dumps([line.config for line in lines])
+    assert all(list(json.loads(line)) == sorted(json.loads(line)) for line in text.splitlines())
+    assert "2 of " in told and " runs are done" in told and "run with other values of encoder." in told
+    assert sum(line.startswith("| [D") and " | 1 | 2 | " in line for line in told.splitlines()) == 3
+    assert "beats concatenation on paraphrases (paper: +.013): " in told and "not decided" in told
 
-    # what a run says of another recipe is not shown under this one's name, and nothing of it is touched
-    assert papers.main([*arguments, "run.log_every=7", "engine.threads=2"]) == 0  # these change no score
-    changed = [*arguments, "optimizer.head_lr=0.5", "tasks.sst.head.dropout=0.7"]
+    # nothing is repeated, and the page needs nothing but the record
     capsys.readouterr()
-    assert papers.main(changed) == 2
+    target.unlink()
+    assert papers.main(arguments) == 0 and papers.main([*arguments, "run.log_every=7", "engine.threads=2"]) == 0
+    assert capsys.readouterr().out == f"written: {target}\n" * 2
+    assert (record.read_text(), target.read_text()) == (text, told)
+    target.unlink()
+    elsewhere = ["data.dir=/none", "encoder.tokenizer=/none/tokenizer.json"]
+    assert papers.main([*arguments, *elsewhere, "--report"]) == 0 and target.read_text() == told
+
+    # other recipes: what is there is told, left out, and run again only if that is asked for
+    changed = [*arguments, "optimizer.head_lr=0.5"]
+    capsys.readouterr()
+    assert papers.main(changed) == 0 and record.read_text() == text
+    said = capsys.readouterr().out
+    assert "outdated: D1 seed 0 (optimizer.head_lr); --redo runs it again\n" in said and "1/" not in said
+    assert "**Left out**, for these recipes have changed since: D1 seed 0 (optimizer.head_lr); D6" in target.read_text()
+    assert papers.main([*changed, "--redo", "--rows", "D1", "--keep-runs"]) == 0
+    assert "1/1 D1 seed 0" in capsys.readouterr().out and (tmp_path / "runs" / "D1-seed0" / "result.json").is_file()
+    after = Record(record).entries()
+    assert after[0].as_config.optimizer.head_lr == 0.5 and after[1] == lines[1]
+
+    # a folder of another recipe is not continued
+    capsys.readouterr()
+    assert papers.main([*arguments, "--redo"]) == 2
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and f"{folders[0]}: holds a run whose configuration is not its recipe's" in said
-    assert "(optimizer.head_lr, tasks.sst.head.dropout); remove it" in said and "likewise D6-concat-probe-seed0" in said
-    assert papers.main([*changed, "--report"]) == 0
-    page = (tmp_path / "docs" / "papers.md").read_text()
-    assert "D1-seed0 (optimizer.head_lr, tasks.sst.head.dropout)" in page and "| [D1](" not in page
-    shutil.rmtree(folders[1])
-    (folders[0] / "result.json").unlink()  # as if it were stopped: it is not continued under another name either
-    assert papers.main([*changed, "--report"]) == 0 and papers.main(changed) == 2
-    assert results.keys() >= {path for path in (tmp_path / "runs").iterdir() if path.is_dir()} == {folders[0]}
+    assert said.count("\n") == 1 and f"{tmp_path}/runs/D1-seed0: holds a run whose configuration is not its" in said
+    assert "(optimizer.head_lr); remove it" in said
 
 
-def test_paths_that_lead_to_one_folder_are_one_recipe(tmp_path: Path) -> None:
-    (tmp_path / "a").mkdir()
-    (tmp_path / "config.yaml").write_text(to_yaml(load_config(*_with(tmp_path / "a" / ".." / "data"))))
-    assert papers.deviation(tmp_path / "config.yaml", load_config(*_with(tmp_path / "data"))) is None
-    assert papers.deviation(tmp_path / "config.yaml", load_config(*_with(tmp_path / "others"))) == "data.dir"
-    assert papers.deviation(tmp_path / "none.yaml", load_config(*_with(tmp_path / "data"))) is None
-    (tmp_path / "config.yaml").write_text("tasks: 3")
-    assert papers.deviation(tmp_path / "config.yaml", load_config(*_with(tmp_path))) == "config.yaml cannot be read"
+def test_an_interrupted_run_goes_on_and_a_finished_one_is_only_recorded(
+    arguments: list[str], settings: list[str], tmp_path: Path
+) -> None:
+    place = [f"run.dir={tmp_path / 'runs'}", "run.name=D1-seed0"]
+    run = create_run(short("D1", [*settings, *place], 2), None, [])
+    asked = iter([True])
+    assert train(run, Rank(), lambda: next(asked), quiet=True).step == 1
+    only = [*arguments, "--rows", "D1", "--keep-runs"]
+    assert papers.main(only) == 0
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert sorted(set(steps)) == [0, 1]
+    (first,) = Record(tmp_path / "papers.jsonl").entries()
+    assert first.steps == 2
+    log = (tmp_path / "runs" / "D1-seed0.log").read_bytes()
+    (tmp_path / "papers.jsonl").unlink()
+    assert papers.main(only) == 0
+    assert Record(tmp_path / "papers.jsonl").entries() == [first]
+    assert (tmp_path / "runs" / "D1-seed0.log").read_bytes() == log, "it did not train again"
 
 
-def _with(data: Path) -> tuple[Path, list[str]]:
-    return ROOT / "configs" / "papers" / "A1.yaml", [f"data.dir={data}", "encoder.pretrained=MODEL"]
+def test_when_time_is_over_no_run_is_started(arguments: list[str], tmp_path: Path) -> None:
+    assert papers.main([*arguments, "--budget", "1e-9"]) == 0
+    assert not (tmp_path / "papers.jsonl").exists() and "0 of " in (tmp_path / "papers.md").read_text()
 
 
-def test_every_row_has_its_sentence_and_c7_its_line(tmp_path: Path) -> None:
-    settings = ["data.dir=DATA", "encoder.pretrained=MODEL"]
-    runs = papers.runs_of(papers.ROWS, 1, tmp_path, settings, None)
-    about = papers.About("COMMAND", "ENCODER", {"sst": (8544, 1101)}, papers.search_told(tmp_path, settings, "OUT"), {})
-    page = papers.page(runs, about, tmp_path)
+def test_the_tracked_record_takes_nothing_but_the_recipes(capsys: pytest.CaptureFixture[str]) -> None:
+    for changed, keys in ((["--steps", "3"], "phases"), (["--set", "optimizer.lr=1e-3"], "optimizer.lr")):
+        assert papers.main(["--report", *changed]) == 2
+        said = f"{RECORD}: holds runs of the recipes as they are; to change {keys}, name another --record\n"
+        assert capsys.readouterr().err == f"python -m benchmarks.papers: {said}"
+
+
+def test_the_page_is_what_the_record_says() -> None:
+    """Both are there, or neither."""
+    lines = Record(RECORD).lines()
+    assert all(line.commit for line in lines)
+    told = pages.PAGE.read_text(encoding="utf-8") if pages.PAGE.is_file() else None
+    assert told == (pages.page(lines, pages.all_recipes(lines)) if lines else None)
+
+
+# ---------------------------------------------------------------------------------------------------- the record
+
+
+STAMP: dict[str, Any] = {"encoder": "E", "when": "2030-01-01", "machine": {"cpu": "C", "cores": 2}, "commit": "c0ffee"}
+SIZES = {"sst": (8544, 1101), "para": (9, 100), "sts": (9, 9)}
+
+
+def entry(name: str, seed: int = 0, **values: Any) -> Entry:
+    """As a run of the recipe would have left it."""
+    config = portable(load_config(ROOT / "configs" / "papers" / f"{name}.yaml", [*AS_ELSEWHERE, f"seed={seed}"]))
+    scores = {"sst": 0.5, "para": 0.7, "sts": 0.4}
+    default = {
+        **STAMP,
+        "files": {},
+        "sizes": SIZES,
+        "scores": scores,
+        "steps": 300,
+        "seconds": 90.0,
+        "precision": "bf16",
+    }
+    return Entry(row=name, seed=seed, config=config, **{**default, **values})
+
+
+AS_ELSEWHERE = ["data.dir=/some/where", "encoder.pretrained=/else/where"]
+
+
+def page_of(*lines: Line) -> str:
+    return pages.page(lines, pages.all_recipes(lines))
+
+
+def test_a_line_is_known_on_any_machine_and_written_as_it_was_read(tmp_path: Path) -> None:
+    record = Record(tmp_path / "papers.jsonl")
+    table = compact({"gradient/cosine/a~b": Curve(np.array([9, 19]), np.array([0.123456, np.nan]))}, bool, "gradient/")
+    line = entry("A5", scores={"sst": 0.5, "sts": float("nan")}, curves=table)
+    record.put(line)
+    text = record.path.read_text()
+    (again,) = record.entries()
+    assert again.key == line.key == recipes([row_of("A5")], 1)[0].key
+    assert again.curves == {"step": [9, 19], "gradient/cosine/a~b": [0.1235, None]} and '"step": [9, 19]' in text
+    record.put(again)
+    assert record.path.read_text() == text and "/else" not in text
+
+
+def test_lines_are_in_the_order_of_the_rows_and_replaced(tmp_path: Path) -> None:
+    record = Record(tmp_path / "papers.jsonl")
+    for line in (entry("B0", 1), entry("A5"), entry("B0"), entry("A1"), entry("A5", steps=7)):
+        record.put(line)
+    assert [(line.row, line.seed) for line in record.lines()] == [("A1", 0), ("A5", 0), ("B0", 0), ("B0", 1)]
+    assert record.entries()[1].steps == 7
+
+
+def test_no_line_is_lost_when_many_write_at_once(tmp_path: Path) -> None:
+    lines = [entry("A1", seed) for seed in range(12)]
+    threads = [threading.Thread(target=Record(tmp_path / "papers.jsonl").put, args=(line,)) for line in lines]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert Record(tmp_path / "papers.jsonl").entries() == lines
+
+
+def test_a_run_that_another_process_has_begun_is_left_to_it(settings: list[str], tmp_path: Path) -> None:
+    import filelock
+
+    runner = running.Runner(tmp_path, Record(tmp_path / "papers.jsonl"), None, False, float("inf"))
+    with filelock.FileLock(tmp_path / "A1-seed0.lock"):
+        assert runner.perform(recipes([row_of("A1")], 1, settings, 2)[0]) is None
+    assert not (tmp_path / "A1-seed0").exists()
+
+
+def test_a_record_is_of_one_set_of_files(tmp_path: Path) -> None:
+    record = Record(tmp_path / "papers.jsonl")
+    record.put(entry("A1", files={"sts-train.csv": "a" * 64}))
+    text = record.path.read_text()
+    record.put(entry("B0", files={"ids-sst-train.csv": "b" * 64}))
+    with pytest.raises(
+        UserError, match=r"^sts-train.csv: is not the one that A1 seed 0 of .* was run with \(SHA-256 c"
+    ):
+        record.put(entry("A2", files={"sts-train.csv": "c" * 64}))
+    assert record.path.read_text().startswith(text) and len(record.lines()) == 2
+
+
+def test_files_are_known_by_their_content(settings: list[str], tmp_path: Path) -> None:
+    (data,) = (text.partition("=")[2] for text in settings if text.startswith("data.dir="))
+    shutil.copytree(data, tmp_path / "data")
+    config, other = (short("A1", [*settings, *more], 2) for more in ([], [f"data.dir={tmp_path / 'data'}"]))
+    assert running.contents(config) == running.contents(other) and len(running.contents(config)) == 7
+    assert identity(config) == identity(other)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(to_yaml(other))
+    assert running.deviation(tmp_path / "run", config) == "" == running.deviation(tmp_path / "none", config)
+    running._digest.cache_clear()  # as in another process
+    (tmp_path / "data" / "sts-dev.csv").write_text("other")
+    assert running.deviation(tmp_path / "run", config) == "sts-dev.csv"
+    (tmp_path / "run" / "config.yaml").write_text("tasks: 3")
+    assert "tasks: expected keys and values below it" in running.deviation(tmp_path / "run", config)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda line: line[:-9], "no JSON ("),
+        (lambda line: "<<<<<<< HEAD", "no JSON ("),
+        (lambda line: "[]", "the line: Input should be an object"),
+        (lambda line: line.replace('"steps": 300', '"steps": "many"'), "steps: Input should be a valid integer"),
+        (lambda line: line.replace('"steps": 300, ', ""), "steps: Field required"),
+        (lambda line: line.replace('"steps"', '"stairs": 1, "steps"'), "stairs: Extra inputs are not permitted"),
+        (lambda line: "\udcff", "no JSON ("),
+        (lambda line: "[" * 100_000, "no JSON ("),
+    ],
+)
+def test_a_damaged_line_is_told(
+    damage: Callable[[str], str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = Record(tmp_path / "papers.jsonl")
+    record.put(entry("A1"))
+    record.put(entry("A2"))
+    first, second = record.path.read_text().splitlines()
+    record.path.write_text(f"{first}\n{damage(second)}\n", errors="surrogateescape")
+    assert papers.main(["--report", "--record", str(record.path)]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"python -m benchmarks.papers: {record.path} line 2: {said}") and told.count("\n") == 1
+    assert told.endswith("; restore it with git, or remove the line\n") and not (tmp_path / "papers.md").exists()
+    record.path.write_text(f"{first}\n{first}\n")
+    assert papers.main(["--report", "--record", str(record.path)]) == 2
+    assert "line 2: A1 seed 0 for the second time; keep one of the two" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------------ the page
+
+
+def test_every_row_has_its_sentence_and_c7_its_line() -> None:
+    page = page_of(entry("C0-sst"))
     for name in (*NAMES, "C7"):
         assert f"\n- **{name}**" in page, name
     assert "standard error of an accuracy at most: sst .015" in page
     assert "- **A1**: no finding of its own; measured against it: A2, A3, A4; not run; paper: .467." in page
-    assert "run.dir=OUT`): not run." in page
+    assert "run.dir=runs/papers`, then `make papers`): not run." in page
+    assert "| [C1](../configs/papers/C1.yaml) |" in page and "\n1 of 118 runs are done." in page
+
+
+def test_precision_is_told_where_it_is_mixed() -> None:
+    seeds = [entry("A5", 0), entry("A5", 1, precision="fp32", machine={"cpu": "D", "cores": 4}), entry("A5", 2)]
+    assert "| .633 ± .000 | 2 bf16 + 1 fp32 | 300 | 30 | 1.5 |" in page_of(*seeds)
+    assert "C, 2 cores, bf16: 2; D, 4 cores, fp32: 1; 2030-01-01, at c0ffee" in page_of(*seeds)
+    assert "| .633 ± .000 | 2 | 300 |" in page_of(seeds[0], seeds[2])
+
+
+def test_a_record_may_hold_more_seeds_than_are_run_by_default() -> None:
+    assert "| 4 | 300 |" in page_of(*[entry("A5", seed) for seed in range(4)])
+
+
+def test_what_is_no_recipe_any_more_is_left_out() -> None:
+    old = entry("A5")
+    config = {**old.config, "optimizer": {**old.config["optimizer"], "lr": 0.5}}
+    unknown = {**old.config, "colour": "blue"}
+    lines = [old.model_copy(update=values) for values in ({"config": config}, {"config": unknown, "seed": 1})]
+    page = page_of(*lines, entry("A4").model_copy(update={"row": "A17", "config": config}))
+    assert (
+        "have changed since: A5 seed 0 (optimizer.lr); A5 seed 1 (this version cannot read it); A17 seed 0 (no such "
+        "row and seed)."
+    ) in page
+    assert "\n0 of 118 runs are done." in page
 
 
 def test_c7_is_told_from_its_search(tmp_path: Path) -> None:
-    settings = ["data.dir=DATA", "encoder.pretrained=MODEL"]
     folder = tmp_path / "C7"
     (folder / "trials" / "0000").mkdir(parents=True)
+    assert running.search_of(folder, None) is None
     (folder / "trials" / "0000" / "result.json").write_text("{}")
-    config = recipe("C6")
+    corpus = synthetic.generate(tmp_path / "corpus", seed=0, train=4, dev=2)
+    tokenizer = synthetic.train_tokenizer(["a river"], tmp_path / "tokenizer.json")
+    shape = {"hidden_size": 8, "layers": 1, "heads": 2, "intermediate_size": 8, "max_positions": 64}
+    more = [f"data.dir={corpus}", f"encoder.shape={json.dumps(shape)}", f"encoder.tokenizer={tokenizer}"]
+    config = load_config(ROOT / "configs" / "papers" / "C6.yaml", more)
     (folder / "base.yaml").write_text(to_yaml(config))
-    (folder / "best.yaml").write_text(
-        "# Trial 0 of C7: composite 0.6543, sst 0.5 after 9 examples.\n" + to_yaml(config)
-    )
-    said = papers.search_told(tmp_path, settings, "OUT")
-    assert said.endswith(
+    (folder / "best.yaml").write_text("# Trial 0 of C7: composite 0.6543, sst 0.5 after 9.\n" + to_yaml(config))
+    arguments = ["--out", str(tmp_path), "--record", str(tmp_path / "papers.jsonl"), "--budget", "1e-9", "--set", *more]
+    assert papers.main(arguments) == 0
+    text = (tmp_path / "papers.jsonl").read_text()
+    (search,) = Record(tmp_path / "papers.jsonl").lines()
+    assert isinstance(search, Search) and folder.is_dir()
+    assert pages.search_told([search], config).endswith(
         "another choice here, 0.0001 and .300, composite .654; 1 of 6 trials, one seed each, not decided."
     )
-    (folder / "base.yaml").write_text(to_yaml(recipe("C5")))
-    assert "left out, the search there varied another configuration (tasks.sts.head.kind, tasks.sts.head.scale)" in (
-        papers.search_told(tmp_path, settings, "OUT")
-    )
+    assert "composite .654; 1 of 6 trials" in (tmp_path / "papers.md").read_text()
+    assert papers.main(arguments) == 0 and (tmp_path / "papers.jsonl").read_text() == text
+    assert "left out, the search varied another configuration (encoder." in pages.search_told([search], recipe("C6"))
 
 
 def recorded(folder: Path, name: str, lines: list[dict[str, Any]]) -> RunRecord:
@@ -229,16 +446,18 @@ def recorded(folder: Path, name: str, lines: list[dict[str, Any]]) -> RunRecord:
 
 @pytest.mark.parametrize(("losses", "said"), [([0.8, 4.2, 4.3], "at 67% "), ([0.8, 0.9, 4.3], "no lasting collapse")])
 def test_a_collapse_of_ranking_is_told(losses: list[float], said: str, tmp_path: Path) -> None:
-    recorded(tmp_path / "run", "A2", [{"loss/sts": loss} for loss in losses])
-    row = next(row for row in papers.ROWS if row.name == "A2")
-    sentence = papers.ranking(papers.Run(row, 0, tmp_path / "run", [], recipe("A2")))
+    run = recorded(tmp_path / "run", "A2", [{"loss/sts": loss} for loss in losses])
+    sentence = pages.ranking(row_of("A2"), entry("A2", alike=running.alike(run)))
     assert sentence is not None and said in sentence and "ln 32" in sentence
-    recorded(tmp_path / "other", "A4", [{"loss/sts": 9.0}])
-    assert papers.ranking(papers.Run(row, 0, tmp_path / "other", [], recipe("A4"))) is None
+    assert f"- {sentence}" in page_of(entry("A2", alike=running.alike(run)))
+    other = recorded(tmp_path / "other", "A4", [{"loss/sts": 9.0}])
+    assert pages.ranking(row_of("A2"), entry("A4", alike=running.alike(other))) is None
 
 
 def test_surgery_is_measured_against_the_plain_weights(tmp_path: Path) -> None:
-    """Steps of one task do not count; the plain weight is 1 where the method sums, 1 / tasks where it averages."""
+    """Steps of one task do not count, nor those with a number that is not finite; the plain weight is 1 where the
+    method sums, 1 / tasks where it averages. What the record keeps is enough for it.
+    """
     gradients = np.array([[3.0, 0.0, 0.0], [-0.5, 2.0, 0.0]])  # sst, para
     norms, weights = np.linalg.norm(gradients, axis=1), np.array([1.1, 0.8])
     seen = {"gradient/norm/sst": norms[0], "gradient/norm/para": norms[1]}
@@ -247,35 +466,28 @@ def test_surgery_is_measured_against_the_plain_weights(tmp_path: Path) -> None:
     moved = np.linalg.norm((weights - 1) @ gradients) / np.linalg.norm(gradients.sum(axis=0))
     for name, share in (("C4", 1.0), ("A5", 0.5)):
         two = {**seen, "gradient/weight/sst": share * 1.1, "gradient/weight/para": share * 0.8}
-        changes = papers.surgery_changes(recorded(tmp_path / name, name, [two, one]))
-        assert sorted(changes[0]) == pytest.approx([0.1, 0.2]) and changes[1] == pytest.approx([moved])
+        broken = {**two, "gradient/norm/sst": None, "not_finite": {"gradient/norm/sst": "inf"}}
+        run = recorded(tmp_path / name, name, [two, one, broken])
+        table = compact(run.curves, lambda tag: tag.startswith("gradient/"), "gradient/cosine/")
+        assert table is not None and table["step"] == [9, 29]
+        changes = pages.surgery_changes(unpacked(table), share < 1)
+        assert sorted(changes[0]) == pytest.approx([0.1, 0.2], rel=1e-3)
+        assert changes[1] == pytest.approx([moved], rel=1e-3)
+        page = tmp_path / "docs" / "papers.md"
+        pages.write_page(page, [entry(name, curves=table)], pages.all_recipes([]))
+        assert f"| {name} | sst~para | −.242 | −.242 … −.242 | 100% |" in page.read_text()
+        assert "sst and para" in (tmp_path / "docs" / "papers" / "conflicts.svg").read_text()
 
 
 def test_what_surgery_did_is_told_from_the_numbers() -> None:
     cosines, weights = np.array([-0.2, 0.1, 0.1, 0.2]), np.array([0.1, 0.2])
     much, little = (weights, np.array([0.08, 0.1])), (weights, np.array([0.01, 0.02]))
-    said = papers.surgery_told({"A5": much, "C4": little}, cosines)
+    said = pages.surgery_told({"A5": much, "C4": little}, cosines)
     assert "25% of the cosines lie below 0, the mean of their sizes is .150" in said
     assert (
         "in the mean by: A5 15.0% (at most 20%)" in said and "C4 1.5% (at most 2%). In A5 that is more than 5%" in said
     )
-    assert "That is 5% or less everywhere" in papers.surgery_told({"C4": little}, cosines)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "command"),
-    [
-        ([], 'make papers ARGS="--seeds 3 --jobs 1"'),
-        (["--data", "/x", "--encoder", "/y", "--rows", "A5", "D*", "--seeds", "1"],
-         "make papers ARGS=\"--data DATA --encoder MODEL --rows A5 'D*' --seeds 1 --jobs 1\""),
-        (["--set", "optimizer.lr=1e-5", "data.cache=/z", "--steps", "9"],
-         'make papers ARGS="--seeds 3 --jobs 1 --steps 9 --set optimizer.lr=1e-5 data.cache=CACHE"'),
-        (["--set", 'surgery={"method": "sum"}'],
-         "python -m benchmarks.papers --seeds 3 --jobs 1 --set 'surgery={\"method\": \"sum\"}'"),
-    ],
-)  # fmt: skip
-def test_the_page_names_the_command_with_all_that_matters(arguments: list[str], command: str) -> None:
-    assert papers.command_of(papers.parser().parse_args(arguments)) == command
+    assert "That is 5% or less everywhere" in pages.surgery_told({"C4": little}, cosines)
 
 
 def test_without_arguments_the_places_beside_the_checkout_are_taken(
@@ -295,9 +507,9 @@ def test_without_arguments_the_places_beside_the_checkout_are_taken(
 
 def test_an_encoder_is_called_what_it_calls_itself(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"_name_or_path": "its/origin"}')
-    assert papers.name_of(tmp_path) == "its/origin"
+    assert running.name_of(tmp_path) == "its/origin"
     (tmp_path / "README.md").write_text("---\n---\n\n# all-MiniLM-L6-v2\nThis is\n")
-    assert papers.name_of(tmp_path) == "all-MiniLM-L6-v2"
+    assert running.name_of(tmp_path) == "all-MiniLM-L6-v2"
 
 
 def found(**values: list[float]) -> dict[str, list[dict[str, float]]]:
@@ -316,12 +528,8 @@ def found(**values: list[float]) -> dict[str, list[dict[str, float]]]:
     ],
 )
 def test_verdicts_come_from_the_numbers(one: list[float], other: list[float], said: str) -> None:
-    row = next(row for row in papers.ROWS if row.name == "E-cosine")
-    assert said in papers.verdict(row.claims[0], row, found(E_cosine=one, E_linear=other))
-
-
-def row_of(name: str) -> papers.Row:
-    return next(row for row in papers.ROWS if row.name == name)
+    row = row_of("E-cosine")
+    assert said in pages.verdict(row.claims[0], row, found(E_cosine=one, E_linear=other))
 
 
 @pytest.mark.parametrize(
@@ -340,13 +548,13 @@ def test_nothing_changes_only_where_chance_is_smaller_too(name: str, shift: floa
     base = [0.7 - spread, 0.7, 0.7 + spread]
     scores = {row.claims[0].than: [{"composite": value} for value in base]}
     scores[name] = [{"composite": value + shift} for value in base]
-    assert f"): {said}; " in papers.verdict(row.claims[0], row, scores)
+    assert f"): {said}; " in pages.verdict(row.claims[0], row, scores)
 
 
 def test_one_seed_decides_nothing() -> None:
     row = row_of("A5")
     scores = {"A5": [{"composite": 0.7}], "A4": [{"composite": 0.7}]}
-    assert "changes nothing (paper: +.000): not decided; +.000 composite" in papers.verdict(row.claims[0], row, scores)
+    assert "changes nothing (paper: +.000): not decided; +.000 composite" in pages.verdict(row.claims[0], row, scores)
 
 
 @pytest.mark.parametrize(("shift", "said"), [(-0.1, "holds"), (0.0, "holds"), (0.1, "does not hold")])
@@ -357,5 +565,5 @@ def test_gaining_nothing_is_one_sided(shift: float, said: str) -> None:
     for claim in (claim for claim in row.claims if claim.kind == "no better"):
         scores = {"D2": [{claim.metric: value} for value in base]}
         scores["D5-para"] = [{claim.metric: value + shift} for value in base]
-        assert f": {said}; " in papers.verdict(claim, row, scores)
+        assert f": {said}; " in pages.verdict(claim, row, scores)
     assert {claim.metric for claim in row.claims if claim.kind == "no better"} == {"sst", "sts"}
