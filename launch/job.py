@@ -179,7 +179,7 @@ class Attempt:
         except UserError as error:
             self._end("mistake", message=str(error))
         except Exception as error:
-            trace = traceback.format_exc()
+            trace = _explained(traceback.format_exc())
             print(trace, file=sys.stderr, flush=True)
             self._await_cause()
             self._end("lost" if _peer_lost(error) else "failed", message=trace)
@@ -345,6 +345,13 @@ def _back_into_queue(job: str) -> None:
         time.sleep(ASK_EVERY_S)
         if not _goes_on(job):
             return
+
+
+def _explained(trace: str) -> str:
+    """oneDNN does not say what it lacks for the code it writes."""
+    if "could not create a primitive" in trace:
+        trace += "most likely this process cannot allocate memory: oneDNN says so where it gets none\n"
+    return trace
 
 
 def _peer_lost(error: Exception) -> bool:

@@ -42,7 +42,7 @@ def not_finite(patient: Patient) -> Evidence:
     draw = patient.draw
     rate = f"{10 ** draw.uniform(25, 36):.3g}"
     settings = [f"optimizer.lr={rate}", f"optimizer.head_lr={rate}", "optimizer.warmup=0", f"seed={draw.randrange(99)}"]
-    settings += [f"schedule.batch_size={draw.choice([2, 4, 8])}", f"surgery.method={draw.choice(METHODS)}"]
+    settings += [f"schedule.batch_size={draw.choice([2, 4, 8])}", f"surgery={draw.choice(METHODS)}"]
     other = companion(patient, settings)
     other.start()
     code, words = other.wait(), other.words()
@@ -53,7 +53,7 @@ def not_finite(patient: Patient) -> Evidence:
     return {"settings": settings}
 
 
-METHODS = ("sum", "pcgrad", "cagrad", "imtl_g")
+METHODS = ("{method: sum}", "{method: pcgrad}", "{method: cagrad, options: {c: 0.5}}", "{method: imtl_g}")
 
 
 @kind("NaN in one rank's activations", aside=True)

@@ -61,7 +61,10 @@ Line = dict[str, Any]
 
 
 class Ledger:
-    """A line of JSON per fault; of two with the same seed and number the later one holds."""
+    """A line of JSON per fault; of two with the same seed and number the later one holds.
+
+    Who mends what lost one adds its line once more, with `mended`: what it was, and since when it is no more.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -320,7 +323,8 @@ def table(ledgers: Sequence[Ledger]) -> str:
         f"Moments: {', '.join(f'{phase} {count}' for phase, count in phases.most_common())}.",
         f"Commits: {', '.join(f'{commit} {count}' for commit, count in commits.items())}.",
         f"{sum(seconds) / 3600:.1f} hours, {sum(seconds) / max(len(seconds), 1):.0f} s a fault.",
-        *(f"Lost: seed {line['seed']}, {line['number']}, {line['kind']}: {line['what'].splitlines()[0]}"
+        *(f"Lost: seed {line['seed']}, {line['number']}, {line['kind']}: "
+          f"{line.get('mended', line['what'].splitlines()[0])}"
           for line in lines if line["outcome"] == LOST),
     ]  # fmt: skip
     return "\n".join(["| fault | survived | lost |", "|---|---|---|", *rows, "", *notes])

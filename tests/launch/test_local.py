@@ -301,3 +301,11 @@ def test_nobody_else_may_write_into_a_job_folder(run: Path, monkeypatch: pytest.
     monkeypatch.setattr(os, "geteuid", lambda: 12345)
     with pytest.raises(UserError, match="belongs to another user"):
         make_job_folder(run)
+
+
+def test_a_failure_for_want_of_memory_says_so() -> None:
+    """oneDNN alone does not; seen in a soak."""
+    from launch.job import _explained
+
+    assert "cannot allocate memory" in _explained("RuntimeError: could not create a primitive\n")
+    assert _explained("ValueError: x\n") == "ValueError: x\n"
