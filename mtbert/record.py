@@ -19,10 +19,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel, Field, ValidationError
 
 from mtbert.config import Config, load_config
 from mtbert.errors import UserError
@@ -86,6 +87,34 @@ class Curve:
     @property
     def last(self) -> float:
         return float(self.values[-1])
+
+
+class Environment(BaseModel):
+    """`environment.json`, as `create_run` writes it: what a reader needs to repeat the run."""
+
+    command: list[str] = []  # what the user typed
+    directory: str = ""
+    python: str = ""
+    platform: str = ""
+    host: str = ""
+    cpus: Annotated[int, Field(lt=2**31)] | None = None
+    packages: dict[str, str] = {}
+
+
+class TaskResult(BaseModel):
+    """What a task's score has to beat, by the same metric; None where there is no such thing."""
+
+    trivial: float | None = None
+    bag_of_words: float | None = None
+
+
+class Result(BaseModel):
+    """`result.json`: the run is finished."""
+
+    tasks: dict[str, TaskResult] = {}
+
+
+D = TypeVar("D", Environment, Result)
 
 
 @dataclass(frozen=True)
@@ -171,18 +200,23 @@ class RunRecord:
         except (OSError, ValueError, LookupError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
             raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())}); it was damaged") from None
 
-    def document(self, name: str) -> dict[str, Any]:
-        """`environment.json`, `result.json`; empty where it is not there (yet)."""
+    @cached_property
+    def environment(self) -> Environment:
+        return self._document("environment.json", Environment) or Environment()
+
+    @cached_property
+    def result(self) -> Result | None:
+        """None where the run is not finished."""
+        return self._document("result.json", Result)
+
+    def _document(self, name: str, kind: type[D]) -> D | None:
         path = self.folder / name
         if not path.is_file():
-            return {}
+            return None
         try:
-            values = json.loads(read_small(path))
-        except (ValueError, RecursionError):  # also a number of 5000 digits
-            values = None
-        if not isinstance(values, dict):
-            raise UserError(f"{path}: not what training wrote; it was damaged")
-        return values
+            return kind.model_validate_json(read_small(path))
+        except ValidationError:
+            raise UserError(f"{path}: not what training wrote; it was damaged") from None
 
 
 def _lines(path: Path) -> Iterator[bytes]:
@@ -213,4 +247,15 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     return pairs
 
 
-__all__ = ["Curve", "RunRecord", "Said", "Which", "kept_id", "settings", "write_predictions"]
+__all__ = [
+    "Curve",
+    "Environment",
+    "Result",
+    "RunRecord",
+    "Said",
+    "TaskResult",
+    "Which",
+    "kept_id",
+    "settings",
+    "write_predictions",
+]

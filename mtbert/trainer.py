@@ -502,9 +502,9 @@ class _Run:
                 write_atomically(self.run_dir / "quarantined.jsonl", lines)
         if not self.first_step:
             tracker.text("config", f"```yaml\n{to_yaml(config)}```")
-            environment = RunRecord(self.run_dir).document("environment.json")
-            tracker.text("command", f"```\n{shlex.join(environment.pop('command', []))}\n```")
-            tracker.text("environment", f"```json\n{json.dumps(environment, indent=2)}\n```")
+            environment = RunRecord(self.run_dir).environment
+            tracker.text("command", f"```\n{shlex.join(environment.command)}\n```")
+            tracker.text("environment", f"```json\n{environment.model_dump_json(indent=2, exclude={'command'})}\n```")
             tracker.settings({key: value for key, value in settings(config).items() if value is not None})
 
     def _tell_launch(self, launch: Stopwatch) -> None:

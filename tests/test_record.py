@@ -77,7 +77,7 @@ def test_a_damaged_document_is_one_line(run: Path) -> None:
     for content in (b"[1]", b'{"step": ', b"\xff", b'{"step": ' + b"7" * 5000 + b"}", b"[" * 2**17):
         (run / "result.json").write_bytes(content)
         with pytest.raises(UserError, match=r"result\.json: not what training wrote; it was damaged"):
-            RunRecord(run).document("result.json")
+            assert RunRecord(run).result
 
 
 def test_an_id_of_a_megabyte_is_kept_short_and_apart_from_others() -> None:
