@@ -13,8 +13,8 @@ import hashlib
 import io
 import json
 import math
+import sys
 import zipfile
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field, ValidationError
 
-from mtbert.config import Config, load_config
+from mtbert.config import Config, TaskConfig, load_config
 from mtbert.errors import UserError
 from mtbert.runs import check_run, read_small, write_atomically
 
@@ -175,7 +175,10 @@ class RunRecord:
         scores = {}
         for name in self.evaluated:
             curve = self.curves[f"metric/{name}/{self.config.tasks[name].metric_kind}"]
-            scores[name] = float(curve.values[curve.steps == step][0])
+            there = curve.values[curve.steps == step]
+            if not len(there):
+                raise UserError(f"{self.folder / METRICS_FILE}: step {step} lacks the score of {name}; it was damaged")
+            scores[name] = float(there[0])
         return step + 1, {**scores, "composite": float(composite.values[at])}
 
     def said(self, which: Which) -> dict[str, Said]:
@@ -193,12 +196,18 @@ class RunRecord:
             if unpacked > MAX_SAID:
                 raise UserError(f"{path}: {unpacked:,} bytes when unpacked; training writes no more than {MAX_SAID:,}")
             with np.load(path, allow_pickle=False) as arrays:
-                return {
+                said = {
                     task: Said(**{field.name: arrays[f"{task}/{field.name}"] for field in fields(Said)})
                     for task in self.evaluated
                 }
-        except (OSError, ValueError, LookupError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
+        except UserError:
+            raise
+        except Exception as error:  # zipfile, what unpacks for it, and NumPy's parser raise a dozen classes
             raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())}); it was damaged") from None
+        for name, one in said.items():
+            if not _plausible(one, self.config.tasks[name]):
+                raise UserError(f"{path}: what it says of {name} is not what training writes; it was damaged")
+        return said
 
     @cached_property
     def environment(self) -> Environment:
@@ -217,6 +226,31 @@ class RunRecord:
             return kind.model_validate_json(read_small(path))
         except ValidationError:
             raise UserError(f"{path}: not what training wrote; it was damaged") from None
+
+
+def _plausible(said: Said, task: TaskConfig) -> bool:
+    """Whether training can have written this, so that no reader need ask: fields of one length and of their kinds,
+    text that is text, classes and values that the task has."""
+    for field in fields(Said):
+        array = getattr(said, field.name)
+        kinds = {"ids_N": "U", "lines_N": "i", "tokens_N": "i"}.get(field.name, "fi")
+        dimensions = 1 + field.name.endswith("_NC")
+        if not isinstance(array, np.ndarray) or array.dtype.kind not in kinds or array.ndim != dimensions:
+            return False
+        if not 0 < len(array) == len(said.lines_N):
+            return False
+    codes = np.frombuffer(said.ids_N.astype(said.ids_N.dtype.newbyteorder("=")).tobytes(), np.uint32)
+    if ((codes > sys.maxunicode) | ((codes >= 0xD800) & (codes < 0xE000))).any():  # no character, or half of one
+        return False
+    labels_N, predictions_N = said.labels_N, said.predictions_N
+    if task.kind == "pair_regression":
+        low, high = task.range
+        slack = high - low  # far more than rounding, far less than what no picture could show
+        near_2N = [(values >= low - slack) & (values <= high + slack) for values in (labels_N, predictions_N)]
+        return bool(near_2N[0].all() and (near_2N[1] | np.isnan(predictions_N)).all())
+    known = all(np.isin(values, np.arange(task.classes)).all() for values in (labels_N, predictions_N))
+    shares_NC = said.probabilities_NC
+    return known and shares_NC.shape[1] in (0, task.classes) and not (shares_NC < 0).any()
 
 
 def _lines(path: Path) -> Iterator[bytes]:

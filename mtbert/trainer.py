@@ -171,11 +171,6 @@ def build(config: Config, run_dir: Path | None = None, initial: bool = True) -> 
         raise UserError(
             f"encoder.shape: is not the one in {run_dir}/encoder; what the run holds belongs to another configuration"
         )
-    if tokenizer.get_vocab_size() > shape.vocab_size:
-        raise UserError(
-            f"encoder.tokenizer: has {tokenizer.get_vocab_size()} entries, the encoder knows {shape.vocab_size}; "
-            f"use the tokenizer that the encoder was trained with"
-        )
     model = MultiTaskModel(shape, encoder, config.tasks, config.seed, config.shared_layers)
     notes = []
     if weights and model.encoder.load_weights(weights) and encoder.pooling == "pooler":

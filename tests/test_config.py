@@ -338,6 +338,8 @@ LAUGHS = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" fo
         ("seed: " + "9" * 5000 + "\n", ": not valid YAML: Exceeds the limit"),
         ("seed: 0b_\n", ": not valid YAML: invalid literal"),
         ("seed: " + "[" * 5000 + "\n", ": not valid YAML: nested too deeply"),
+        ("seed: !!int ''\n", ": not valid YAML: a value is not what its tag says; leave tags (!!…) out"),
+        ("seed: !!bool maybe\n", ": not valid YAML: a value is not what its tag says; leave tags (!!…) out"),
         ("seed: !!binary aGk=\n", " line 1: not valid YAML: could not determine a constructor"),
         ("#" * 2**20 + "\n", ": more than 1,048,576 bytes, which is no configuration"),
         ("run: {name: ../x}\ntasks: {}\n", ": run.name: expected a name that stays inside of run.dir"),

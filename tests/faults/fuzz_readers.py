@@ -224,8 +224,10 @@ def _document(name: str) -> Read:
         from mtbert import report
 
         (place / name).write_bytes(content)
+        (place / "metrics.jsonl").write_bytes((CORPUS / "metrics" / "plain").read_bytes())
         run = _run(place)
-        shown = report._environment(run) if name == "environment.json" else report._scores(run, {"composite": 0.5})
+        scores = {"a": 0.5, "b": 0.5, "composite": 0.5}
+        shown = report._environment(run) if name == "environment.json" else report._scores(run, scores)
         str(shown).encode()
         return shown
 
@@ -621,7 +623,7 @@ def run(reader: str, seconds: int, work: Path) -> dict[str, Any]:
         sys.exit(f"{reader}: the fuzzer itself failed\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
     print(f"{reader}: {int(counted[1]):,} executions" + ", FOUND" * bool(found), flush=True)
     if found:
-        print(done.stdout[-2000:] + done.stderr[-2000:])
+        print("\n".join(line for line in done.stdout.splitlines() if not line.startswith("INFO")))
     return {
         "date": datetime.date.today().isoformat(),
         "commit": at,
