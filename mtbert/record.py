@@ -35,6 +35,8 @@ MAX_LINE = 2**20  # bytes
 MAX_ID = 100
 MAX_SAID = 2**31
 """Bytes of predictions unpacked: ten million examples and more. A file of a few kilobytes could hold terabytes."""
+BEYOND = 1e100
+"""No number that training in fp32 arrives at is larger, and pictures of much larger ones cannot be drawn."""
 Which = Literal["best", "latest"]
 
 
@@ -145,10 +147,13 @@ class RunRecord:
             try:
                 record = json.loads(line)
                 step, _, broken = int(record.pop("step")), record.pop("time"), record.pop("not_finite", {})
-                for tag, value in record.items():
-                    points.setdefault(tag, []).append((step, float(broken.get(tag, value))))
-            except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+                values = {tag: float(broken.get(tag, value)) for tag, value in record.items()}
+                if not 0 <= step < 2**53 or any(BEYOND < abs(value) < math.inf for value in values.values()):
+                    raise ValueError
+            except (ValueError, TypeError, LookupError, AttributeError, RecursionError, OverflowError):
                 raise UserError(f"{path} line {number}: not what training wrote; it was damaged") from None
+            for tag, value in values.items():
+                points.setdefault(tag, []).append((step, value))
         return {
             tag: Curve(np.array([step for step, _ in pairs]), np.array([value for _, value in pairs]))
             for tag, pairs in points.items()
@@ -250,7 +255,7 @@ def _plausible(said: Said, task: TaskConfig) -> bool:
         return bool(near_2N[0].all() and (near_2N[1] | np.isnan(predictions_N)).all())
     known = all(np.isin(values, np.arange(task.classes)).all() for values in (labels_N, predictions_N))
     shares_NC = said.probabilities_NC
-    return known and shares_NC.shape[1] in (0, task.classes) and not (shares_NC < 0).any()
+    return known and shares_NC.shape[1] in (0, task.classes) and not ((shares_NC < 0) | (shares_NC > 1.001)).any()
 
 
 def _lines(path: Path) -> Iterator[bytes]:

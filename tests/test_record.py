@@ -99,6 +99,7 @@ def test_a_damaged_document_is_one_line(run: Path, name: str, content: bytes) ->
         ("sst", {"predictions_N": np.array([0.0, 0.5, 1.0])}),
         ("sst", {"probabilities_NC": np.full((3, 4), 0.25)}),
         ("sst", {"probabilities_NC": np.full((3, 5), -0.5)}),
+        ("sst", {"probabilities_NC": np.full((3, 5), 1e300)}),
         ("sst", {"ids_N": np.array([1, 2, 3])}),
         ("sst", {"ids_N": np.array(["a", "b", "\ud800"])}),
         ("sst", {"ids_N": np.array([0x110000] * 3, np.uint32).view("<U1")}),
@@ -122,6 +123,23 @@ def test_a_model_that_broke_is_read(run: Path) -> None:
     broken = {"predictions_N": np.full(3, np.nan), "losses_N": np.full(3, np.nan)}
     write_predictions(run, 40, {"sst": said(39), "sts": Said(**{**vars(said(39, 1)), **broken})}, None)
     assert np.isnan(RunRecord(run).said("latest")["sts"].predictions_N).all()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        '"step": Infinity',
+        f'"step": {2**70}',
+        '"step": -1',
+        '"step": 1, "loss/a": 1e308',
+        f'"step": 1, "loss/a": {10**400}',
+    ],
+)
+def test_numbers_that_no_training_reaches(run: Path, damage: str) -> None:
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(f'{{"time": 1.0, {damage}}}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl line 5: not what training wrote; it was damaged"):
+        assert RunRecord(run).curves
 
 
 def test_a_score_that_is_missing(run: Path) -> None:
