@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fuzz_readers import CORPUS, READERS, refuses_or_reads
+from fuzz_readers import CORPUS, END, PAGE, READERS, START, block, entries, outstanding, refuses_or_reads, table
 
 from launch.records import End, JobNote, Owner
 
@@ -82,3 +83,30 @@ def test_a_manifest_is_sealed_before_it_is_read(tmp_path: Path) -> None:
     read = refuses_or_reads("manifest", (folder / "sealed").read_bytes(), tmp_path)
     assert read is not None and read.size == 1
     assert refuses_or_reads("manifest", (folder / "sealed-newer").read_bytes(), tmp_path) is None
+
+
+# --------------------------------------------------------------------------------------------------- counts
+
+
+def test_all_readers_were_fuzzed_and_nothing_is_outstanding() -> None:
+    runs = entries()
+    assert {run["reader"] for run in runs} == set(READERS)
+    assert not outstanding(runs)
+    assert sum(run["executions"] for run in runs) >= 1_000_000
+
+
+def test_the_page_has_what_was_counted() -> None:
+    """`make fuzz ARGS=--table` writes it."""
+    _, _, rest = PAGE.read_text(encoding="utf-8").partition(START)
+    assert rest.partition(END)[0] == block(entries())
+
+
+def test_a_find_is_outstanding_until_it_is_replayed_and_its_reader_has_run_again() -> None:
+    def entry(found: list[str]) -> dict[str, Any]:
+        return {"date": "d", "commit": "c", "reader": "lock", "seconds": 2, "executions": 1500, "found": found}
+
+    kept = hashlib.sha1((CORPUS / "lock" / "plain").read_bytes()).hexdigest()
+    assert outstanding([entry(["0" * 40])]) == ["lock " + "0" * 40, "lock: not run again"]
+    assert outstanding([entry([kept])]) == ["lock: not run again"]
+    assert outstanding([entry([kept]), entry([])]) == []
+    assert "| lock | 3,000 | 4 | 1 | d | c |" in table([entry([kept]), entry([])])
