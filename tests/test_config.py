@@ -345,6 +345,7 @@ LAUGHS = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" fo
         ("run: {name: ../x}\ntasks: {}\n", ": run.name: expected a name that stays inside of run.dir"),
         ("run: {name: /etc/x}\ntasks: {}\n", ": run.name: expected a name that stays inside of run.dir"),
         ("1: 2\n", ": 1: a key must be text; put it in quotes"),
+        ('"a\\nb": 2\n', ": a b: unknown key"),
         ("seed: \x00\n", ": not valid YAML"),
         ("- seed\n", ": the top level must be keys and values, not a list"),
         ("seed\n", ": the top level must be keys and values, not a str"),

@@ -118,7 +118,7 @@ def sst(*inputs: Any, **more: Any) -> dict[str, Any]:
         ("/predict", sst("good", colour=1), 422, "colour: Extra inputs are not permitted"),
         ("/predict", sst("good", **{"a\n\tb": 1}), 422, "^a b: Extra inputs are not permitted$"),
         ("/predict", sst("good", **{"x" * 10_000: 1}), 422, "^x{100}: Extra inputs are not permitted$"),
-        ("/predict", sst("good", **{"\ud800": 1}), 422, r"^\?: Extra inputs|\."),
+        ("/predict", sst("good", **{"\ud800": 1}), 422, "unable to parse raw data as a unicode string"),
         ("/predict", sst(), 422, "inputs: 0 of them; a request takes 1 to 64"),
         ("/predict", sst(*["good"] * 65), 422, "inputs: 65 of them; a request takes 1 to 64"),
         ("/predict", sst("good", " \n"), 422, r"inputs\.1: the text is empty"),
