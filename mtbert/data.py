@@ -44,7 +44,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """A tokenizer.json, a BERT vocab.txt, or a folder with one of them (tokenizer.json first).
 
     vocab.txt is lower-cased unless a tokenizer_config.json beside it says `"do_lower_case": false`. The tokenizer never
-    truncates or pads. Raises `UserError` if there is none, it cannot be read or it lacks [CLS] or [SEP].
+    truncates or pads. Raises `UserError` if there is none, it cannot be read or it lacks [CLS], [SEP] or the
+    token for unknown words.
     """
     path = user_path(path)
     if path.is_dir():
@@ -63,6 +64,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     for token in ("[CLS]", "[SEP]"):
         if tokenizer.token_to_id(token) is None:
             raise UserError(f"{path}: the vocabulary has no {token}; a BERT tokenizer is needed")
+    unknown = getattr(tokenizer.model, "unk_token", None)  # what is added beside the model's own does not count
+    if unknown is not None and tokenizer.model.token_to_id(unknown) is None:
+        raise UserError(f"{path}: the vocabulary has no {unknown!r}, as which unknown words are read")
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer

@@ -33,6 +33,7 @@ from mtbert.encoder import Encoder, Layer, Pooling
 from mtbert.errors import UserError
 from mtbert.heads import Head, MultiTaskModel
 from mtbert.pretrained import save_pretrained
+from mtbert.record import RunRecord
 from mtbert.runs import aside, sweep, user_path
 from mtbert.trained import Trained, kept_encoder
 
@@ -361,13 +362,9 @@ def _cell(text: str) -> str:
 
 def _scores(run: Trained) -> dict[str, float]:
     """What was logged when these weights were evaluated; nothing if they were not."""
-    path = run.run_dir / "metrics.jsonl"
-    scores: dict[str, float] = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            record = json.loads(line)
-        except ValueError:  # cut off by a kill
-            continue
-        if record.get("step") == run.step - 1:
-            scores |= {key: value for key, value in record.items() if key.startswith("metric/") and value is not None}
-    return scores
+    curves = RunRecord(run.run_dir).curves
+    return {
+        tag: float(curve.values[curve.steps == run.step - 1][-1])
+        for tag, curve in curves.items()
+        if tag.startswith("metric/") and run.step - 1 in curve.steps
+    }

@@ -13,18 +13,19 @@ import hashlib
 import io
 import json
 import math
+import sys
 import zipfile
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel, Field, ValidationError
 
-from mtbert.config import Config, load_config
+from mtbert.config import Config, TaskConfig, load_config
 from mtbert.errors import UserError
 from mtbert.runs import check_run, read_small, write_atomically
 
@@ -34,6 +35,8 @@ MAX_LINE = 2**20  # bytes
 MAX_ID = 100
 MAX_SAID = 2**31
 """Bytes of predictions unpacked: ten million examples and more. A file of a few kilobytes could hold terabytes."""
+BEYOND = 1e100
+"""No number that training in fp32 arrives at is larger, and pictures of much larger ones cannot be drawn."""
 Which = Literal["best", "latest"]
 
 
@@ -88,6 +91,34 @@ class Curve:
         return float(self.values[-1])
 
 
+class Environment(BaseModel):
+    """`environment.json`, as `create_run` writes it: what a reader needs to repeat the run."""
+
+    command: list[str] = []  # what the user typed
+    directory: str = ""
+    python: str = ""
+    platform: str = ""
+    host: str = ""
+    cpus: Annotated[int, Field(lt=2**31)] | None = None
+    packages: dict[str, str] = {}
+
+
+class TaskResult(BaseModel):
+    """What a task's score has to beat, by the same metric; None where there is no such thing."""
+
+    trivial: float | None = None
+    bag_of_words: float | None = None
+
+
+class Result(BaseModel):
+    """`result.json`: the run is finished."""
+
+    tasks: dict[str, TaskResult] = {}
+
+
+D = TypeVar("D", Environment, Result)
+
+
 @dataclass(frozen=True)
 class RunRecord:
     """A run folder, read when asked. Raises `UserError` for a folder that `check_run` refuses."""
@@ -116,10 +147,13 @@ class RunRecord:
             try:
                 record = json.loads(line)
                 step, _, broken = int(record.pop("step")), record.pop("time"), record.pop("not_finite", {})
-                for tag, value in record.items():
-                    points.setdefault(tag, []).append((step, float(broken.get(tag, value))))
-            except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+                values = {tag: float(broken.get(tag, value)) for tag, value in record.items()}
+                if not 0 <= step < 2**53 or any(BEYOND < abs(value) < math.inf for value in values.values()):
+                    raise ValueError
+            except (ValueError, TypeError, LookupError, AttributeError, RecursionError, OverflowError):
                 raise UserError(f"{path} line {number}: not what training wrote; it was damaged") from None
+            for tag, value in values.items():
+                points.setdefault(tag, []).append((step, value))
         return {
             tag: Curve(np.array([step for step, _ in pairs]), np.array([value for _, value in pairs]))
             for tag, pairs in points.items()
@@ -146,7 +180,10 @@ class RunRecord:
         scores = {}
         for name in self.evaluated:
             curve = self.curves[f"metric/{name}/{self.config.tasks[name].metric_kind}"]
-            scores[name] = float(curve.values[curve.steps == step][0])
+            there = curve.values[curve.steps == step]
+            if not len(there):
+                raise UserError(f"{self.folder / METRICS_FILE}: step {step} lacks the score of {name}; it was damaged")
+            scores[name] = float(there[0])
         return step + 1, {**scores, "composite": float(composite.values[at])}
 
     def said(self, which: Which) -> dict[str, Said]:
@@ -164,25 +201,61 @@ class RunRecord:
             if unpacked > MAX_SAID:
                 raise UserError(f"{path}: {unpacked:,} bytes when unpacked; training writes no more than {MAX_SAID:,}")
             with np.load(path, allow_pickle=False) as arrays:
-                return {
+                said = {
                     task: Said(**{field.name: arrays[f"{task}/{field.name}"] for field in fields(Said)})
                     for task in self.evaluated
                 }
-        except (OSError, ValueError, LookupError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
+        except UserError:
+            raise
+        except Exception as error:  # zipfile, what unpacks for it, and NumPy's parser raise a dozen classes
             raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())}); it was damaged") from None
+        for name, one in said.items():
+            if not _plausible(one, self.config.tasks[name]):
+                raise UserError(f"{path}: what it says of {name} is not what training writes; it was damaged")
+        return said
 
-    def document(self, name: str) -> dict[str, Any]:
-        """`environment.json`, `result.json`; empty where it is not there (yet)."""
+    @cached_property
+    def environment(self) -> Environment:
+        return self._document("environment.json", Environment) or Environment()
+
+    @cached_property
+    def result(self) -> Result | None:
+        """None where the run is not finished."""
+        return self._document("result.json", Result)
+
+    def _document(self, name: str, kind: type[D]) -> D | None:
         path = self.folder / name
         if not path.is_file():
-            return {}
+            return None
         try:
-            values = json.loads(read_small(path))
-        except (ValueError, RecursionError):  # also a number of 5000 digits
-            values = None
-        if not isinstance(values, dict):
-            raise UserError(f"{path}: not what training wrote; it was damaged")
-        return values
+            return kind.model_validate_json(read_small(path))
+        except ValidationError:
+            raise UserError(f"{path}: not what training wrote; it was damaged") from None
+
+
+def _plausible(said: Said, task: TaskConfig) -> bool:
+    """Whether training can have written this, so that no reader need ask: fields of one length and of their kinds,
+    text that is text, classes and values that the task has."""
+    for field in fields(Said):
+        array = getattr(said, field.name)
+        kinds = {"ids_N": "U", "lines_N": "i", "tokens_N": "i"}.get(field.name, "fi")
+        dimensions = 1 + field.name.endswith("_NC")
+        if not isinstance(array, np.ndarray) or array.dtype.kind not in kinds or array.ndim != dimensions:
+            return False
+        if not 0 < len(array) == len(said.lines_N):
+            return False
+    codes = np.frombuffer(said.ids_N.astype(said.ids_N.dtype.newbyteorder("=")).tobytes(), np.uint32)
+    if ((codes > sys.maxunicode) | ((codes >= 0xD800) & (codes < 0xE000))).any():  # no character, or half of one
+        return False
+    labels_N, predictions_N = said.labels_N, said.predictions_N
+    if task.kind == "pair_regression":
+        low, high = task.range
+        slack = high - low  # far more than rounding, far less than what no picture could show
+        near_2N = [(values >= low - slack) & (values <= high + slack) for values in (labels_N, predictions_N)]
+        return bool(near_2N[0].all() and (near_2N[1] | np.isnan(predictions_N)).all())
+    known = all(np.isin(values, np.arange(task.classes)).all() for values in (labels_N, predictions_N))
+    shares_NC = said.probabilities_NC
+    return known and shares_NC.shape[1] in (0, task.classes) and not ((shares_NC < 0) | (shares_NC > 1.001)).any()
 
 
 def _lines(path: Path) -> Iterator[bytes]:
@@ -213,4 +286,15 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     return pairs
 
 
-__all__ = ["Curve", "RunRecord", "Said", "Which", "kept_id", "settings", "write_predictions"]
+__all__ = [
+    "Curve",
+    "Environment",
+    "Result",
+    "RunRecord",
+    "Said",
+    "TaskResult",
+    "Which",
+    "kept_id",
+    "settings",
+    "write_predictions",
+]

@@ -18,7 +18,7 @@ from mtbert.figures import data_uri, evaluation_figures
 from mtbert.metrics import METRICS
 from mtbert.pages import Table, render, run_pictures, write_page_at
 from mtbert.readers import Row, read_rows
-from mtbert.record import RunRecord, Said, Which, kept_id
+from mtbert.record import RunRecord, Said, TaskResult, Which, kept_id
 from mtbert.tasks import locate_data
 from mtbert.token_cache import wanted_columns
 
@@ -48,9 +48,6 @@ def write_report(folder: Path, which: Which, path: Path | None = None) -> Path:
     said = run.said(which)
     notes: list[str] = []
     tasks = [_task(run, name, scores[name], one, notes) for name, one in said.items()]
-    environment = run.document("environment.json")
-    command = shlex.join(environment.pop("command", []))
-    packages = environment.pop("packages", {})
     page = render(
         "report.html",
         title=run.name,
@@ -59,8 +56,8 @@ def write_report(folder: Path, which: Which, path: Path | None = None) -> Path:
         scores=_scores(run, scores),
         pictures=dict(run_pictures([run], [run.name])),
         tasks=tasks,
-        command=command,
-        environment=[[key, str(value)] for key, value in {**environment, **packages}.items()],
+        command=shlex.join(run.environment.command),
+        environment=_environment(run),
         config=to_yaml(run.config),
     )
     path = path or folder / "report.html"
@@ -69,20 +66,25 @@ def write_report(folder: Path, which: Which, path: Path | None = None) -> Path:
 
 
 def _summary(run: RunRecord, step: int, which: Which) -> str:
-    finished = "finished" if run.document("result.json") else "not finished"
+    finished = "finished" if run.result else "not finished"
     today = datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
     return f"{which.capitalize()} evaluation, after step {step} of a run that is {finished}. Written {today}."
 
 
 def _scores(run: RunRecord, scores: dict[str, float]) -> Table:
-    baselines = run.document("result.json").get("tasks", {})
+    baselines = run.result.tasks if run.result else {}
     rows: list[list[str | float | None]] = []
     for name in run.evaluated:
-        told = baselines.get(name, {})
+        told = baselines.get(name, TaskResult())
         metric = run.config.tasks[name].metric_kind
-        rows.append([name, metric, scores[name], told.get("trivial"), told.get("bag_of_words")])
+        rows.append([name, metric, scores[name], told.trivial, told.bag_of_words])
     rows.append(["composite", None, scores["composite"], None, None])
     return ["task", "metric", "score", "trivial", "bag of words"], rows
+
+
+def _environment(run: RunRecord) -> list[list[str]]:
+    told = run.environment.model_dump(exclude={"command", "packages"}, exclude_unset=True)
+    return [[key, str(value)] for key, value in {**told, **run.environment.packages}.items()]
 
 
 # ------------------------------------------------------------------------------------------------ one task

@@ -40,6 +40,8 @@ BODY_SECONDS = 30.0
 STOP_SECONDS = 10
 """After SIGTERM, for the requests that are in flight; what is not answered by then is turned away."""
 STOPS = "the service is stopping"
+MAX_WHERE = 100
+"""Characters of a refusal that say where in the body."""
 DRAINED_BODIES = 64
 """A body that is too large is read to its end and thrown away, up to so many times the limit: a client that is still
 sending would not see the answer."""
@@ -219,7 +221,8 @@ def make_app(run: Trained, limits: Limits) -> FastAPI:
     async def refuse(_: Request, error: RequestValidationError) -> JSONResponse:
         """One line, without the input: it may be long, and private."""
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"][1:])
+        where = ".".join(str(part) for part in first["loc"][1:])  # ends with a key that the client chose
+        where = " ".join(where.split())[:MAX_WHERE]
         return JSONResponse({"detail": f"{where}: {first['msg']}" if where else first["msg"]}, 422)
 
     def check(texts: Texts) -> None:

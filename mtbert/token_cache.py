@@ -93,7 +93,7 @@ def intact(folder: Path) -> bool:
         return all((folder / name).stat().st_size == size for name, size in manifest["sizes"].items()) and all(
             _checksum(folder / name) == checksum for name, checksum in manifest["checksums"].items()
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False
 
 

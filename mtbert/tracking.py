@@ -275,8 +275,9 @@ def _continue(path: Path, first_step: int) -> tuple[_Lines, int]:
 def _step(line: bytes) -> float:
     """Infinity for a line that no training wrote: a disk may have."""
     try:
-        return int(json.loads(line)["step"])
-    except (ValueError, TypeError, LookupError, RecursionError):
+        step = int(json.loads(line)["step"])
+        return step if 0 <= step < 2**53 else math.inf
+    except (ValueError, TypeError, LookupError, RecursionError, OverflowError):
         return math.inf
 
 

@@ -39,15 +39,24 @@ from mtbert.ranks import choose_precision, local_device
 from mtbert.runs import Rank, check_run, read_small, write_atomically
 
 Origin = dict[str, str | None]
+KEPT = ("origin.json", "config.json", "tokenizer.json")
 
 
 @dataclass(frozen=True)
 class KeptEncoder:
-    """What a run keeps of its encoder when it starts."""
+    """What a run keeps of its encoder when it starts. Raises `UserError` where the two do not belong together."""
 
     shape: EncoderShape
     tokenizer: Tokenizer
     origin: Origin  # empty: trained from scratch
+
+    def __post_init__(self) -> None:
+        highest = max(self.tokenizer.get_vocab().values())
+        if highest >= self.shape.vocab_size:
+            raise UserError(
+                f"encoder.tokenizer: has tokens up to number {highest}, the encoder knows {self.shape.vocab_size}; "
+                f"use the tokenizer that the encoder was trained with"
+            )
 
 
 def keep_encoder(run_dir: Path, encoder: KeptEncoder) -> None:
@@ -57,7 +66,7 @@ def keep_encoder(run_dir: Path, encoder: KeptEncoder) -> None:
     write_atomically(folder / "origin.json", json.dumps(encoder.origin, indent=2) + "\n")
     write_shape(encoder.shape, folder / "config.json")
     write_atomically(folder / "tokenizer.json", encoder.tokenizer.to_str(pretty=True))
-    checksums = {name: sha256(folder / name) for name in ("origin.json", "config.json", "tokenizer.json")}
+    checksums = {name: sha256(folder / name) for name in KEPT}
     write_atomically(folder / "checksums.json", json.dumps(checksums, indent=2) + "\n")
 
 
@@ -71,9 +80,11 @@ def kept_encoder(run_dir: Path) -> KeptEncoder | None:
             return None
         checksums = {}  # a run from before there were any
     except (OSError, ValueError, RecursionError):
-        raise UserError(f"{folder / 'checksums.json'}: not readable; it was damaged") from None
-    for name, wanted in checksums.items() if isinstance(checksums, dict) else [("checksums.json", "")]:
-        if name != Path(name).name or not (folder / name).is_file() or sha256(folder / name) != wanted:
+        checksums = None
+    if not isinstance(checksums, dict) or not checksums.keys() <= set(KEPT):
+        raise UserError(f"{folder / 'checksums.json'}: not what training wrote; it was damaged")
+    for name, wanted in checksums.items():
+        if not (folder / name).is_file() or sha256(folder / name) != wanted:
             raise UserError(f"{folder / name}: missing or changed since the run started; it was damaged")
     try:
         origin = json.loads(read_small(folder / "origin.json"))

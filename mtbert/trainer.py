@@ -171,11 +171,6 @@ def build(config: Config, run_dir: Path | None = None, initial: bool = True) -> 
         raise UserError(
             f"encoder.shape: is not the one in {run_dir}/encoder; what the run holds belongs to another configuration"
         )
-    if tokenizer.get_vocab_size() > shape.vocab_size:
-        raise UserError(
-            f"encoder.tokenizer: has {tokenizer.get_vocab_size()} entries, the encoder knows {shape.vocab_size}; "
-            f"use the tokenizer that the encoder was trained with"
-        )
     model = MultiTaskModel(shape, encoder, config.tasks, config.seed, config.shared_layers)
     notes = []
     if weights and model.encoder.load_weights(weights) and encoder.pooling == "pooler":
@@ -502,9 +497,9 @@ class _Run:
                 write_atomically(self.run_dir / "quarantined.jsonl", lines)
         if not self.first_step:
             tracker.text("config", f"```yaml\n{to_yaml(config)}```")
-            environment = RunRecord(self.run_dir).document("environment.json")
-            tracker.text("command", f"```\n{shlex.join(environment.pop('command', []))}\n```")
-            tracker.text("environment", f"```json\n{json.dumps(environment, indent=2)}\n```")
+            environment = RunRecord(self.run_dir).environment
+            tracker.text("command", f"```\n{shlex.join(environment.command)}\n```")
+            tracker.text("environment", f"```json\n{environment.model_dump_json(indent=2, exclude={'command'})}\n```")
             tracker.settings({key: value for key, value in settings(config).items() if value is not None})
 
     def _tell_launch(self, launch: Stopwatch) -> None:

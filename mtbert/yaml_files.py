@@ -71,6 +71,8 @@ def parse_yaml(text: str, where: str) -> Any:
         raise UserError(f"{where}: not valid YAML: nested too deeply") from None
     except (ValueError, OverflowError) as error:  # of a number, such as one of 5000 digits
         raise UserError(f"{where}: not valid YAML: {error}") from None
+    except LookupError:  # of `!!int ''` and `!!bool maybe`
+        raise UserError(f"{where}: not valid YAML: a value is not what its tag says; leave tags (!!…) out") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""

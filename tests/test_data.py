@@ -143,6 +143,7 @@ def test_tokenizer_json_comes_first_and_never_truncates_or_pads(vocab: Path) -> 
     [
         ("tokenizer.json", "{", "tokenizer.json: not a readable tokenizer"),
         ("vocab.txt", "a\nb\n[CLS]\n", r"the vocabulary has no \[SEP\]"),
+        ("vocab.txt", "a\nb\n[CLS]\n[SEP]\n", r"the vocabulary has no '\[UNK\]', as which unknown words are read"),
         ("vocab.txt", b"\xff\xfe", "vocab.txt: not a readable tokenizer"),
         ("readme.md", "", "no tokenizer.json and no vocab.txt in this folder"),
     ],

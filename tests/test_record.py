@@ -19,10 +19,11 @@ QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 
 
 def said(seed: int, classes: int = 5) -> Said:
+    """Of a task of values where there is one class."""
     rng = np.random.default_rng(seed)
-    return Said(
-        np.array(["a", "<b>", "ü9"]), *rng.integers(0, classes, (2, 3)), *rng.random((3, 3)), rng.random((3, classes))
-    )
+    answers = rng.integers(0, classes, (2, 3)).astype(float) if classes > 1 else rng.random((2, 3))
+    ids = np.array(["a", "<b>", "ü9"])
+    return Said(ids, *rng.integers(1, 9, (2, 3)), *answers, rng.random(3), rng.random((3, classes)))
 
 
 @pytest.fixture
@@ -73,11 +74,79 @@ def test_mistakes(run: Path, tmp_path: Path) -> None:
         RunRecord(run).said("latest")
 
 
-def test_a_damaged_document_is_one_line(run: Path) -> None:
-    for content in (b"[1]", b'{"step": ', b"\xff", b'{"step": ' + b"7" * 5000 + b"}", b"[" * 2**17):
-        (run / "result.json").write_bytes(content)
-        with pytest.raises(UserError, match=r"result\.json: not what training wrote; it was damaged"):
-            RunRecord(run).document("result.json")
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        *(
+            ("result.json", content)
+            for content in (b"[1]", b'{"step": ', b"\xff", b"[" * 2**17, b'{"tasks": {"a": 1}}')
+        ),
+        *(("environment.json", b'{"%b}' % damage) for damage in (b'command": 3', b'cpus": ' + b"7" * 5000)),
+        *(("environment.json", b'{"%b}' % damage) for damage in (b'packages": []', b'host": "\\ud800"')),
+    ],
+)
+def test_a_damaged_document_is_one_line(run: Path, name: str, content: bytes) -> None:
+    (run / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"{name}: not what training wrote; it was damaged"):
+        assert RunRecord(run).environment and RunRecord(run).result
+
+
+@pytest.mark.parametrize(
+    ("task", "damage"),
+    [
+        ("sst", {"labels_N": np.array([0, 1])}),
+        ("sst", {"labels_N": np.array([0.0, 1.0, 5.0])}),
+        ("sst", {"predictions_N": np.array([0.0, 0.5, 1.0])}),
+        ("sst", {"probabilities_NC": np.full((3, 4), 0.25)}),
+        ("sst", {"probabilities_NC": np.full((3, 5), -0.5)}),
+        ("sst", {"probabilities_NC": np.full((3, 5), 1e300)}),
+        ("sst", {"ids_N": np.array([1, 2, 3])}),
+        ("sst", {"ids_N": np.array(["a", "b", "\ud800"])}),
+        ("sst", {"ids_N": np.array([0x110000] * 3, np.uint32).view("<U1")}),
+        ("sst", {"lines_N": np.array([2.0, 3.0, 4.0])}),
+        ("sts", {"tokens_N": np.array("7")}),
+        ("sts", {"losses_N": np.zeros((3, 1))}),
+        ("sts", {"labels_N": np.full(3, np.nan)}),
+        ("sts", {"predictions_N": np.full(3, np.inf)}),
+        ("sts", {"labels_N": np.array([0.0, 1e300, 5.0])}),
+        ("sts", {name: np.zeros((0, 0) if name.endswith("NC") else 0) for name in vars(said(0))}),
+    ],
+)
+def test_predictions_that_no_training_wrote(run: Path, task: str, damage: dict[str, np.ndarray]) -> None:
+    both = {"sst": said(39), "sts": said(39, 1)}
+    write_predictions(run, 40, {**both, task: Said(**{**vars(both[task]), **damage})}, None)
+    with pytest.raises(UserError, match=f"what it says of {task} is not what training writes; it was damaged"):
+        RunRecord(run).said("latest")
+
+
+def test_a_model_that_broke_is_read(run: Path) -> None:
+    broken = {"predictions_N": np.full(3, np.nan), "losses_N": np.full(3, np.nan)}
+    write_predictions(run, 40, {"sst": said(39), "sts": Said(**{**vars(said(39, 1)), **broken})}, None)
+    assert np.isnan(RunRecord(run).said("latest")["sts"].predictions_N).all()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        '"step": Infinity',
+        f'"step": {2**70}',
+        '"step": -1',
+        '"step": 1, "loss/a": 1e308',
+        f'"step": 1, "loss/a": {10**400}',
+    ],
+)
+def test_numbers_that_no_training_reaches(run: Path, damage: str) -> None:
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(f'{{"time": 1.0, {damage}}}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl line 5: not what training wrote; it was damaged"):
+        assert RunRecord(run).curves
+
+
+def test_a_score_that_is_missing(run: Path) -> None:
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 49, "time": 1.0, "metric/sst/accuracy": 0.5, "metric/composite": 0.5}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl: step 49 lacks the score of sts; it was damaged"):
+        RunRecord(run).scores("latest")
 
 
 def test_an_id_of_a_megabyte_is_kept_short_and_apart_from_others() -> None:

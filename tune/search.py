@@ -22,12 +22,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 if not __package__:  # started as a script: the checkout, not tune/, is where imports begin
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import filelock
+from pydantic import Field, TypeAdapter, ValidationError
 
 from launch.records import ROOT, snapshot_code
 from launch.show import STOPPED
@@ -41,23 +42,27 @@ DEFAULT_CONFIG = ROOT / "configs" / "quickstart.yaml"
 DEFAULT_SPACE = ROOT / "configs" / "search" / "default.yaml"
 
 
+Count = Annotated[int, Field(ge=1, lt=2**31)]
+Scheduler = Literal["asha", "pbt", "none"]
+
+
 @dataclass(frozen=True)
 class Settings:
     """How a search is done; `search.yaml`."""
 
     source: str
-    trials: int
-    examples: int
-    evaluations: int
-    metrics: list[str]
-    scheduler: str
-    reduction: int
-    sampler: str
-    seed: int
-    ranks: int
-    cpus: int
-    gpus: float
-    concurrent: int | None
+    trials: Count
+    examples: Annotated[int, Field(ge=0, lt=2**63)]  # 0: as the configuration, before that is known
+    evaluations: Count
+    metrics: Annotated[list[str], Field(min_length=1)]
+    scheduler: Scheduler
+    reduction: Annotated[Count, Field(ge=2)]
+    sampler: Literal["tpe", "random"]
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)]
+    ranks: Count
+    cpus: Count
+    gpus: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    concurrent: Count | None
     storage: str
     name: str
 
@@ -248,7 +253,8 @@ def new_settings(args: argparse.Namespace, config: Config, space: Space) -> Sett
             raise UserError(f"--metric {metric}: no trial reports it; valid: {', '.join(valid)}")
     if len(set(metrics)) < len(metrics):
         raise UserError(f"--metric {' '.join(metrics)}: one is named twice")
-    trials, scheduler = args.trials or 16, args.scheduler or "asha"
+    trials: int = args.trials or 16
+    scheduler: Scheduler = args.scheduler or "asha"
     if space.stages:
         trials = space.staged_trials()
         if args.trials not in (None, trials):
@@ -293,10 +299,24 @@ def resumed_settings(args: argparse.Namespace) -> Settings:
     free = {"resume", "trials", "concurrent", "address", "dashboard", "cluster", "nodes", "cpus_per_node", "slurm"}
     if given := [name for name, value in vars(args).items() if name not in free and value not in (None, [])]:
         raise UserError(f"--resume: a search goes on as it began; leave out --{given[0].replace('_', '-')}")
-    settings = Settings(**read_yaml(args.resume / "search.yaml"))
+    settings = read_settings(args.resume)
     if args.trials is not None and args.trials < settings.trials:
         raise UserError(f"--trials {args.trials}: the search has {settings.trials} already; ask for more")
     return replace(settings, trials=args.trials or settings.trials, concurrent=args.concurrent or settings.concurrent)
+
+
+_SETTINGS = TypeAdapter(Settings)
+
+
+def read_settings(folder: Path) -> Settings:
+    """Raises `UserError` for a file that no search wrote."""
+    path = folder / "search.yaml"
+    try:
+        return _SETTINGS.validate_python(read_yaml(path))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(f"{path}: {' '.join(where.split())}: {first['msg']}; not what a search wrote") from None
 
 
 def make_folder(space: Path, settings: Settings, config: Config, command: list[str]) -> Path:

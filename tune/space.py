@@ -205,7 +205,7 @@ def load_space(path: Path, config: Config) -> Space:
     """
     raw = read_yaml(path)
     if unknown := raw.keys() - {"parameters", "starts", "stages"}:
-        raise UserError(f"{path}: {sorted(unknown)[0]}: unknown key; valid keys: parameters, starts, stages")
+        raise UserError(f"{path}: {sorted(map(str, unknown))[0]}: unknown key; valid keys: parameters, starts, stages")
     if not isinstance(raw.get("parameters"), dict) or not raw["parameters"]:
         raise UserError(
             f"{path}: parameters: missing; list what is to be searched, e.g. optimizer.lr: {{loguniform: …}}"
@@ -215,7 +215,7 @@ def load_space(path: Path, config: Config) -> Space:
     for name, spec in raw["parameters"].items():
         try:
             parameters.append(_parameter(str(name), spec, parameters, values))
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:  # OverflowError: of an integer that is no float
             raise UserError(f"{path}: {name}: {error}") from None
     space = Space(tuple(parameters), _starts(path, raw, parameters), _stages(path, raw, parameters), values)
     _try_out(path, space)
@@ -238,7 +238,10 @@ def _parameter(name: str, spec: Any, above: Sequence[Parameter], values: Mapping
             raise ValueError(f"{key} is set by the search itself: it gives all trials the same length and place")
         if any(key in each.keys for each in above) or keys.count(key) > 1:
             raise ValueError(f"{key} is set twice; one parameter sets a key")
-    when = {str(key): _condition(str(key), wanted, above, values) for key, wanted in (spec.get("when") or {}).items()}
+    conditions = spec.get("when") or {}
+    if not isinstance(conditions, dict):
+        raise ValueError("when: expected parameters and the values that they must have")
+    when = {str(key): _condition(str(key), wanted, above, values) for key, wanted in conditions.items()}
     given = spec[kind]
     if kind == "simplex":
         if isinstance(given, bool) or not isinstance(given, int | float) or given <= 0:

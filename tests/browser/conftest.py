@@ -60,7 +60,7 @@ train(run, Rank(), stop, quiet=True)
 """
     for until in (120, 10**9):
         subprocess.run([sys.executable, "-c", code, str(run), str(until)], check=True, cwd=ROOT)
-    assert RunRecord(run).document("result.json")
+    assert RunRecord(run).result
     return run
 
 

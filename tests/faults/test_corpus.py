@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fuzz_readers import CORPUS, READERS, refuses_or_reads
+from fuzz_readers import CORPUS, END, PAGE, READERS, START, block, entries, outstanding, refuses_or_reads, table
 
 from launch.records import End, JobNote, Owner
 
@@ -48,16 +49,23 @@ PLAIN: dict[str, tuple[Callable[[Any], Any], Any]] = {
     "manifest": (lambda read: (read.step, read.best), (3, {"step": 3, "score": 0.5})),
     "shard": (lambda read: read.tolist(), [1.0, 1.0]),
     "weights": (lambda read: read[1]["words.weight"].tolist(), [[1.0, 1.0]] * 3),
-    "metrics": (lambda read: read["loss/a"].values[0], 0.25),
+    "metrics": (lambda read: (read[0]["loss/a"].values[0], read[1][0], read[2][1]["b"]), (0.25, 4, 0.0)),
     "state": (lambda read: read["famo.m"].tolist(), [[1.0] * 3] * 3),
     "shape": (lambda read: (read.vocab_size, read.heads), (30, 2)),
-    "tokenizer": (list, ["a", "b", "[UNK]"]),
+    "tokenizer": (lambda read: read[1], ["a", "b", "[UNK]"]),
+    "origin": (lambda read: read[0]["pretrained"], "x/y"),
+    "checksums": (lambda read: read[1], ["a", "b", "[UNK]"]),
     "vocabulary": (list, ["a", "b", "[UNK]"]),
-    "predictions": (list, ["u", "v"]),
+    "cache": (lambda read: read, True),
+    "predictions": (lambda read: [read[task].ids_N.tolist() for task in "ab"], [["u", "v"]] * 2),
+    "environment": (lambda read: [cell for _, cell in read], ["/x", "3.11.7", "Linux", "n", "2", "2.13.0"]),
+    "result": (lambda read: [row[3:] for row in read[1][:2]], [[0.25, None], [0.0, 0.5]]),
     "note": (lambda read: read, JobNote("slurm", "7", "ab12", "n", 2, 1)),
     "lock": (lambda read: read, Owner("ab-0", "n", 7, "7_1")),
     "end": (lambda read: read, End("stopped", 1, "n", 4, {"a": 0.5}, "m")),
     "space": (lambda read: [parameter.name for parameter in read.parameters], ["optimizer.lr", "w"]),
+    "search": (lambda read: (read.trials, read.metrics), (16, ["composite"])),
+    "serve": (lambda read: (read["task"], len(read["predictions"])), ("a", 2)),
 }
 """Of what `corpus/READER/plain` says: what to look at, and what is there."""
 
@@ -75,3 +83,30 @@ def test_a_manifest_is_sealed_before_it_is_read(tmp_path: Path) -> None:
     read = refuses_or_reads("manifest", (folder / "sealed").read_bytes(), tmp_path)
     assert read is not None and read.size == 1
     assert refuses_or_reads("manifest", (folder / "sealed-newer").read_bytes(), tmp_path) is None
+
+
+# --------------------------------------------------------------------------------------------------- counts
+
+
+def test_all_readers_were_fuzzed_and_nothing_is_outstanding() -> None:
+    runs = entries()
+    assert {run["reader"] for run in runs} == set(READERS)
+    assert not outstanding(runs)
+    assert sum(run["executions"] for run in runs) >= 1_000_000
+
+
+def test_the_page_has_what_was_counted() -> None:
+    """`make fuzz ARGS=--table` writes it."""
+    _, _, rest = PAGE.read_text(encoding="utf-8").partition(START)
+    assert rest.partition(END)[0] == block(entries())
+
+
+def test_a_find_is_outstanding_until_it_is_replayed_and_its_reader_has_run_again() -> None:
+    def entry(found: list[str]) -> dict[str, Any]:
+        return {"date": "d", "commit": "c", "reader": "lock", "seconds": 2, "executions": 1500, "found": found}
+
+    kept = hashlib.sha1((CORPUS / "lock" / "plain").read_bytes()).hexdigest()
+    assert outstanding([entry(["0" * 40])]) == ["lock " + "0" * 40, "lock: not run again"]
+    assert outstanding([entry([kept])]) == ["lock: not run again"]
+    assert outstanding([entry([kept]), entry([])]) == []
+    assert "| lock | 3,000 | 4 | 1 | d | c |" in table([entry([kept]), entry([])])

@@ -108,7 +108,7 @@ def all_rows(path: Path) -> None:
 
 
 def environment(run: Path) -> None:
-    assert RunRecord(run).document("environment.json")
+    assert RunRecord(run).environment.command
 
 
 def curves(run: Path) -> None:

@@ -331,14 +331,48 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
     assert not list(tmp_path.iterdir())
 
 
+SETTINGS = {
+    "source": "q",
+    "trials": 6,
+    "examples": 900,
+    "evaluations": 2,
+    "metrics": ["composite"],
+    "scheduler": "asha",
+    "reduction": 3,
+    "sampler": "tpe",
+    "seed": 0,
+    "ranks": 1,
+    "cpus": 1,
+    "gpus": 0.0,
+    "concurrent": None,
+    "storage": "",
+    "name": "n",
+}
+
+
+@pytest.mark.parametrize(
+    ("changed", "complaint"),
+    [
+        ({"source": ["q"]}, "source: Input should be a valid string; not what a search wrote"),
+        ({"trials": 0}, "trials: Input should be greater than or equal to 1"),
+        ({"metrics": []}, "metrics: List should have at least 1 item"),
+        ({"scheduler": "x"}, "scheduler: Input should be 'asha', 'pbt' or 'none'"),
+    ],
+)
+def test_settings_that_no_search_wrote(
+    tmp_path: Path, changed: dict[str, Any], complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "search.yaml").write_text(yaml.safe_dump({**SETTINGS, **changed}))
+    assert main(["--resume", str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert f"search.yaml: {complaint}" in err and err.count("\n") == 1
+
+
 def test_stages_cannot_be_asked_for_more_trials(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "base.yaml").write_text(to_yaml(load_config(ROOT / "configs" / "quickstart.yaml")))
     shutil.copyfile(ROOT / "configs" / "search" / "c7.yaml", tmp_path / "space.yaml")
-    one_line = (
-        "{source: q, trials: 6, examples: 900, evaluations: 2, metrics: [composite], scheduler: asha, reduction: 3,"
-    )
-    one_line += " sampler: tpe, seed: 0, ranks: 1, cpus: 1, gpus: 0.0, concurrent: null, storage: '', name: n}"
-    (tmp_path / "search.yaml").write_text(one_line)
+    written = yaml.safe_dump(SETTINGS, default_flow_style=True, width=1000)
+    (tmp_path / "search.yaml").write_text(written)
     assert main(["--resume", str(tmp_path), "--trials", "10"]) == 2
     assert capsys.readouterr().err == "error: --trials 10: the stages of the space have 6 trials\n"
-    assert (tmp_path / "search.yaml").read_text() == one_line
+    assert (tmp_path / "search.yaml").read_text() == written
