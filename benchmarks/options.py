@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -80,6 +81,18 @@ def machine() -> dict[str, str | int]:
 
     gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     return {"cpu": _cpu(), "cores": os.cpu_count() or 1, "python": platform.python_version(), **gpu}
+
+
+def commit() -> str:
+    """Of the code that is measured, with a + where that is not what was committed; empty outside a checkout."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        found = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True)
+        code = [":(top)*.py", ":(top)*.yaml"]
+        clean = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", *code], capture_output=True)
+    except FileNotFoundError:
+        return ""
+    return found.stdout.strip() + "+" * bool(clean.returncode) if not found.returncode else ""
 
 
 def _cpu() -> str:

@@ -172,7 +172,7 @@ def stamp(row: str, config: Config, encoder: str | None) -> dict[str, Any]:
         "encoder": encoder_told(config, encoder),
         "when": datetime.date.today().isoformat(),
         "machine": options.machine(),
-        "commit": commit(),
+        "commit": options.commit(),
     }
 
 
@@ -265,14 +265,3 @@ def name_of(folder: Path) -> str:
     if title:
         return title[1]
     return str(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_name_or_path") or folder.name)
-
-
-def commit() -> str:
-    """Of the code that runs, with a + where that is not what was committed; empty outside a checkout."""
-    git = ["git", "-C", str(ROOT)]
-    try:
-        found = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True)
-        clean = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "mtbert", "configs"], capture_output=True)
-    except FileNotFoundError:
-        return ""
-    return found.stdout.strip() + "+" * bool(clean.returncode) if not found.returncode else ""

@@ -1,6 +1,6 @@
 """Does the suite pass every time? `make test-again TIMES=20`.
 
-    python tests/faults/again.py [--times 20] [--record FILE]
+    python tests/faults/again.py [--times 20] [--table]
 
 Each time is `make test` as anyone runs it. The record gets a line for every run that came to its end, so that sessions,
 and machines, add to the same count; the first failure ends it, for a flaky test is a bug to be understood.
@@ -25,7 +25,9 @@ from xml.etree import ElementTree
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.options import machine  # noqa: E402
+import page  # noqa: E402
+
+from benchmarks.options import commit, machine  # noqa: E402
 
 RECORD = Path(__file__).with_name("again.jsonl")
 
@@ -58,11 +60,6 @@ def once(command: Sequence[str] = ("make", "test")) -> Line:
     }
 
 
-def commit() -> str:
-    words = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    return subprocess.run(words, check=True, capture_output=True, text=True).stdout.strip()
-
-
 def read(record: Path) -> list[Line]:
     return [json.loads(text) for text in record.read_text().splitlines()] if record.exists() else []
 
@@ -73,7 +70,7 @@ def in_a_row(lines: Sequence[Line]) -> list[Line]:
 
 
 def table(lines: Sequence[Line]) -> str:
-    """For docs/reliability.md."""
+    """Markdown."""
     rows = [
         f"| {line['when']} | {line['commit']} | {line['machine']['cpu']} | {line['seconds'] / 60:.0f} "
         f"| {line['passed']:,} | {line['skipped']} | {', '.join(line['failed']) or '–'} |"
@@ -86,12 +83,14 @@ def table(lines: Sequence[Line]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description="The suite, again and again.")
     parser.add_argument("--times", type=int, default=20)
-    parser.add_argument("--record", type=Path, default=RECORD, metavar="FILE")
+    parser.add_argument("--table", action="store_true", help="only write what the record has into the page")
     args = parser.parse_args()
-    for _ in range(args.times):
+    page.write("test-again", table(read(RECORD)) + "\n")
+    for _ in range(0 if args.table else args.times):
         line = once()
-        with args.record.open("a") as file:
+        with RECORD.open("a") as file:
             file.write(json.dumps(line) + "\n")
+        page.write("test-again", table(read(RECORD)) + "\n")
         if line["code"]:
             print(f"failed: {', '.join(line['failed']) or 'see above'}", file=sys.stderr)
             return 1

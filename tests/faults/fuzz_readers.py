@@ -41,10 +41,12 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 sys.path.insert(0, str(ROOT))
 
+import page  # noqa: E402
+
+from benchmarks.options import commit  # noqa: E402
+
 CORPUS = HERE / "corpus"
 LEDGER = HERE / "fuzz.jsonl"
-PAGE = ROOT / "docs" / "reliability.md"
-START, END = "<!-- counted: `make fuzz` writes what follows -->\n\n", "<!-- end of what is counted -->\n"
 INSTRUMENTED = ["mtbert", "launch", "tune", "yaml"]
 LIMITS = ["-timeout=20", "-rss_limit_mb=2500", "-max_len=4096", "-print_final_stats=1", "-verbosity=0"]
 
@@ -589,21 +591,6 @@ def block(runs: list[dict[str, Any]]) -> str:
     return f"{table(runs)}\nOutstanding: {', '.join(left) or 'nothing'}.\n"
 
 
-def write_page(runs: list[dict[str, Any]]) -> None:
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(START)
-    _, _, after = rest.partition(END)
-    PAGE.write_text(f"{before}{START}{block(runs)}{END}{after}", encoding="utf-8")
-
-
-def commit() -> str:
-    """The checkout's, with a + where what is fuzzed was changed since."""
-    git = ["git", "-C", str(ROOT)]
-    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-    paths = ["mtbert", "launch", "tune", "tests/faults/fuzz_readers.py"]
-    changed = subprocess.run([*git, "status", "--porcelain", "--", *paths], capture_output=True, text=True, check=True)
-    return head.stdout.strip() + "+" * bool(changed.stdout)
-
-
 def run(reader: str, seconds: int, work: Path) -> dict[str, Any] | None:
     """Fuzzes a reader in a process of its own; the entry of `LEDGER`."""
     grown = work / reader
@@ -650,7 +637,7 @@ def main() -> int:
             continue
         with LEDGER.open("a") as file:
             file.write(json.dumps(entry) + "\n")
-    write_page(entries())
+    page.write("fuzz", block(entries()))
     print(block(entries()))
     return int(not good)
 

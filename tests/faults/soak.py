@@ -1,7 +1,6 @@
 """Faults into real jobs, drawn from a seed, and what comes out held against jobs that were left alone.
 
-    python tests/faults/soak.py [--faults 500] [--seed 0] [--kinds WORD ...] [--ledger FILE]
-    python tests/faults/soak.py --table [FILE ...]
+    python tests/faults/soak.py [--faults 500] [--seed 0] [--kinds WORD ...] [--ledger FILE] [--table]
 
 A patient (`patient.py`) is struck by one fault after another, each at a moment drawn from the seed (`moments.py`): an
 end (`ends.py`), a refusal (`refusals.py`), damage (`damage.py`), or something beside it (`companions.py`). The job goes
@@ -31,7 +30,6 @@ import re
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import time
 import traceback
@@ -42,10 +40,12 @@ from typing import Any
 import companions  # noqa: F401 - each of them fills KINDS
 import damage  # noqa: F401
 import ends  # noqa: F401
+import page
 import refusals  # noqa: F401
 from kinds import KINDS, Kind, here
-from patient import ROOT, Lab, Lost, NotInjected, Patient, Undisturbed, lab, undisturbed
+from patient import Lab, Lost, NotInjected, Patient, Undisturbed, lab, undisturbed
 
+from benchmarks.options import commit
 from launch.show import STOPPED
 
 SURVIVED, LOST, NOTHING, BROKEN = "survived", "lost", "not injected", "harness error"
@@ -118,7 +118,7 @@ class Soak:
         self.references: dict[int, Undisturbed] = {}
         self.patient: Patient | None = None
         self.last: Line = {}  # of the patient's faults
-        self.commit = _commit()
+        self.commit = commit()
 
     def run(self, faults: int) -> None:
         """Until the ledger has this many faults of the seed that struck, and the last patient has come to its end."""
@@ -297,14 +297,9 @@ def _children_s() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def _commit() -> str:
-    words = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    return subprocess.run(words, check=False, capture_output=True, text=True).stdout.strip()
-
-
-def table(ledgers: Sequence[Ledger]) -> str:
-    """For docs/reliability.md."""
-    lines = [line for ledger in ledgers for line in ledger.faults.values()]
+def table(ledger: Ledger) -> str:
+    """Markdown."""
+    lines = [*ledger.faults.values()]
     counts: dict[str, collections.Counter[str]] = {name: collections.Counter() for name in KINDS}
     for line in lines:
         counts.setdefault(line["kind"], collections.Counter())[line["outcome"]] += 1
@@ -316,18 +311,26 @@ def table(ledgers: Sequence[Ledger]) -> str:
     )
     commits = collections.Counter(str(line["commit"]) for line in lines if line["outcome"] in COUNTED)
     seconds = [line["seconds"] for line in lines if line["outcome"] in COUNTED]
-    concluded = sum(len(ledger.concluded) for ledger in ledgers)
     notes = [
         f"{total[NOTHING]} more came to nothing and were not counted, {total[BROKEN]} to errors of the harness.",
-        f"{len({(line['seed'], line.get('patient')) for line in lines})} patients, {concluded} of them to their end.",
+        f"{len({(line['seed'], line.get('patient')) for line in lines})} patients, {len(ledger.concluded)} of them to "
+        "their end.",
         f"Moments: {', '.join(f'{phase} {count}' for phase, count in phases.most_common())}.",
-        f"Commits: {', '.join(f'{commit} {count}' for commit, count in commits.items())}.",
+        f"Commits: {', '.join(f'{at} {count}' for at, count in commits.items())}.",
         f"{sum(seconds) / 3600:.1f} hours, {sum(seconds) / max(len(seconds), 1):.0f} s a fault.",
         *(f"Lost: seed {line['seed']}, {line['number']}, {line['kind']}: "
           f"{line.get('mended', line['what'].splitlines()[0])}"
           for line in lines if line["outcome"] == LOST),
     ]  # fmt: skip
     return "\n".join(["| fault | survived | lost |", "|---|---|---|", *rows, "", *notes])
+
+
+def tell(ledger: Ledger) -> int:
+    """The table; into docs/reliability.md, too, where it is that of the repository's ledger."""
+    print(table(ledger))
+    if ledger.path.resolve() == LEDGER:
+        page.write("soak", table(ledger) + "\n")
+    return 0
 
 
 def soak(
@@ -355,20 +358,19 @@ def main() -> int:
     parser.add_argument(
         "--lost", type=Path, default=Path("soak-lost"), metavar="FOLDER", help="for runs that were lost"
     )
-    parser.add_argument("--table", nargs="*", type=Path, metavar="FILE", help="print that of ledgers, and stop")
+    parser.add_argument("--table", action="store_true", help="only write what the ledger has into the page")
     args = parser.parse_args()
-    if args.table is not None:
-        print(table([Ledger(path) for path in args.table or [args.ledger]]))
-        return 0
+    ledger = Ledger(args.ledger)
+    if args.table:
+        return tell(ledger)
     missing = [name for name, each in KINDS.items() if each.needs and not here(each.needs)]
     names = [name for name in KINDS if name not in missing and any(word in name for word in args.kinds)]
     if not names:
         parser.error(f"--kinds {' '.join(args.kinds)}: no kind has that in its name: {', '.join(KINDS)}")
-    ledger = Ledger(args.ledger)
     for number in (signal.SIGINT, signal.SIGTERM):  # the patients are not left behind; nohup would have SIGINT ignored
         signal.signal(number, lambda *_: sys.exit("interrupted; the same command goes on from here"))
     soak(args.faults, args.seed, names, args.worlds, ledger, args.lost, lambda text: print(text, flush=True))
-    print(table([ledger]))
+    tell(ledger)
     if missing:
         print(f"not to be had here: {', '.join(missing)}")
     outcomes = {line["outcome"] for line in ledger.of(args.seed, names)}

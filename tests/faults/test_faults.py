@@ -35,4 +35,4 @@ def test_jobs_survive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         patch.setattr(soak, "undisturbed", None)  # nothing is started
         path.write_text(path.read_text() + '{"seed": 0, "numb')  # nor does half a line matter
         soak.soak(len(KINDS), 0, KINDS, [], soak.Ledger(path), tmp_path / "lost", told.append)
-    assert f"| **all** | **{len(KINDS)}** | **0** |" in soak.table([soak.Ledger(path)])
+    assert f"| **all** | **{len(KINDS)}** | **0** |" in soak.table(soak.Ledger(path))

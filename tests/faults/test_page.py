@@ -8,15 +8,25 @@ import sys
 from pathlib import Path
 
 import again
+import fuzz_readers
 import page
 import pytest
+import soak
 
 ROOT = Path(__file__).parent.parent.parent
 
 
-def test_the_page_has_what_was_recorded() -> None:
-    text = page.PAGE.read_text(encoding="utf-8")
-    assert page.written(text) == text, "python tests/faults/page.py"
+BLOCKS = {
+    "soak": lambda: soak.table(soak.Ledger(soak.LEDGER)) + "\n",
+    "fuzz": lambda: fuzz_readers.block(fuzz_readers.entries()),
+    "test-again": lambda: again.table(again.read(again.RECORD)) + "\n",
+}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_the_page_has_what_was_recorded(name: str) -> None:
+    """Each tool writes its block, with `--table` nothing else."""
+    assert page.cut(name)[1] == BLOCKS[name]()
 
 
 SUITE = """
