@@ -140,7 +140,7 @@ def _log(folder: Path) -> Path:
 def entry_of(recipe: Recipe, folder: Path, encoder: str | None) -> Entry:
     """What the record keeps of a finished run."""
     run = RunRecord(folder)
-    result = run.document("result.json")
+    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     pictured = recipe.row.name in PICTURED and not recipe.seed
     kept = tuple(f"gradient/{kind}/" for kind in ("cosine", "norm", "weight"))
     return Entry(
