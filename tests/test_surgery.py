@@ -18,7 +18,7 @@ from mtbert.errors import UserError
 from mtbert.surgery import AGGREGATORS, Reduction, Surgery, conflicts, pcgrad, pcgrad_vectors, task_orders
 
 SCALES = [0.0, 1e-15, 1e-5, 1.0, 1e15]
-TASKS = [2, 3, 5, 8]
+TASKS = [2, 3, 6]
 OPTIONS: dict[str, dict[str, Any]] = {
     "cagrad": {"c": 0.5},
     "fairgrad": {"alpha": 1.0},
