@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib
 import json
 import os
 import resource
@@ -94,6 +95,13 @@ def numbers(engine: Engine) -> dict[str, list[float]]:
     for part in (engine.surgery, engine.weighting):
         told |= {name: value.tolist() for name, value in part.state_dict().items()}
     return told
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imports() -> None:
+    """Of an engine, half a minute on a busy machine, in no test's time: mutants.py goes by how long a test takes."""
+    for name in ("deepspeed", "torch._dynamo"):
+        importlib.import_module(name)
 
 
 @pytest.fixture(autouse=True)

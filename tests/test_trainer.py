@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+import sys
 import time
 from dataclasses import fields, replace
 from multiprocessing.process import BaseProcess
@@ -36,7 +37,7 @@ from mtbert.errors import UserError
 from mtbert.manifest import find_checkpoint, folder_of, open_checkpoint, sealed
 from mtbert.metrics import METRICS
 from mtbert.randomness import addressed_rng
-from mtbert.ranks import join_ranks
+from mtbert.ranks import close_ranks, join_ranks
 from mtbert.record import RunRecord, Said
 from mtbert.runs import Rank, create_run
 from mtbert.trainer import _in_turn, build, evaluate_run, train
@@ -250,6 +251,21 @@ def slow_first(rank: Rank, rendezvous: str) -> str:
         return f"built by {rank.rank}"
 
     return str(_in_turn(rank, make))
+
+
+def left_before_an_engine(rank: Rank, folder: Path) -> bool:
+    """DeepSpeed is imported, for ranks are forked from a server that has, but nothing was made with it."""
+    dist.destroy_process_group()
+    join_ranks(replace(rank, rendezvous=f"file://{folder / 'first'}"), EngineConfig(threads=1))
+    close_ranks()
+    closed = not dist.is_initialized()
+    join_ranks(replace(rank, rendezvous=f"file://{folder / 'second'}"), EngineConfig(threads=1))  # the harness ends it
+    return closed and "deepspeed" in sys.modules
+
+
+@pytest.mark.ranks
+def test_a_run_that_ends_before_its_engine_leaves_no_group(ranks: Ranks, tmp_path: Path) -> None:
+    assert ranks(2, left_before_an_engine, tmp_path) == [True, True]
 
 
 @pytest.mark.ranks

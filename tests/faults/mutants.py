@@ -148,6 +148,7 @@ def check_controls(module: str, place: Path) -> None:
 
 def score(module: str, sample: int | None, jobs: int) -> dict[str, Any]:
     place = prepare(module)
+    stamp = {"when": datetime.date.today().isoformat(), "commit": commit(), **of_what(module)}  # files may change since
     check_controls(module, place)
     children = ("--max-children", str(jobs))
     if sample is None:
@@ -161,9 +162,7 @@ def score(module: str, sample: int | None, jobs: int) -> dict[str, Any]:
     counts = collections.Counter(state for state in found.values() if state != "not checked")
     missed = sorted(name for name, state in found.items() if state not in (*NOTICED, "not checked"))
     return {
-        "when": datetime.date.today().isoformat(),
-        "commit": commit(),
-        **of_what(module),
+        **stamp,
         "mutants": len(found),
         "tried": sum(counts.values()),
         "killed": sum(counts[state] for state in NOTICED),
