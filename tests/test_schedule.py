@@ -212,12 +212,14 @@ def test_ranks_get_the_same_number_of_tokens_to_within_five_per_cent(options: di
 
 
 def test_examples_of_one_length_are_dealt_out_in_turn() -> None:
-    """Whatever this machine's sort does with equals."""
-    schedule = Case({}, ((7,) * 100,), (100,), seed=0).schedule()
-    batch = schedule.global_batch(0, 0)
-    for rank in range(3):
-        [share] = schedule.shares(0, rank, 3)
-        assert share.micro_batches[0].tolist() == batch[rank::3].tolist()
+    """Whatever this machine's sort does with equals. An even number of each length, so that one ends where it began."""
+    tokens = tuple(5 + example % 3 for example in range(90))
+    schedule = Case({}, (tokens,), (90,), seed=0).schedule()
+    batch = schedule.global_batch(0, 0).tolist()
+    dealt = [[each for each in batch if tokens[each] == length] for length in (5, 6, 7)]
+    for rank in range(2):
+        [share] = schedule.shares(0, rank, 2)
+        assert share.micro_batches[0].tolist() == [each for alike in dealt for each in alike[rank::2]]
 
 
 def test_within_a_bucket_equals_stay_as_they_were_shuffled() -> None:
@@ -304,10 +306,11 @@ def test_sequential_takes_one_dataset_after_another() -> None:
 
 
 @pytest.mark.parametrize(("per_step", "length", "steps"), [(1, "longest", 30), (4, "shortest", 3), (2, 9, 9)])
-def test_sampled_has_as_many_batches_as_round_robin(per_step: int, length: str | int, steps: int) -> None:
-    schedule = uneven(kind="sampled", length=length, tasks_per_step=per_step)
-    assert schedule.steps_per_epoch == steps
-    assert all(len(schedule.batches_at(step)) == per_step for step in range(steps))
+def test_drawn_tasks_have_as_many_batches_as_round_robin(per_step: int, length: str | int, steps: int) -> None:
+    for kind in ("sampled", "adaptive"):
+        schedule = uneven(kind=kind, length=length, tasks_per_step=per_step)
+        assert schedule.steps_per_epoch == steps
+        assert all(len(schedule.batches_at(step)) == per_step for step in range(steps))
 
 
 def frequencies(schedule: Schedule, epoch: int) -> NDArray[np.float64]:
@@ -334,10 +337,16 @@ def test_annealing_takes_alpha_down_in_equal_parts_and_no_further() -> None:
         np.testing.assert_allclose(frequencies(schedule, epoch), power(alpha), atol=0.025)
 
 
+def test_two_epochs_are_the_first_and_the_last() -> None:
+    config = ScheduleConfig(kind="sampled", alpha=1.0, anneal=0.8, length=5000)
+    schedule = Schedule(config, [np.array(lengths) for lengths in UNEVEN], [4, 4, 4], seed=3, epochs=2)
+    for epoch, alpha in ((0, 1.0), (1, 0.2)):
+        np.testing.assert_allclose(frequencies(schedule, epoch), power(alpha), atol=0.02)
+
+
 def test_one_epoch_has_no_end_to_anneal_to() -> None:
-    schedule = Case(
-        {"kind": "sampled", "alpha": 1.0, "anneal": 0.8, "length": 5000}, UNEVEN, (4, 4, 4), 3, 1
-    ).schedule()
+    config = ScheduleConfig(kind="sampled", alpha=1.0, anneal=0.8, length=5000)
+    schedule = Schedule(config, [np.array(lengths) for lengths in UNEVEN], [4, 4, 4], seed=3)
     for epoch in range(2):
         np.testing.assert_allclose(frequencies(schedule, epoch), power(1.0), atol=0.02)
 
@@ -383,6 +392,17 @@ def test_what_was_looked_at_ahead_does_not_stay(step: int) -> None:
         assert asked.batches_at(ahead) == fresh.batches_at(ahead)
 
 
+def test_a_score_counts_from_its_step_on() -> None:
+    drawn = []
+    for step in range(1, 40):
+        now, before, never = adaptive(), adaptive(), adaptive()
+        now.adapt(step, scores=[0.0, 1.0, 1.0], targets=[1.0] * 3)
+        before.adapt(step - 1, scores=[0.0, 1.0, 1.0], targets=[1.0] * 3)
+        drawn.append([schedule.batches_at(step)[0][0] for schedule in (now, before, never)])
+    assert all(now == before for now, before, _ in drawn)
+    assert any(now != never for now, _, never in drawn)
+
+
 def test_only_an_adaptive_schedule_adapts_and_goes_forwards() -> None:
     schedule = adaptive()
     schedule.adapt(5, scores=[0.1] * 3, targets=[1.0] * 3)
@@ -419,9 +439,9 @@ def test_the_order_of_examples_is_frozen() -> None:
 GOLDEN_DRAWS = {
     "sampled": [0, 0, 2, 0, 0, 0, 2, 1, 1, 0, 1, 1],
     "adaptive": [1, 2, 1, 2, 0, 1, 2, 1, 2, 1, 2, 0],
-    "first batch": [31, 3, 21, 13],
+    "a pass": [6, 9, 1, 0, 7, 5, 11, 3, 10, 8, 4, 2],
 }
-"""The tasks of the first steps, and a batch without buckets; for the same reason."""
+"""The tasks of the first steps, and a pass without buckets; for the same reason."""
 
 
 def test_draws_are_frozen() -> None:
@@ -430,5 +450,5 @@ def test_draws_are_frozen() -> None:
         kind: [uneven(kind=kind, **config).batches_at(step)[0][0] for step in range(12)]
         for kind in ("sampled", "adaptive")
     }
-    found["first batch"] = uneven(bucket=1).global_batch(0, 0).tolist()
+    found["a pass"] = [example for place in range(3) for example in uneven(bucket=1).global_batch(1, place)]
     assert found == GOLDEN_DRAWS
