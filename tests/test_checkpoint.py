@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch import distributed as dist
 
 from mtbert import checkpoint
 from mtbert.checkpoint import (
@@ -187,6 +188,7 @@ def test_training_goes_on_while_a_copy_is_written(run: Path, monkeypatch: pytest
         go_on(engine, range(2, 4))
         assert not keeper.due(), "at most one save is under way"
         assert keeper.best is None and not folder_of(run, 2).exists()
+        assert keeper._group not in (None, dist.group.WORLD), "the thread's collectives must not meet with training's"
         gate.set()
         assert keeper.wait() is None and keeper.best == {"step": 2, "score": 1.0}
         assert keeper.due()
@@ -404,13 +406,15 @@ def test_the_first_rank_sweeps_and_chooses(run: Path) -> None:
     for left in (".step-00000002.tmp", ".step-00000001.old"):
         (run / "checkpoints" / left).mkdir()
         (run / "checkpoints" / left / "half").touch()
+    stuck = run / "checkpoints" / ".step-00000003.tmp"
+    stuck.write_text("no folder: what cannot be swept stays")
     assert Checkpointer(run, Rank(1, 2), keep=2).latest(pytest.fail) is None, "another rank is told"
-    assert len(names(run)) == 4
+    assert len(names(run)) == 5
     said: list[str] = []
     found = keeper.latest(said.append)
     assert found is not None and found.step == 1
     assert said == [f"checkpoint passed over: {damaged}: missing; the checkpoint is not complete"]
-    assert names(run) == ["01", "02"]
+    assert names(run) == [stuck.name, "01", "02"]
     manifest = folder_of(run, 2) / "manifest.json"
     manifest.write_text(sealed({**json.loads(manifest.read_text()), "format": 99}))
     with pytest.raises(UserError, match="format 99 is from a newer mtbert"):
@@ -421,8 +425,8 @@ def test_the_first_rank_sweeps_and_chooses(run: Path) -> None:
 
 WHOLE = {"encoder.w": torch.arange(6.0).view(2, 3), "heads.one.b": torch.arange(10.0, 14.0)}
 SPANS = [
-    {"encoder.w|0|2|master": WHOLE["encoder.w"].flatten()[:2], "heads.one.b|3|4|master": WHOLE["heads.one.b"][3:]},
-    {"encoder.w|2|6|master": WHOLE["encoder.w"].flatten()[2:], "heads.one.b|0|3|master": WHOLE["heads.one.b"][:3]},
+    {"encoder.w|0|3|master": WHOLE["encoder.w"].flatten()[:3], "heads.one.b|3|4|master": WHOLE["heads.one.b"][3:]},
+    {"encoder.w|3|6|master": WHOLE["encoder.w"].flatten()[3:], "heads.one.b|0|3|master": WHOLE["heads.one.b"][:3]},
 ]
 SHAPES = {name: value.shape for name, value in WHOLE.items()}
 
@@ -475,14 +479,15 @@ def changed(*drop: str, **more: Tensor) -> list[dict[str, Tensor]]:
 @pytest.mark.parametrize(
     ("shards", "told"),
     [
-        (changed("encoder.w|0|2|master"), r"does not hold encoder\.w \(master\) whole"),
-        (changed("encoder.w|2|6|master"), r"does not hold encoder\.w \(master\) whole"),
+        (changed("encoder.w|0|3|master"), r"does not hold encoder\.w \(master\) whole"),
+        (changed(**{"encoder.w|0|3|master": torch.zeros(3)}), r"does not hold encoder\.w \(master\) whole"),
+        (changed("encoder.w|3|6|master"), r"does not hold encoder\.w \(master\) whole"),
         (
-            changed("encoder.w|2|6|master", **{"encoder.w|3|6|master": torch.zeros(3)}),
+            changed("encoder.w|3|6|master", **{"encoder.w|4|6|master": torch.zeros(2)}),
             r"does not hold encoder\.w \(master\) whole",
         ),
         (
-            changed("encoder.w|2|6|master", **{"encoder.w|1|6|master": torch.zeros(5)}),
+            changed("encoder.w|3|6|master", **{"encoder.w|2|6|master": torch.zeros(4)}),
             r"does not hold encoder\.w \(master\) whole",
         ),
         (changed(**{"encoder.w|6|7|master": torch.zeros(1)}), r"does not hold encoder\.w \(master\) whole"),
@@ -510,7 +515,7 @@ def test_an_average_that_is_missing_is_noticed(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"\(average\) whole"), _Reader(found):
         pass
     shards = averages(SPANS)
-    del shards[0]["encoder.w|0|2|average"]
+    del shards[0]["encoder.w|0|3|average"]
     with pytest.raises(UserError, match=r"encoder\.w \(average\) whole"), _Reader(write(tmp_path / "half", shards)):
         pass
 

@@ -472,7 +472,7 @@ def test_gradvac_remembers_each_pair_whatever_is_drawn_between() -> None:
 def test_state_of_another_method_is_refused() -> None:
     vaccine = surgery("gradvac")
     vaccine.weights(gram(2), step=0)
-    with pytest.raises(UserError, match=r"surgery.method pcgrad: the checkpoint was made with gradvac"):
+    with pytest.raises(UserError, match=r"surgery.method pcgrad: the checkpoint was made with gradvac; resume"):
         surgery("pcgrad").load_state_dict(vaccine.state_dict())
     for shape in ([], [3], [3, 3, 3]):
         vaccine.load_state_dict({"gradvac._phi_t": torch.zeros(shape)})
@@ -506,6 +506,14 @@ def test_golden_table() -> None:
     assert weights == {method: pytest.approx(row, abs=1e-6) for method, row in GOLDEN.items()}
 
 
+def test_draws_inside_torchjd_are_frozen() -> None:
+    """They come from its global generator, seeded for the step."""
+    assert [surgery("gradvac").weights(gram(5), step).tolist() for step in (0, 1)] == [
+        pytest.approx([1.542899, 1.088397, 2.421436, 1.641835, 1.883317], abs=1e-5),
+        pytest.approx([1.629525, 1.096667, 1.161046, 2.279012, 1.877884], abs=1e-5),
+    ]
+
+
 # ------------------------------------------------------------------------------------------------ conflicts
 
 
@@ -516,6 +524,8 @@ def test_conflicts() -> None:
     assert cosine_KK.tolist() == expected
     assert rate == 1 / 6
     assert conflicts(torch.ones(1, 1)) == (torch.ones(1, 1), 0.0)
+    cosine_KK, rate = conflicts(torch.tensor([[4.0, -1.0], [-1.0, 1.0]]))
+    assert cosine_KK.tolist() == [[1.0, -0.5], [-0.5, 1.0]] and rate == 1
     cosine_KK, rate = conflicts(torch.tensor([[1.0, -1.1], [-1.1, 1.0]]))
     assert cosine_KK.tolist() == [[1.0, -1.0], [-1.0, 1.0]] and rate == 1, "rounding makes no cosine longer than 1"
     cosine_KK, rate = conflicts(torch.tensor([[1.0, 1.1], [1.1, 1.0]]))
