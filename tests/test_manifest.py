@@ -36,6 +36,7 @@ from mtbert.manifest import (
     sealed,
     sha256,
     survey,
+    with_the_best,
 )
 from mtbert.runs import Rank
 
@@ -171,6 +172,16 @@ def test_what_is_passed_over_is_told(tmp_path: Path) -> None:
     assert told == [f"checkpoint passed over: {folder_of(run, 20) / SHARD}: missing; the checkpoint is not complete"]
     with pytest.raises(UserError, match="has no checkpoint yet"):
         find_checkpoint(make(tmp_path / "empty"), "latest")
+    (folder_of(run, 10) / SHARD).write_text("1")
+    with pytest.raises(UserError, match=rf"{folder_of(run, 20) / SHARD}: missing"):  # the newest one's trouble
+        find_checkpoint(run, "latest")
+
+
+def test_a_damaged_checkpoint_knows_no_best(tmp_path: Path) -> None:
+    run = make(tmp_path / "run", 10, 20, 30, best=10)
+    (folder_of(run, 30) / "manifest.json").write_text("{")
+    kept = [folder_of(run, 30), folder_of(run, 20)]
+    assert with_the_best(kept) == {*kept, folder_of(run, 10)}
 
 
 @pytest.mark.parametrize("name", [SHARD, "manifest.json"])
