@@ -148,7 +148,11 @@ def check_controls(module: str, place: Path) -> None:
 
 def score(module: str, sample: int | None, jobs: int) -> dict[str, Any]:
     place = prepare(module)
-    stamp = {"when": datetime.date.today().isoformat(), "commit": commit(), **of_what(module)}  # files may change since
+    stamp = {
+        "when": datetime.date.today().isoformat(),
+        "commit": commit(module),
+        **of_what(module),
+    }  # files may change since
     check_controls(module, place)
     children = ("--max-children", str(jobs))
     if sample is None:
@@ -171,10 +175,16 @@ def score(module: str, sample: int | None, jobs: int) -> dict[str, Any]:
     }
 
 
-def commit() -> str:
-    """Ends with -dirty where a tracked file is another than there."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=7", "--exclude=*"]
-    return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+def commit(module: str) -> str:
+    """Ends with -dirty where a file that the copy is made of is another than there; the page and the record are none."""
+    told = [
+        subprocess.run(["git", *command], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+        for command in (
+            ["rev-parse", "--short=7", "HEAD"],
+            ["status", "--porcelain", "--", *NEEDED, *TESTS[module], str(PLUGIN)],
+        )
+    ]
+    return told[0] + ("-dirty" if told[1] else "")
 
 
 def of_what(module: str) -> dict[str, str]:
