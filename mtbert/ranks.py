@@ -61,7 +61,8 @@ def _cores() -> int:
 def close_ranks() -> None:
     """Ends the process group after everyone is done; without the barrier gloo aborts at teardown now and then."""
     dist.barrier()
-    if deepspeed := sys.modules.get("deepspeed"):  # has caches of its own to clear, for the next run in this process
+    deepspeed = sys.modules.get("deepspeed")
+    if deepspeed and deepspeed.comm.is_initialized():  # has caches of its own to clear, for this process's next run
         deepspeed.comm.destroy_process_group()
     else:
         dist.destroy_process_group()

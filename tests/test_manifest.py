@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import datetime
 import errno
+import hashlib
 import itertools
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mtbert import manifest
 from mtbert.checkpoint import Checkpointer
 from mtbert.cli import main
 from mtbert.errors import UserError
@@ -22,14 +26,17 @@ from mtbert.manifest import (
     File,
     Manifest,
     NewerFormat,
+    discard,
     find_checkpoint,
     folder_of,
     intact,
     open_checkpoint,
+    prune,
     read_manifest,
     sealed,
     sha256,
     survey,
+    with_the_best,
 )
 from mtbert.runs import Rank
 
@@ -122,13 +129,13 @@ def test_prune_keeps_the_newest_intact_ones_and_the_best(tmp_path: Path, capsys:
 
 def test_the_best_stays_that_an_older_one_knows(tmp_path: Path) -> None:
     """30 is better than 10, and then turns out to be damaged."""
-    for name, prune in {
+    for name, remove in {
         "asked": lambda run: main(["checkpoint", "prune", str(run), "--keep", "2"]),
         "after a save": lambda run: Checkpointer(run, Rank(), keep=2)._prune(folder_of(run, 30), None),
     }.items():
         run = make(tmp_path / name, 5, 10, 20, 30, best=10)
         rewrite(folder_of(run, 30), best={"step": 30, "score": 0.6})
-        prune(run)
+        remove(run)
         assert steps(run) == [10, 20, 30]
         (folder_of(run, 30) / SHARD).unlink()
         assert find_checkpoint(run, "best").step == 10
@@ -165,6 +172,16 @@ def test_what_is_passed_over_is_told(tmp_path: Path) -> None:
     assert told == [f"checkpoint passed over: {folder_of(run, 20) / SHARD}: missing; the checkpoint is not complete"]
     with pytest.raises(UserError, match="has no checkpoint yet"):
         find_checkpoint(make(tmp_path / "empty"), "latest")
+    (folder_of(run, 10) / SHARD).write_text("1")
+    with pytest.raises(UserError, match=rf"{folder_of(run, 20) / SHARD}: missing"):  # the newest one's trouble
+        find_checkpoint(run, "latest")
+
+
+def test_a_damaged_checkpoint_knows_no_best(tmp_path: Path) -> None:
+    run = make(tmp_path / "run", 10, 20, 30, best=10)
+    (folder_of(run, 30) / "manifest.json").write_text("{")
+    kept = [folder_of(run, 30), folder_of(run, 20)]
+    assert with_the_best(kept) == {*kept, folder_of(run, 10)}
 
 
 @pytest.mark.parametrize("name", [SHARD, "manifest.json"])
@@ -186,7 +203,104 @@ def test_what_the_disk_does_not_give_back_is_passed_over(
     assert [not state.trouble for state in survey(run, thorough=True)] == [True, False]
 
 
+def test_what_is_told_of_a_checkpoint(tmp_path: Path) -> None:
+    run = make(tmp_path / "run", 10, 20, 30, best=20)
+    (folder_of(run, 30) / "manifest.json").unlink()
+    moment = datetime.datetime(2026, 3, 4, 5, 6, 7, 890_000)
+    for step in (10, 20, 30):
+        os.utime(folder_of(run, step), (0, moment.timestamp()))
+    common = {"saved": "2026-03-04 05:06:07", "bytes": 2, "ranks": 1}
+    for thorough, state in ((True, "intact"), (False, "not read")):
+        assert [each.record() for each in survey(run, thorough)] == [
+            {"step": 10, **common, "state": state, "notes": []},
+            {"step": 20, **common, "state": state, "notes": ["newest", "best"]},
+            {"step": 30, **common, "bytes": None, "ranks": None, "state": "damaged", "notes": []},
+        ]
+    assert [state.checkpoint is None for state in survey(run, thorough=False)] == [False, False, True]
+
+
+def test_keeping_none_is_our_own_bug(tmp_path: Path) -> None:
+    run = make(tmp_path / "run", 10)
+    with pytest.raises(AssertionError):
+        prune(run, keep=0)
+    assert prune(run, keep=1) == []
+
+
+def test_a_checkpoint_goes_whole(tmp_path: Path) -> None:
+    """Also where an attempt that was killed has left one half gone."""
+    run = make(tmp_path / "run", 10)
+    (run / "checkpoints" / ".step-00000010.old").mkdir()
+    (run / "checkpoints" / ".step-00000010.old" / "half").touch()
+    discard(folder_of(run, 10))
+    assert not [*(run / "checkpoints").iterdir()]
+
+
 # -------------------------------------------------------------------------------- manifests of strangers
+
+
+def test_damage_is_told_in_full(tmp_path: Path) -> None:
+    """One line: the file, what is wrong with it, and what that means."""
+
+    def told(folder: Path) -> str:
+        with pytest.raises(UserError) as error:
+            open_checkpoint(folder)
+        return str(error.value)
+
+    folder = folder_of(make(tmp_path / "run", 10), 10)
+    path, shard = folder / "manifest.json", folder / SHARD
+    whole = path.read_text()
+    path.write_text("{")
+    assert told(folder) == f"{path}: missing or not readable; the checkpoint is not complete"
+    path.write_text(whole.replace('"step": 10', '"step": 11'))
+    assert told(folder) == f"{path}: its checksum is not the one it holds; it was damaged"
+    path.write_text(sealed({**json.loads(whole), "format": 2}))
+    assert told(folder) == f"{path}: format 2 is from a newer mtbert, this one reads up to 1; update it"
+    path.write_text(sealed({**json.loads(whole), "files": {SHARD: {"size": 2, "sha256": 5}}}))
+    assert told(folder) == f"{path}: files.{SHARD}.sha256: Input should be a valid string; it was damaged"
+    path.write_text("7")
+    assert told(folder).startswith(f"{path}: the file: Input should be an object")
+    path.write_text(sealed({**json.loads(whole), "step": 11}))
+    assert told(folder) == f"{path}: is that of step-00000011; it was damaged, or the folder renamed"
+    path.write_text(whole)
+    shard.write_text("1")
+    assert told(folder) == f"{shard}: 1 bytes instead of 2; it is cut short"
+    shard.write_text("11")
+    assert told(folder) == f"{shard}: its checksum is not the one in manifest.json; it was damaged"
+    shard.unlink()
+    assert told(folder) == f"{shard}: missing; the checkpoint is not complete"
+    (tmp_path / "elsewhere").write_text("10")
+    shard.symlink_to(tmp_path / "elsewhere")
+    assert told(folder) == f"{shard}: is a link; a checkpoint holds its files itself"
+    for name in ("step-00000010", "step-00000012"):
+        link = tmp_path / name
+        link.symlink_to(folder)
+        assert told(link) == f"{link}/manifest.json: is behind a link; a checkpoint holds its files itself"
+
+
+def test_a_seal_is_that_of_the_values_in_any_order(tmp_path: Path) -> None:
+    folder = folder_of(make(tmp_path / "run", 10), 10)
+    path = folder / "manifest.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps(dict(reversed(values.items()))))
+    assert open_checkpoint(folder).step == 10
+    assert sealed(values) == sealed({**values, "sha256": "that of before"})
+
+
+def test_a_manifest_has_a_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = folder_of(make(tmp_path / "run", 10), 10)
+    size = (folder / "manifest.json").stat().st_size
+    monkeypatch.setattr(manifest, "MAX_MANIFEST", size)
+    assert read_manifest(folder).step == 10
+    monkeypatch.setattr(manifest, "MAX_MANIFEST", size - 1)
+    with pytest.raises(UserError, match="missing or not readable"):
+        read_manifest(folder)
+
+
+def test_what_is_longer_than_a_block_has_the_same_checksum(tmp_path: Path) -> None:
+    content = bytes(range(256)) * 2**13  # two blocks and no more, then a little more
+    for more in (b"", b"x"):
+        (tmp_path / "large").write_bytes(content + more)
+        assert sha256(tmp_path / "large") == hashlib.sha256(content + more).hexdigest()
 
 
 @pytest.mark.parametrize(

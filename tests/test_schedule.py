@@ -143,6 +143,24 @@ def test_tasks_ascend_and_each_comes_once(case: Case, step: int) -> None:
     assert tasks
 
 
+def test_tasks_go_by_their_numbers_in_the_run() -> None:
+    """In shares, in what is told of passes, and in what addresses the shuffle."""
+    tokens = [np.arange(10) + 3 for _ in range(2)]
+    some = Schedule(ScheduleConfig(), tokens, [4, 4], seed=1, tasks=[2, 5])
+    assert [share.task for share in some.shares(0, 0, 1)] == [2, 5]
+    assert some.passes_at(3) == {2: 4 / 3, 5: 4 / 3}, "three batches are a pass"
+    every = Schedule(ScheduleConfig(), tokens * 3, [4] * 6, seed=1)
+    for place, task in enumerate((2, 5)):
+        for ordinal in range(6):
+            assert some.global_batch(place, ordinal).tolist() == every.global_batch(task, ordinal).tolist()
+
+
+def test_every_task_has_examples_and_a_batch_size() -> None:
+    for tokens, sizes in (([[5], []], [1, 1]), ([[5]], [1, 1])):
+        with pytest.raises(AssertionError):
+            Schedule(ScheduleConfig(), [np.array(each, np.int64) for each in tokens], sizes, seed=0)
+
+
 def test_more_ranks_than_examples_leaves_empty_shares() -> None:
     schedule = Case({}, ((5, 6, 7, 8),), (2,), seed=0).schedule()
     shares = [schedule.shares(0, rank, 4, 2)[0] for rank in range(4)]
@@ -191,6 +209,30 @@ def test_ranks_get_the_same_number_of_tokens_to_within_five_per_cent(options: di
             )
             indivisible += 1
     assert indivisible <= 0.02 * len(steps)
+
+
+def test_examples_of_one_length_are_dealt_out_in_turn() -> None:
+    """Whatever this machine's sort does with equals. An even number of each length, so that one ends where it began."""
+    tokens = tuple(5 + example % 3 for example in range(90))
+    schedule = Case({}, (tokens,), (90,), seed=0).schedule()
+    batch = schedule.global_batch(0, 0).tolist()
+    dealt = [[each for each in batch if tokens[each] == length] for length in (5, 6, 7)]
+    for rank in range(2):
+        [share] = schedule.shares(0, rank, 2)
+        assert share.micro_batches[0].tolist() == [each for alike in dealt for each in alike[rank::2]]
+
+
+def test_within_a_bucket_equals_stay_as_they_were_shuffled() -> None:
+    mixed = tuple(5 + example % 2 for example in range(100))
+    shuffled = Case({}, ((5,) * 100,), (100,), seed=4).schedule().global_batch(0, 0).tolist()
+    expected = sorted(shuffled, key=lambda example: mixed[example])
+    assert Case({}, (mixed,), (100,), seed=4).schedule().global_batch(0, 0).tolist() == expected
+    assert shuffled != sorted(shuffled)
+
+
+def test_the_order_of_a_pass_takes_four_bytes_an_example() -> None:
+    order_N, _, _ = Case({}, ((5,) * 1000,), (10,), seed=0).schedule()._cut_pass(0, 0)
+    assert order_N.nbytes == 4000
 
 
 def test_what_one_task_leaves_uneven_the_next_evens_out() -> None:
@@ -264,10 +306,11 @@ def test_sequential_takes_one_dataset_after_another() -> None:
 
 
 @pytest.mark.parametrize(("per_step", "length", "steps"), [(1, "longest", 30), (4, "shortest", 3), (2, 9, 9)])
-def test_sampled_has_as_many_batches_as_round_robin(per_step: int, length: str | int, steps: int) -> None:
-    schedule = uneven(kind="sampled", length=length, tasks_per_step=per_step)
-    assert schedule.steps_per_epoch == steps
-    assert all(len(schedule.batches_at(step)) == per_step for step in range(steps))
+def test_drawn_tasks_have_as_many_batches_as_round_robin(per_step: int, length: str | int, steps: int) -> None:
+    for kind in ("sampled", "adaptive"):
+        schedule = uneven(kind=kind, length=length, tasks_per_step=per_step)
+        assert schedule.steps_per_epoch == steps
+        assert all(len(schedule.batches_at(step)) == per_step for step in range(steps))
 
 
 def frequencies(schedule: Schedule, epoch: int) -> NDArray[np.float64]:
@@ -292,6 +335,20 @@ def test_annealing_takes_alpha_down_in_equal_parts_and_no_further() -> None:
     schedule = Schedule(config, [np.array(lengths) for lengths in UNEVEN], [4, 4, 4], seed=5, epochs=3)
     for epoch, alpha in [(0, 1.0), (1, 0.6), (2, 0.2), (3, 0.2)]:
         np.testing.assert_allclose(frequencies(schedule, epoch), power(alpha), atol=0.025)
+
+
+def test_two_epochs_are_the_first_and_the_last() -> None:
+    config = ScheduleConfig(kind="sampled", alpha=1.0, anneal=0.8, length=5000)
+    schedule = Schedule(config, [np.array(lengths) for lengths in UNEVEN], [4, 4, 4], seed=3, epochs=2)
+    for epoch, alpha in ((0, 1.0), (1, 0.2)):
+        np.testing.assert_allclose(frequencies(schedule, epoch), power(alpha), atol=0.02)
+
+
+def test_one_epoch_has_no_end_to_anneal_to() -> None:
+    config = ScheduleConfig(kind="sampled", alpha=1.0, anneal=0.8, length=5000)
+    schedule = Schedule(config, [np.array(lengths) for lengths in UNEVEN], [4, 4, 4], seed=3)
+    for epoch in range(2):
+        np.testing.assert_allclose(frequencies(schedule, epoch), power(1.0), atol=0.02)
 
 
 def adaptive(alpha: float = 2.0) -> Schedule:
@@ -325,6 +382,35 @@ def test_an_adaptive_schedule_goes_on_from_its_history_and_skips_no_batch() -> N
         assert ordinals == list(range(len(ordinals)))
 
 
+@pytest.mark.parametrize("step", [0, 1, 7])
+def test_what_was_looked_at_ahead_does_not_stay(step: int) -> None:
+    asked, fresh = adaptive(), adaptive()
+    asked.batches_at(step + 20)
+    for schedule in (asked, fresh):
+        schedule.adapt(step, scores=[0.1, 1.0, 1.0], targets=[1.0] * 3)
+    for ahead in range(step, step + 20):
+        assert asked.batches_at(ahead) == fresh.batches_at(ahead)
+
+
+def test_a_score_counts_from_its_step_on() -> None:
+    drawn = []
+    for step in range(1, 40):
+        now, before, never = adaptive(), adaptive(), adaptive()
+        now.adapt(step, scores=[0.0, 1.0, 1.0], targets=[1.0] * 3)
+        before.adapt(step - 1, scores=[0.0, 1.0, 1.0], targets=[1.0] * 3)
+        drawn.append([schedule.batches_at(step)[0][0] for schedule in (now, before, never)])
+    assert all(now == before for now, before, _ in drawn)
+    assert any(now != never for now, _, never in drawn)
+
+
+def test_only_an_adaptive_schedule_adapts_and_goes_forwards() -> None:
+    schedule = adaptive()
+    schedule.adapt(5, scores=[0.1] * 3, targets=[1.0] * 3)
+    for wrong in (lambda: schedule.adapt(5, [0.1] * 3, [1.0] * 3), lambda: uneven().adapt(5, [0.1] * 3, [1.0] * 3)):
+        with pytest.raises(AssertionError):
+            wrong()
+
+
 def test_two_draws_of_one_task_in_a_step_are_one_share_of_both_batches() -> None:
     schedule = Case({"kind": "sampled", "tasks_per_step": 3}, ((5,) * 12,), (4,), seed=0).schedule()
     [share] = schedule.shares(0, 0, 1)
@@ -348,3 +434,21 @@ def test_the_order_of_examples_is_frozen() -> None:
         (step, *(sorted(indices) for indices in examples(schedule.shares(step, 0, 1)).values())) for step in range(3)
     ]
     assert found == GOLDEN
+
+
+GOLDEN_DRAWS = {
+    "sampled": [0, 0, 2, 0, 0, 0, 2, 1, 1, 0, 1, 1],
+    "adaptive": [1, 2, 1, 2, 0, 1, 2, 1, 2, 1, 2, 0],
+    "a pass": [6, 9, 1, 0, 7, 5, 11, 3, 10, 8, 4, 2],
+}
+"""The tasks of the first steps, and a pass without buckets; for the same reason."""
+
+
+def test_draws_are_frozen() -> None:
+    config = {"tasks_per_step": 1, "length": 40, "alpha": 0.5}
+    found = {
+        kind: [uneven(kind=kind, **config).batches_at(step)[0][0] for step in range(12)]
+        for kind in ("sampled", "adaptive")
+    }
+    found["a pass"] = [example for place in range(3) for example in uneven(bucket=1).global_batch(1, place)]
+    assert found == GOLDEN_DRAWS

@@ -18,7 +18,7 @@ from mtbert.errors import UserError
 from mtbert.surgery import AGGREGATORS, Reduction, Surgery, conflicts, pcgrad, pcgrad_vectors, task_orders
 
 SCALES = [0.0, 1e-15, 1e-5, 1.0, 1e15]
-TASKS = [2, 3, 5, 8]
+TASKS = [2, 3, 6]
 OPTIONS: dict[str, dict[str, Any]] = {
     "cagrad": {"c": 0.5},
     "fairgrad": {"alpha": 1.0},
@@ -144,6 +144,11 @@ def test_task_orders_are_addressed_and_uniform() -> None:
         assert sorted([*order, i]) == list(range(8))
 
 
+def test_task_orders_are_frozen() -> None:
+    """After a change here a checkpoint no longer continues its run."""
+    assert task_orders(0, 1, 4) == [[1, 2, 3], [3, 0, 2], [3, 1, 0], [0, 2, 1]]
+
+
 # ------------------------------------------------------------- properties that every method has
 
 
@@ -198,6 +203,42 @@ def test_state_round_trip_continues_bit_for_bit(method: str) -> None:
     assert bool(whole.state_dict()) == (method in ("gradvac", "pcd"))
 
 
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("pcgrad", {"reduction": "mean"}),
+        *(("gradvac", {name: 0.9}) for name in ("beta", "eps")),
+        *((method, {"reg_eps": 0.5}) for method in ("upgrad", "dualproj")),
+        *(("mgda", option) for option in ({"epsilon": 0.9}, {"max_iters": 1})),
+        *(("cagrad", option) for option in ({"c": 0.1}, {"norm_eps": 10.0})),
+        *(("aligned_mtl", {"scale_mode": mode}) for mode in ("median", "rmse")),
+        *(("krum", option) for option in ({"n_selected": 1}, {"n_byzantine": 1, "n_selected": 1})),
+        *(("fairgrad", option) for option in ({"alpha": 2.0}, {"max_iters": 1})),
+        *(("pcd", option) for option in ({"tau": 0.5}, {"tau": [0.5, 0.02, 0.02]}, {"beta": 0.1}, {"eps": 100.0})),
+    ],
+    ids=str,
+)
+def test_every_option_counts(method: str, options: dict[str, Any]) -> None:
+    usual, other = surgery(method), surgery(method, **options)
+    steps = [(usual.weights(gram(4, seed), seed), other.weights(gram(4, seed), seed)) for seed in range(3)]
+    assert not all(torch.equal(one_K, two_K) for one_K, two_K in steps)
+
+
+def test_one_promise_for_all_tasks_is_one_each() -> None:
+    one, each = surgery("pcd", tau=0.3), surgery("pcd", tau=[0.3, 0.3, 0.3])
+    for step in range(3):
+        torch.testing.assert_close(one.weights(gram(4, step), step), each.weights(gram(4, step), step))
+
+
+@methods("aligned_mtl", "imtl_g")
+def test_rounding_is_no_direction(method: str) -> None:
+    """Three gradients in a plane: what fp32 leaves of the third direction must not count as one."""
+    gradients_KP = gradients(3, 2)
+    exact_K = surgery(method).weights(gradients_KP @ gradients_KP.T, step=0)
+    rounded_K = surgery(method).weights((gradients_KP @ gradients_KP.T).float(), step=0)
+    torch.testing.assert_close(rounded_K, exact_K, rtol=1e-3, atol=1e-3)
+
+
 @every_method
 def test_the_gram_matrix_is_left_alone(method: str) -> None:
     gram_KK = gram(8)
@@ -213,7 +254,7 @@ def assert_scales(method: str, exponent: float, **options: Any) -> None:
     """w(s·G) = s^exponent · w(G). Powers of two leave the mantissas alone, so the solvers' paths are the same."""
     for gram_KK in grams(least=3):
         weights_K = surgery(method, **options).weights(gram_KK, step=0)
-        for scale in 4.0 ** np.array([-50, -17, 17, 50]):
+        for scale in 4.0 ** np.array([-50, 50]):
             scaled_K = surgery(method, **options).weights(scale * gram_KK, step=0)
             torch.testing.assert_close(scaled_K, weights_K * scale**exponent, rtol=1e-6, atol=0)
 
@@ -431,7 +472,7 @@ def test_gradvac_remembers_each_pair_whatever_is_drawn_between() -> None:
 def test_state_of_another_method_is_refused() -> None:
     vaccine = surgery("gradvac")
     vaccine.weights(gram(2), step=0)
-    with pytest.raises(UserError, match=r"surgery.method pcgrad: the checkpoint was made with gradvac"):
+    with pytest.raises(UserError, match=r"surgery.method pcgrad: the checkpoint was made with gradvac; resume"):
         surgery("pcgrad").load_state_dict(vaccine.state_dict())
     for shape in ([], [3], [3, 3, 3]):
         vaccine.load_state_dict({"gradvac._phi_t": torch.zeros(shape)})
@@ -465,6 +506,14 @@ def test_golden_table() -> None:
     assert weights == {method: pytest.approx(row, abs=1e-6) for method, row in GOLDEN.items()}
 
 
+def test_draws_inside_torchjd_are_frozen() -> None:
+    """They come from its global generator, seeded for the step."""
+    assert [surgery("gradvac").weights(gram(5), step).tolist() for step in (0, 1)] == [
+        pytest.approx([1.542899, 1.088397, 2.421436, 1.641835, 1.883317], abs=1e-5),
+        pytest.approx([1.629525, 1.096667, 1.161046, 2.279012, 1.877884], abs=1e-5),
+    ]
+
+
 # ------------------------------------------------------------------------------------------------ conflicts
 
 
@@ -475,6 +524,12 @@ def test_conflicts() -> None:
     assert cosine_KK.tolist() == expected
     assert rate == 1 / 6
     assert conflicts(torch.ones(1, 1)) == (torch.ones(1, 1), 0.0)
+    cosine_KK, rate = conflicts(torch.tensor([[4.0, -1.0], [-1.0, 1.0]]))
+    assert cosine_KK.tolist() == [[1.0, -0.5], [-0.5, 1.0]] and rate == 1
+    cosine_KK, rate = conflicts(torch.tensor([[1.0, -1.1], [-1.1, 1.0]]))
+    assert cosine_KK.tolist() == [[1.0, -1.0], [-1.0, 1.0]] and rate == 1, "rounding makes no cosine longer than 1"
+    cosine_KK, rate = conflicts(torch.tensor([[1.0, 1.1], [1.1, 1.0]]))
+    assert cosine_KK.tolist() == [[1.0, 1.0], [1.0, 1.0]] and rate == 0
 
 
 # ------------------------------------------------------------------------------------------ user's mistakes
@@ -513,9 +568,17 @@ def test_a_missing_solver_names_the_extra(method: str, module: str, monkeypatch:
         surgery(method)
 
 
-def test_krum_needs_three_tasks() -> None:
-    with pytest.raises(UserError, match=r"need 3 tasks in a step, step 7 has 2"):
-        surgery("krum").weights(torch.eye(2), step=7)
+@pytest.mark.parametrize(("n_byzantine", "n_selected", "least"), [(0, 1, 3), (1, 1, 4), (0, 5, 5), (2, 2, 5)])
+def test_krum_needs_some_tasks(n_byzantine: int, n_selected: int, least: int) -> None:
+    krum = surgery("krum", n_byzantine=n_byzantine, n_selected=n_selected)
+    krum.weights(gram(least), step=7)
+    told = (
+        rf"^surgery\.method krum: n_byzantine {n_byzantine} and n_selected {n_selected} need {least} tasks in a step, "
+        rf"step 7 has {least - 1}; choose another method$"
+    )
+    with pytest.raises(UserError, match=told):
+        krum.weights(gram(least - 1), step=7)
+    Surgery("krum", {"n_byzantine": 0}, seed=0).weights(gram(3), step=0)
 
 
 def test_pcd_needs_its_tasks_every_step() -> None:
@@ -531,6 +594,12 @@ def test_pcd_needs_its_tasks_every_step() -> None:
 def test_gram_matrix_that_is_not_finite_is_our_own_bug() -> None:
     with pytest.raises(AssertionError, match="not finite"):
         surgery("sum").weights(torch.full((2, 2), torch.nan), step=0)
+
+
+@pytest.mark.parametrize(("shape", "tasks"), [((2, 2), [0]), ((2, 2), [1, 1]), ((2, 3), [0, 1]), ((3, 2), None)])
+def test_gram_matrix_of_other_tasks_is_our_own_bug(shape: tuple[int, int], tasks: list[int] | None) -> None:
+    with pytest.raises(AssertionError):
+        surgery("sum").weights(torch.ones(shape), step=0, tasks=tasks)
 
 
 @methods("upgrad", "dualproj", "mgda", "cagrad", "fairgrad")

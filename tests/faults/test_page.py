@@ -9,6 +9,7 @@ from pathlib import Path
 
 import again
 import fuzz_readers
+import mutants
 import page
 import pytest
 import soak
@@ -19,6 +20,7 @@ ROOT = Path(__file__).parent.parent.parent
 BLOCKS = {
     "soak": lambda: soak.table(soak.Ledger(soak.LEDGER)) + "\n",
     "fuzz": lambda: fuzz_readers.block(fuzz_readers.entries()),
+    "mutants": lambda: mutants.block(mutants.read_record()),
     "test-again": lambda: again.table(again.read(again.RECORD)) + "\n",
 }
 
