@@ -17,7 +17,7 @@ train: $(TRAIN_READY) ## train on two nodes (local without Slurm): make train AR
 	@.venv/bin/python launch/submit.py --nodes 2 $(ARGS)
 
 test: $(TEST_READY) ## run every test, and hold the core to its coverage: make test; a part: make test ARGS="-k schedule"
-	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --dist loadfile $(or $(ARGS),--cov)
+	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(or $(ARGS),--cov)
 
 test-again: $(TEST_READY) ## make test until it fails, or TIMES=20, with a record: docs/reliability.md
 	@.venv/bin/python tests/faults/again.py --times $(or $(TIMES),20)

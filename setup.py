@@ -18,7 +18,7 @@ ONNX = ["onnx>=1.18", "onnxscript>=0.5"]
 DEV = [
     "pytest>=9.0",
     "pytest-cov>=6",
-    "pytest-xdist>=3.6",
+    "pytest-xdist>=3.8",
     "hypothesis>=6.100",
     "ruff>=0.12",
     "mypy>=1.17",

@@ -23,7 +23,8 @@ settings.register_profile("long", deadline=None, max_examples=2000)  # other exa
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest file first: one process runs a file, and at the end the others would wait for it."""
+    """The longest file first: one process runs a file, and at the end the others would wait for it. (make test asks
+    pytest-xdist to leave it there: by itself it begins with the files of the most tests.)"""
     items.sort(key=lambda item: item.path.parts[-2:] != ("tune", "test_search.py"))
 
 
