@@ -191,7 +191,7 @@ def test_runs_go_into_the_record_and_the_page_is_written_from_it(
     capsys.readouterr()
     assert papers.main(changed) == 0 and record.read_text() == text
     said = capsys.readouterr().out
-    assert "outdated: D1 seed 0 (optimizer.head_lr); --redo runs it again\n" in said and "1/" not in said
+    assert "outdated: D1 seed 0 (optimizer.head_lr); --redo runs it again\n" in said and "1/1 " not in said
     assert "**Left out**, for these recipes have changed since: D1 seed 0 (optimizer.head_lr); D6" in target.read_text()
     assert papers.main([*changed, "--redo", "--rows", "D1", "--keep-runs"]) == 0
     assert "1/1 D1 seed 0" in capsys.readouterr().out and (tmp_path / "runs" / "D1-seed0" / "result.json").is_file()
