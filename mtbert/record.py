@@ -188,7 +188,7 @@ class RunRecord:
 
     def said(self, which: Which) -> dict[str, Said]:
         """What the best or the latest evaluation said of every development example, by task."""
-        step, _ = self.scores(which)
+        evaluated, (step, _) = self.evaluated, self.scores(which)
         path = _predictions(self.folder / PREDICTIONS, step)
         if not path.is_file():
             raise UserError(
@@ -203,7 +203,7 @@ class RunRecord:
             with np.load(path, allow_pickle=False) as arrays:
                 said = {
                     task: Said(**{field.name: arrays[f"{task}/{field.name}"] for field in fields(Said)})
-                    for task in self.evaluated
+                    for task in evaluated
                 }
         except UserError:
             raise

@@ -523,8 +523,8 @@ def mutator(change: Change) -> Callable[[bytes, int, int], bytes]:
         try:
             if rng.random() < 0.8:
                 return change(content, rng)[:largest]
-        except Exception:  # whatever is wrong with it
-            pass
+        except Exception:  # of no such form: the parsers of JSON, archives and headers raise a dozen classes
+            pass  # and it is changed blindly
         return bytes(atheris.Mutate(content, largest))
 
     return mutate
