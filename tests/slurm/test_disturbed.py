@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import STEPS, Bench, Trained, assert_same_course, finish, scontrol, send, wait_until
+from conftest import PATIENCE, STEPS, Bench, Trained, assert_same_course, finish, scontrol, send, wait_until
 
 from mtbert.runs import alive
 
@@ -69,7 +69,7 @@ def test_preemption_by_a_more_urgent_job(bench: Bench) -> None:
         urgent = ["--partition=urgent", f"--nodelist={','.join(nodes)}", "--nodes=2", "--exclusive"]
         there = subprocess.Popen(["sbatch", "--wait", *urgent, "--wrap=true", "--output=/dev/null"])
         wait_until(lambda: usr2_pending(run), 60, "the preemption")
-    assert there.wait(120) == 0
+    assert there.wait(PATIENCE) == 0
     finish(submission, run, bench.undisturbed)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, STEPS, TASKS, Bench, Trained, assert_same_course, scontrol, send, wait_until
+from conftest import PATIENCE, ROOT, STEPS, TASKS, Bench, Trained, assert_same_course, scontrol, send, wait_until
 from safetensors.numpy import load_file
 
 GENTLE = [
@@ -184,12 +184,12 @@ def test_a_plain_batch_script_and_a_second_job_on_its_folder(bench: Bench) -> No
     with run.held_at(30) as pids:
         job = run.job
         second = sbatch()
-        assert second.wait(120) == 2
+        assert second.wait(PATIENCE) == 2
         log = next(path for path in bench.place.glob("mtbert-*.log") if job not in path.name)
         assert log.read_text().startswith("error: runs/plain: another job is using this run folder (process ")
         assert run.job == job
         send(signal.SIGKILL, pids)
-    first.wait(120)
+    first.wait(PATIENCE)
     assert (run.folder / "job" / "lock").exists()
-    assert sbatch().wait(240) == 0
+    assert sbatch().wait(PATIENCE) == 0
     assert_same_course(run, bench.undisturbed)

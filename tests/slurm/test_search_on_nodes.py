@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
-from conftest import ROOT, Bench, Trained, scontrol, wait_until
+from conftest import PATIENCE, ROOT, Bench, Trained, scontrol, wait_until
 
 SPACE = {"parameters": {"optimizer.lr": {"loguniform": [1e-5, 1e-2]}}}
 COMMON = ["--evaluations", "2", "--scheduler", "none", "--ranks-per-trial", "2", "--cluster", "slurm", "--nodes", "2"]
@@ -51,7 +51,7 @@ class Search:
     def end(self, state: str) -> str:
         """Waits for the end of the job, which must leave nothing behind; what the search printed."""
         over = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
-        wait_until(lambda: self._state() in over, 400, f"the end of search {self.name}")
+        wait_until(lambda: self._state() in over, PATIENCE, f"the end of search {self.name}")
         told = (self.folder / "slurm.log").read_text()
         assert self._state() == state, told
         wait_until(lambda: not list(self.tmp.iterdir()), 30, "the end of Ray's files")
@@ -95,7 +95,7 @@ def test_a_cancelled_search_of_a_trial_over_two_nodes_goes_on(bench: Bench) -> N
     with searching(bench, "apart") as search:
         search.begin("--trials", "1", "--examples", "2400")
         trial = Trained(search.folder / "trials" / "0000")
-        wait_until(lambda: bool(trial.checkpoints()), 400, "a checkpoint")
+        wait_until(lambda: bool(trial.checkpoints()), PATIENCE, "a checkpoint")
         subprocess.run(["scancel", search.jobs[-1]], check=True)
         search.end("CANCELLED")
 
