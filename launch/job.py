@@ -33,6 +33,7 @@ from launch.records import (
     PATIENCE_S,
     STALE_S,
     End,
+    EndRecord,
     Lock,
     end_path,
     job_folder,
@@ -42,7 +43,6 @@ from launch.records import (
     scontrol_complaint,
     slurm_state,
     stop_path,
-    write_end,
 )
 from mtbert.errors import UserError
 from mtbert.runs import NO_ROOM, Outcome, Rank, Stopwatch, alive, read_small, sweep
@@ -155,6 +155,7 @@ class Attempt:
         self.rank = place.rank
         self.name = f"{token}-{place.restarts}"
         self.lock = Lock(run, self.name, place.slurm_job)
+        self._record: EndRecord
         self.status = "finished"  # unless `_end` says otherwise
         self._stop = threading.Event()
         self._over = threading.Event()
@@ -168,8 +169,8 @@ class Attempt:
         signal.signal(signal.SIGCONT, signal.SIG_DFL)  # Slurm sends it along; submitit would report it in our output
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)  # one that came during the start arrives now
         _set_variables(self.place)
-        presence = self._presence(self.rank.rank)
-        presence.write_text(f"{self.place.host} {os.getpid()}")
+        self._record = EndRecord(self.run, self.name, self.place.host, self.rank.rank)
+        self._presence(self.rank.rank).write_text(f"{self.place.host} {os.getpid()}")
         try:
             if self.rank.first:
                 self.lock.acquire()
@@ -192,14 +193,18 @@ class Attempt:
             if outcome.status == "stopped":
                 self._requeue(outcome.step)
         self._over.set()
-        presence.unlink(missing_ok=True)
-        end = read_end(self.run, self.name)
-        self._release()
+        end = None
+        with contextlib.suppress(OSError):  # no file may be opened, say; the record is there
+            end = read_end(self.run, self.name)
+        self._vanish()
         return end.status if end else self.status
 
-    def _release(self) -> None:
-        if self.rank.first and self._holds_lock():
-            self.lock.release()
+    def _vanish(self) -> None:
+        with self._ending, contextlib.suppress(OSError):
+            self._presence(self.rank.rank).unlink(missing_ok=True)
+            self._record.close()
+            if self.rank.first and self._holds_lock():
+                self.lock.release()
 
     # -------------------------------------------------------------------------------- the other ranks
 
@@ -248,9 +253,7 @@ class Attempt:
             sweep(Path(place))
 
     def _leave(self, code: int) -> None:
-        with contextlib.suppress(OSError):
-            self._presence(self.rank.rank).unlink(missing_ok=True)
-            self._release()
+        self._vanish()
         with contextlib.suppress(OSError):
             sys.stdout.flush()
         os._exit(code)
@@ -284,7 +287,7 @@ class Attempt:
         self.status = status
         with self._ending:
             try:
-                if write_end(self.run, self.name, end) and status == "lost":
+                if self._record.write(end) and status == "lost":
                     self._restart()
             except OSError as error:
                 if error.errno not in NO_ROOM:

@@ -4,7 +4,7 @@
     RUN/logs/rank0.log, .err   what each rank printed, over all attempts
     RUN/job/job.json           the job that was submitted last: where it runs, how large it is
     RUN/job/lock               the attempt that owns the folder; touched every few seconds
-    RUN/job/ATTEMPT.end.json   how an attempt ended; the first rank to write it wins
+    RUN/job/ATTEMPT.end.json   how an attempt ended; the first rank to write it wins (room for it: .ATTEMPT.end.json.…)
     RUN/job/ATTEMPT.rank0      a living rank's host and process id
     RUN/job/TOKEN.stop         asks the ranks of a job to save and stop
 
@@ -21,7 +21,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -161,21 +161,46 @@ def read_note(run: Path) -> JobNote | None:
     return note
 
 
-def write_end(run: Path, attempt: str, end: End) -> bool:
-    """Records the end unless another rank was first; whether this one was.
+class EndRecord:
+    """The file in which a rank is to tell how its attempt ended.
 
-    A hard link is the one atomic "create with this content unless it exists" that network file systems keep.
+    It is opened, and has room, from the start: at the end the disk may be full, or this process may open no more files.
     """
-    path = end_path(run, attempt)
-    aside = path.with_name(f".{path.name}.{end.host}.{end.rank}.{os.getpid()}")
-    aside.write_text(json.dumps(asdict(end), indent=2) + "\n")
-    try:
-        path.hardlink_to(aside)
-    except FileExistsError:
-        return False
-    finally:
-        aside.unlink()
-    return True
+
+    ROOM = 1 << 14  # bytes
+
+    def __init__(self, run: Path, attempt: str, host: str, rank: int) -> None:
+        self.path = end_path(run, attempt)
+        self._aside = self.path.with_name(f".{self.path.name}.{host}.{rank}.{os.getpid()}")
+        self._file = self._aside.open("wb", buffering=0)
+        self._file.write(b" " * self.ROOM)
+
+    def write(self, end: End) -> bool:
+        """Records the end unless another rank was first, or this one before; whether this one was.
+
+        A hard link is the one atomic "create with this content unless it exists" that network file systems keep.
+        """
+        if self._file.closed or self.path.exists():  # perhaps as this very file, which must not change any more
+            return False
+        self._file.seek(0)
+        self._file.truncate(self._file.write(_fitting(end, self.ROOM)))
+        try:
+            self.path.hardlink_to(self._aside)
+        except FileExistsError:
+            return False
+        return True
+
+    def close(self) -> None:
+        """Leaves the record, if this rank made it, and nothing else."""
+        self._file.close()
+        self._aside.unlink(missing_ok=True)
+
+
+def _fitting(end: End, room: int) -> bytes:
+    """JSON; of a message that is too long the last part, in which a traceback names the error."""
+    while len(text := (json.dumps(asdict(end), indent=2) + "\n").encode()) > room and end.message:
+        end = replace(end, message=end.message[len(end.message) // 8 + 1 :])
+    return text
 
 
 def read_end(run: Path, attempt: str) -> End | None:

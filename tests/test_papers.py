@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import filelock
 import numpy as np
 import pytest
 
@@ -224,6 +228,24 @@ def test_an_interrupted_run_goes_on_and_a_finished_one_is_only_recorded(
     assert papers.main(only) == 0
     assert Record(tmp_path / "papers.jsonl").entries() == [first]
     assert (tmp_path / "runs" / "D1-seed0.log").read_bytes() == log, "it did not train again"
+
+
+def test_sigterm_ends_the_runs_too(arguments: list[str], tmp_path: Path) -> None:
+    """`timeout`, a scheduler: their signal reaches this process alone."""
+    command = [sys.executable, "-m", "benchmarks.papers", *arguments, "--rows", "D2", "--steps", "100000"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run = tmp_path / "runs" / "D2-seed0"
+    while not (run / "metrics.jsonl").is_file():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    process.terminate()
+    _, said = process.communicate(timeout=100)
+    assert (process.returncode, said) == (130, "interrupted; the same command goes on\n")
+    assert (run / "checkpoints").is_dir() and not (run / "result.json").exists()
+    held = filelock.FileLock(f"{run}.lock", timeout=0)
+    with held:
+        pass
+    assert "continue with:" in (tmp_path / "runs" / "D2-seed0.log").read_text()
 
 
 def test_when_time_is_over_no_run_is_started(arguments: list[str], tmp_path: Path) -> None:

@@ -91,9 +91,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for recipe in todo:
                 record.refuse_others(contents(recipe.config), lines)
             runner.refuse_changed(todo)
-            for number, (recipe, _) in enumerate(runner.perform_all(todo, options.jobs), 1):
-                print(f"{number}/{len(todo)} {recipe.row.name} seed {recipe.seed}: {recipe.row.system}", flush=True)
-                report(record, target, settings, options.steps)
+            with runner.ended_by_sigterm():
+                for number, (recipe, _) in enumerate(runner.perform_all(todo, options.jobs), 1):
+                    print(f"{number}/{len(todo)} {recipe.row.name} seed {recipe.seed}: {recipe.row.system}", flush=True)
+                    report(record, target, settings, options.steps)
             take_search(runner, lines, everything)
         report(record, target, settings, options.steps)
     except UserError as error:

@@ -9,12 +9,13 @@ import json
 import math
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ class Runner:
     encoder: str | None  # what the page is to call it
     keep: bool  # run folders, once they are in the record
     deadline: float  # of time.monotonic: no run is started after it
+    training: set[subprocess.Popen[bytes]] = field(default_factory=set)
 
     def folder(self, recipe: Recipe) -> Path:
         return self.out / recipe.name
@@ -56,7 +58,7 @@ class Runner:
             if done or time.monotonic() > self.deadline:
                 return None
             if not (folder / "result.json").is_file():
-                train(recipe, folder)
+                self.train(recipe, folder)
             entry = entry_of(recipe, folder, self.encoder)
             self.record.put(entry)
             if not self.keep:
@@ -64,6 +66,45 @@ class Runner:
                 _log(folder).unlink(missing_ok=True)
             return entry
         return None
+
+    def train(self, recipe: Recipe, folder: Path) -> None:
+        """Start the run, or continue it. Its output goes into a file beside the folder; a failure ends everything."""
+        command = [sys.executable, "-m", "mtbert", "train"]
+        if (folder / "config.yaml").is_file():
+            command += ["--resume", str(folder)]
+        else:
+            place = [f"run.dir={folder.parent}", f"run.name={folder.name}"]
+            command += ["--config", str(config_path(recipe.row)), "--set", *recipe.overrides, *place]
+        started = time.monotonic()
+        log = _log(folder)
+        try:
+            with log.open("a", encoding="utf-8") as file:
+                process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
+                self.training.add(process)
+                code = process.wait()
+                self.training.remove(process)
+        finally:
+            if folder.is_dir():
+                seconds = wall_seconds(folder) + time.monotonic() - started
+                write_atomically(folder / "wall.json", json.dumps({"seconds": round(seconds, 1)}) + "\n")
+        if code:
+            end = " | ".join(log.read_text(encoding="utf-8").splitlines()[-2:])
+            raise SystemExit(f"{recipe.row.name} seed {recipe.seed}: exit code {code}; {log} ends: {end}")
+
+    @contextlib.contextmanager
+    def ended_by_sigterm(self) -> Iterator[None]:
+        """SIGTERM reaches the runs, which save and end, and is a KeyboardInterrupt here."""
+
+        def end(*_: object) -> None:
+            for process in [*self.training]:
+                process.terminate()
+            raise KeyboardInterrupt
+
+        before = signal.signal(signal.SIGTERM, end)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
     def perform_all(self, wanted: Sequence[Recipe], jobs: int) -> Iterator[tuple[Recipe, Entry]]:
         """Each that was run, `jobs` at a time, in the order in which they end; after a failure no other is started."""
@@ -100,28 +141,6 @@ def deviation(folder: Path, wanted: Config) -> str:
         return differing(identity(there) | contents(there), identity(wanted) | contents(wanted))
     except UserError as error:
         return str(error)
-
-
-def train(recipe: Recipe, folder: Path) -> None:
-    """Start the run, or continue it. Its output goes into a file beside the folder; a failure ends everything."""
-    command = [sys.executable, "-m", "mtbert", "train"]
-    if (folder / "config.yaml").is_file():
-        command += ["--resume", str(folder)]
-    else:
-        place = [f"run.dir={folder.parent}", f"run.name={folder.name}"]
-        command += ["--config", str(config_path(recipe.row)), "--set", *recipe.overrides, *place]
-    started = time.monotonic()
-    log = _log(folder)
-    try:
-        with log.open("a", encoding="utf-8") as file:
-            code = subprocess.run(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT).returncode
-    finally:
-        if folder.is_dir():
-            seconds = wall_seconds(folder) + time.monotonic() - started
-            write_atomically(folder / "wall.json", json.dumps({"seconds": round(seconds, 1)}) + "\n")
-    if code:
-        end = " | ".join(log.read_text(encoding="utf-8").splitlines()[-2:])
-        raise SystemExit(f"{recipe.row.name} seed {recipe.seed}: exit code {code}; {log} ends: {end}")
 
 
 def wall_seconds(folder: Path) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import pty
+import resource
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from duties import Launch
 from launch.records import (
     ROOT,
     End,
+    EndRecord,
     JobNote,
     Lock,
     job_folder,
@@ -25,13 +27,12 @@ from launch.records import (
     make_job_folder,
     read_end,
     read_note,
-    write_end,
     write_note,
 )
 from mtbert.errors import UserError
 from mtbert.runs import HOST
 
-QUICK_S = 20
+QUICK_S = 60
 """Far below any time-out of torch or submitit, with room for a busy machine."""
 
 
@@ -274,9 +275,34 @@ def test_notes_come_back_as_they_were(run: Path) -> None:
     write_note(run, note)
     assert read_note(run) == note
     end = End("stopped", 1, "node.a", 7, {"a": 1.5, "b": math.inf}, "said\nso")
-    assert write_end(run, "token-2", end) and not write_end(run, "token-2", end)
-    write_end(run, "token-10", replace(end, step=None))
+    record, late = (EndRecord(run, "token-2", host, 1) for host in ("node.a", "node.b"))
+    assert record.write(end) and not record.write(replace(end, step=8)) and not late.write(end)
+    other = EndRecord(run, "token-10", "node.a", 1)
+    other.write(replace(end, step=None))
+    for each in (record, late, other):
+        each.close()
+    assert not other.write(end)
     assert read_end(run, "token-2") == end and last_end(run, "token") == replace(end, step=None)
+    assert {path.name for path in job_folder(run).iterdir()} == {"job.json", "token-2.end.json", "token-10.end.json"}
+
+
+def test_an_end_is_told_where_no_file_can_be_opened_and_no_room_is_left(run: Path) -> None:
+    """What it needs it has from the start; of a message that is longer the end is kept."""
+    record = EndRecord(run, "token-0", "node", 0)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE), resource.getrlimit(resource.RLIMIT_FSIZE)
+    message = "".join(f"line {number}\n" for number in range(5000)) + "OSError: [Errno 24] Too many open files"
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[0][1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (EndRecord.ROOM, limits[1][1]))
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            (run / "other").open("w")
+        assert record.write(End("failed", 0, "node", message=message))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits[0])
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits[1])
+    record.close()
+    end = read_end(run, "token-0")
+    assert end and end.status == "failed" and len(end.message) > EndRecord.ROOM // 2 and message.endswith(end.message)
 
 
 @pytest.mark.parametrize("name", ["", "1_submitted.pkl"])

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from fake_slurm import FakeSlurm
 
-from launch.records import End, write_end
+from launch.records import End, EndRecord
 from mtbert.config import load_config
 from mtbert.runs import create_run
 
@@ -220,7 +220,9 @@ def test_the_last_words_are_those_of_the_last_attempt_of_the_job(
     array = tmp_path / "runs" / "seeds"
     run = array / "seed=1"
     token = json.loads((run / "job" / "job.json").read_text())["token"]
-    write_end(run, f"{token}-0", End("stopped", 0, "node1", 30))
+    record = EndRecord(run, f"{token}-0", "node1", 0)
+    record.write(End("stopped", 0, "node1", 30))
+    record.close()
     (array / "job" / "6_1_0_log.err").write_text("error: the job before\n")
     (array / "job" / "7_0_0_log.err").write_text("error: the other task\n")
     (array / "job" / "7_1_0_log.err").write_text("srun: words\nerror: node2 does not see it\n")
