@@ -13,6 +13,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import time
 import zlib
@@ -73,8 +74,8 @@ def _content_hash(path: Path, cache: Path) -> str:
     stat = path.stat()
     identity = [str(path.resolve()), stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
     seen = cache / f"{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]}.seen"
-    if seen.is_file():
-        return seen.read_text()
+    if seen.is_file() and re.fullmatch(rb"[0-9a-f]{64}", known := seen.read_bytes()):  # else it was damaged
+        return known.decode()
     digest = sha256(path)
     if time.time() - max(stat.st_mtime, stat.st_ctime) > 2:
         write_atomically(seen, digest)

@@ -372,7 +372,12 @@ def test_an_untouched_file_is_not_hashed_again(home: Home, monkeypatch: pytest.M
     monkeypatch.setattr("mtbert.token_cache.time.time", lambda: now + 10)
     load()
     [seen] = home.cache.rglob("*.seen")
-    assert seen.read_text() == hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert seen.read_text() == digest
+    for damaged in (b"\x86" * 64, b"", b"0" * 63, b"0" * 65):
+        seen.write_bytes(damaged)
+        load()
+        assert seen.read_text() == digest and len(home.folders()) == 1
     seen.write_text("0" * 64)  # what stands there is believed: the same rows get another key
     load()
     assert len(home.folders()) == 2
