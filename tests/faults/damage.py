@@ -70,9 +70,11 @@ def of_records(patient: Patient) -> list[Path]:
 TARGETS = {
     "a file of the newest checkpoint": Target(lambda patient: [*folders(patient.run)[0].iterdir()], mends=True),
     "a file of the token cache": Target(
-        lambda patient: [path for path in (patient.cache).rglob("*") if "generated" not in path.parts], mends=True
+        lambda patient: [path for path in patient.lab.cache.rglob("*") if "generated" not in path.parts], mends=True
     ),
-    "a file of the generated corpus": Target(lambda patient: [*(patient.cache / "generated").rglob("*")], mends=True),
+    "a file of the generated corpus": Target(
+        lambda patient: [*(patient.lab.cache / "generated").rglob("*")], mends=True
+    ),
     "a file of tokenizer and shape": Target(inside("encoder")),
     "metrics or predictions": Target(of_records, mends=True),
     "environment.json": Target(lambda patient: [patient.run / "environment.json"], because="run folder of format"),

@@ -80,11 +80,11 @@ for number in (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT):
 @kind("kill -9 of everything, caching data", -9, ends=True)
 def kill_at_caching(patient: Patient) -> Evidence:
     """Of a start that finds no cache, or only the generated corpus."""
-    cache = patient.draw.choice([patient.cache, patient.cache / "tokens"])
+    cache = patient.draw.choice([patient.lab.cache, patient.lab.cache / "tokens"])
     patient.restart(lambda: shutil.rmtree(cache))
     patient.until("a cache in the making", lambda: patient.ended or making(patient), nap_s=0.0005)
     assert patient.reference
-    time.sleep(patient.draw.uniform(0, 0.3 if cache == patient.cache else 0.01))
+    time.sleep(patient.draw.uniform(0, 0.3 if cache == patient.lab.cache else 0.01))
     evidence = patient.deliver(signal.SIGKILL, patient.processes())
     patient.wait()
     if not (left := making(patient)):
@@ -94,7 +94,7 @@ def kill_at_caching(patient: Patient) -> Evidence:
 
 
 def making(patient: Patient) -> list[Path]:
-    return [path for path in [*patient.cache.rglob("*.tmp"), *patient.cache.rglob(".making-*")]
+    return [path for path in [*patient.lab.cache.rglob("*.tmp"), *patient.lab.cache.rglob(".making-*")]
             if path not in patient.lab.left]  # fmt: skip
 
 

@@ -75,6 +75,11 @@ class Lab:
     still: dict[str, Any] = field(default_factory=dict)  # weights of a run without dropout on one rank
 
     @property
+    def cache(self) -> Path:
+        """Of data; all patients share it."""
+        return self.disk / "cache"
+
+    @property
     def fills(self) -> bool:
         """Whether the disk is its own, so that nothing else gets full with it."""
         return os.path.ismount(self.disk)
@@ -136,10 +141,6 @@ class Patient:
     @property
     def run(self) -> Path:
         return self.lab.disk / "runs" / self.name
-
-    @property
-    def cache(self) -> Path:
-        return self.lab.disk / "cache"
 
     @property
     def said(self) -> Path:
@@ -384,7 +385,7 @@ class Patient:
         left = [path for path in self.run.rglob(".*") if "code" not in path.parts]
         records = (".json", ".pkl", ".out", ".err", ".log", ".sh")
         left += [path for path in (self.run / "job").iterdir() if path.suffix not in records]
-        left += [*self.cache.rglob("*.tmp"), *self.cache.rglob(".making-*")]
+        left += [*self.lab.cache.rglob("*.tmp"), *self.lab.cache.rglob(".making-*")]
         left += [path for path in self.scratch.iterdir() if not path.name.startswith("torchinductor_")]  # torch's cache
         # others have theirs in there, too
         left += [path for path in Path("/dev/shm").iterdir() if self._pids & {*map(int, re.findall(r"\d+", path.name))}]

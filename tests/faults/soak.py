@@ -173,6 +173,7 @@ class Soak:
         if outcome in (LOST, BROKEN):
             self.keep(line["number"])
             self.discharge()
+            shutil.rmtree(self.place.cache, ignore_errors=True)  # what is wrong with it must not strike the next one
 
     def waited_s(self) -> float:
         """As this process saw it, and not as the clock says: a machine may stand still."""
@@ -271,7 +272,8 @@ class Soak:
             other.end()
         target = self.lost / f"{self.seed}-{number}"
         shutil.rmtree(target, ignore_errors=True)
-        for source in [*(self.place.disk / "runs").glob("patient-*"), self.place.disk / "exports"]:
+        runs = (self.place.disk / "runs").glob("patient-*")
+        for source in [*runs, self.place.disk / "exports", self.place.cache]:
             if source.exists():
                 shutil.copytree(source, target / source.name, symlinks=True, dirs_exist_ok=True)
         target.mkdir(parents=True, exist_ok=True)
