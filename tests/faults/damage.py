@@ -106,7 +106,7 @@ def damage(patient: Patient, name: str, target: Target, how: Callable[[Path, ran
     if after == before:
         patient.start()
         raise NotInjected(f"{shown} is what it was")
-    if not target.mends:
+    if not (target.mends or (name == "lock" and after is None)):  # a job that ends leaves no lock, and none is put back
         patient.damaged[path] = before, after
     patient.worn |= {path.parent.name} if name == "a file of the newest checkpoint" else set()
     patient.true_from = at + 1 if path.name == "metrics.jsonl" else patient.true_from
