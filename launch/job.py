@@ -200,6 +200,7 @@ class Attempt:
         return end.status if end else self.status
 
     def _vanish(self) -> None:
+        """Takes away what says that this rank lives. What cannot be taken away goes by the death of its process."""
         with self._ending, contextlib.suppress(OSError):
             self._presence(self.rank.rank).unlink(missing_ok=True)
             self._record.close()
