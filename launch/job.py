@@ -201,11 +201,14 @@ class Attempt:
 
     def _vanish(self) -> None:
         """Takes away what says that this rank lives. What cannot be taken away goes by the death of its process."""
-        with self._ending, contextlib.suppress(OSError):
-            self._presence(self.rank.rank).unlink(missing_ok=True)
-            self._record.close()
-            if self.rank.first and self._holds_lock():
-                self.lock.release()
+        with self._ending:
+            with contextlib.suppress(OSError):
+                self._presence(self.rank.rank).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self._record.close()
+            with contextlib.suppress(OSError):
+                if self.rank.first and self._holds_lock():
+                    self.lock.release()
 
     # -------------------------------------------------------------------------------- the other ranks
 

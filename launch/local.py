@@ -32,6 +32,7 @@ from launch.records import (
 )
 from launch.show import Tail
 from mtbert.errors import UserError
+from mtbert.stops import stop_requests
 
 POLL_S = 0.05
 YEAR_MIN = 60 * 24 * 365
@@ -56,7 +57,8 @@ def run_here(
     world = nodes * ranks_per_node
     executor.update_parameters(tasks_per_node=world, gpus_per_node=gpus, timeout_min=YEAR_MIN, **_visible(gpus))
     tail = Tail(log_path(run))
-    with _counted_interrupts() as interrupts:
+    interrupts: list[signal.Signals] = []
+    with stop_requests(lambda number, _: interrupts.append(number), signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         # inherited: the Ctrl-C of a terminal reaches children too, and would end them
         with writable_by_me_alone(), _interrupts_ignored():
             job = executor.submit(Job(run.resolve(), token, shown, train))
@@ -102,19 +104,6 @@ def _visible(gpus: int) -> dict[str, Any]:
         return {"visible_gpus": [int(device) for device in visible.split(",")]}
     except ValueError:
         raise UserError(f"CUDA_VISIBLE_DEVICES={visible}: local jobs need device numbers, such as 0,1") from None
-
-
-@contextmanager
-def _counted_interrupts() -> Iterator[list[int]]:
-    """The list that grows by one entry per Ctrl-C (or TERM, or hang-up) while the block runs."""
-    seen: list[int] = []
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, lambda number, _: seen.append(number)) for number in numbers}
-    try:
-        yield seen
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextmanager

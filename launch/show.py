@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from launch.records import End, JobNote, job_folder, log_path
+from mtbert.manifest import folders
 
 REMEMBERED = 4000
 """Bytes of a log shown to someone who joins late, about a screen and a half."""
@@ -56,10 +57,17 @@ def report(run: Path, note: JobNote, end: End | None) -> int:
         print(f"{why}continue with: {resume}", file=sys.stderr)
         return 1
     if end.status == "stopped":
-        at = "before the first step" if end.step is None else f"at step {end.step}"
-        print(f"stopped {at}; continue with: {resume}")
+        print(f"stopped {_when(run, end)}; continue with: {resume}")
         return STOPPED
     return 0
+
+
+def _when(run: Path, end: End) -> str:
+    if end.step is not None:
+        return f"at step {end.step}"
+    if saved := folders(run):  # its ranks were killed, or had not begun to go on
+        return f"without another save; the last is {saved[0].name}"
+    return "before the first save"
 
 
 def launcher_logs(run: Path, note: JobNote) -> list[Path]:

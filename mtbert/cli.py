@@ -18,6 +18,7 @@ from mtbert.config import Config, load_config, schema, to_yaml
 from mtbert.errors import UserError
 from mtbert.reference import reference
 from mtbert.runs import Rank, check_run, create_run, discard_unstarted, user_path
+from mtbert.stops import stop_requests
 
 if TYPE_CHECKING:
     from mtbert.evaluate import Evaluation
@@ -223,24 +224,19 @@ def _continue(folder: Path) -> str:
 
 @contextlib.contextmanager
 def _stop_on_signals() -> Iterator[Callable[[], bool]]:
-    """Whether Ctrl-C or SIGTERM asked for a stop. The second one does what it does by default."""
+    """Whether Ctrl-C or SIGTERM asked for a stop. A second request does what the signal does by default."""
     asked = threading.Event()
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}  # as under nohup
 
-    def ask(number: int, _: object) -> None:
+    def ask(number: signal.Signals, request: int) -> None:
+        if request > 1:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+            signal.raise_signal(number)
         asked.set()
-        signal.signal(number, before[signal.Signals(number)])
         # not print: the signal may have come in the middle of one
         os.write(2, b"stopping: this step is finished and saved first (again: at once)\n")
 
-    for number in before:
-        signal.signal(number, ask)
-    try:
+    with stop_requests(ask, signal.SIGINT, signal.SIGTERM):
         yield asked.is_set
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def existing_run(name: str) -> Path:

@@ -21,6 +21,7 @@ import yaml
 from mtbert import __version__
 from mtbert.cli import _stop_on_signals, main
 from mtbert.config import load_config
+from mtbert.stops import ECHO_S
 
 ROOT = Path(__file__).parent.parent
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
@@ -237,6 +238,7 @@ def test_a_second_ctrl_c_ends_at_once(capfd: pytest.CaptureFixture[str]) -> None
         os.kill(os.getpid(), signal.SIGINT)
         assert stop()
         assert "again: at once" in capfd.readouterr().err
+        time.sleep(ECHO_S)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(1)

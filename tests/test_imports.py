@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 FLOORS = [
-    ["errors"],
+    ["errors", "stops"],
     ["yaml_files"],
     ["config"],
     ["runs", "ranks", "randomness", "baselines", "reference", "manifest"],

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 if not __package__:  # started as a script: the checkout, not tune/, is where imports begin
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -35,6 +35,7 @@ from launch.show import STOPPED
 from mtbert.config import Config, load_config, to_yaml
 from mtbert.errors import UserError
 from mtbert.runs import create_run, write_atomically
+from mtbert.stops import stop_requests
 from mtbert.yaml_files import inline_yaml, read_yaml
 from tune.space import Space, load_space
 
@@ -377,14 +378,12 @@ def _only_search(folder: Path) -> Iterator[None]:
 @contextmanager
 def _terminated() -> Iterator[None]:
     """TERM and a hang-up stop the search as Ctrl-C does, unless they are ignored (`nohup`)."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-    for number in [number for number, handler in before.items() if handler is not signal.SIG_IGN]:
-        signal.signal(number, signal.default_int_handler)
-    try:
+
+    def stop(*_: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    with stop_requests(stop, signal.SIGTERM, signal.SIGHUP):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _count(text: str) -> int:

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import filelock
 import numpy as np
@@ -33,6 +33,7 @@ from mtbert.manifest import folders, read_manifest, sha256
 from mtbert.pretrained import load_pretrained
 from mtbert.record import RunRecord
 from mtbert.runs import user_path, write_atomically
+from mtbert.stops import stop_requests
 from mtbert.tasks import load_tasks, locate_data, locate_tokenizer
 
 PRECISIONS = {"torch.bfloat16": "bf16", "torch.float32": "fp32"}
@@ -95,16 +96,13 @@ class Runner:
     def ended_by_sigterm(self) -> Iterator[None]:
         """SIGTERM reaches the runs, which save and end, and is a KeyboardInterrupt here."""
 
-        def end(*_: object) -> None:
+        def end(*_: object) -> NoReturn:
             for process in [*self.training]:
                 process.terminate()
             raise KeyboardInterrupt
 
-        before = signal.signal(signal.SIGTERM, end)
-        try:
+        with stop_requests(end, signal.SIGTERM):
             yield
-        finally:
-            signal.signal(signal.SIGTERM, before)
 
     def perform_all(self, wanted: Sequence[Recipe], jobs: int) -> Iterator[tuple[Recipe, Entry]]:
         """Each that was run, `jobs` at a time, in the order in which they end; after a failure no other is started."""

@@ -12,6 +12,7 @@ import argparse
 import datetime
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -28,6 +29,7 @@ sys.path.insert(0, str(ROOT))
 import page  # noqa: E402
 
 from benchmarks.options import commit, machine  # noqa: E402
+from mtbert.stops import stop_requests  # noqa: E402
 
 RECORD = Path(__file__).with_name("again.jsonl")
 
@@ -40,7 +42,9 @@ def once(command: Sequence[str] = ("make", "test")) -> Line:
         report = Path(folder) / "report.xml"
         added = f"{os.environ.get('PYTEST_ADDOPTS', '')} --junit-xml={report}"
         began = time.monotonic()
-        code = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTEST_ADDOPTS": added}).returncode
+        process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTEST_ADDOPTS": added})
+        with stop_requests(lambda number, _: process.send_signal(number), signal.SIGTERM):
+            code = process.wait()
         seconds = time.monotonic() - began
         if not report.exists():
             raise SystemExit(f"{' '.join(command)}: exit code {code}, and no test has run")

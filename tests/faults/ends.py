@@ -100,7 +100,7 @@ def making(patient: Patient) -> list[Path]:
 
 # ------------------------------------------------------------------------------------ asked to stop, or paused
 
-ASKED = r"stopped (at step \d+|before the first step)"
+ASKED = r"stopped (at step \d+|before the first save)"
 
 
 @kind("SIGTERM to a rank", STOPPED, because=ASKED, ends=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -45,16 +46,16 @@ def run(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def launch(run: Path) -> Launch:
-    """`launch("tell")`: two ranks of that duty in the folder `run`, output captured."""
+    """`launch("tell")`: two ranks of that duty in the folder `run`, output captured; perhaps as `timeout 600 make`."""
 
-    def start(duty: str) -> subprocess.Popen[str]:
-        driver = DRIVER.format(root=str(ROOT), here=str(HERE))
-        return subprocess.Popen(
-            [sys.executable, "-c", driver, str(run), duty],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=run.parent,
-        )
+    def start(duty: str, by_make: bool = False) -> subprocess.Popen[str]:
+        driver = run.parent / "driver.py"
+        driver.write_text(DRIVER.format(root=str(ROOT), here=str(HERE)))
+        command = [sys.executable, str(driver), str(run), duty]
+        if by_make:
+            makefile = run.parent / "Makefile"
+            makefile.write_text(f"all:\n\t@{shlex.join(command)}\n")
+            command = ["timeout", "600", "make", "-f", str(makefile)]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=run.parent)
 
     return start

@@ -15,7 +15,7 @@ from mtbert.errors import UserError
 from mtbert.runs import Outcome, Rank, write_atomically
 
 Stop = Callable[[], bool]
-Launch = Callable[[str], "subprocess.Popen[str]"]
+Launch = Callable[..., "subprocess.Popen[str]"]
 
 
 def tell(run: Path, rank: Rank, stop: Stop, quiet: bool) -> Outcome:

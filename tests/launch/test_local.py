@@ -31,6 +31,7 @@ from launch.records import (
 )
 from mtbert.errors import UserError
 from mtbert.runs import HOST
+from mtbert.stops import ECHO_S
 
 QUICK_S = 60
 """Far below any time-out of torch or submitit, with room for a busy machine."""
@@ -118,6 +119,18 @@ def test_ctrl_c_saves_on_every_rank(launch: Launch, run: Path) -> None:
     assert (run / "saved1").exists()
 
 
+def test_timeout_and_make_pass_one_request_on_and_all_is_saved(launch: Launch, run: Path) -> None:
+    """Both signal those below them, and `timeout` its whole group as well: the submitter gets TERM twice."""
+    job = launch("until_stopped", by_make=True)
+    wait_for(run / "step0")
+    wait_for(run / "step1")
+    job.send_signal(signal.SIGTERM)
+    out, err = job.communicate(timeout=QUICK_S)
+    step = (run / "saved0").read_text()
+    assert f"stopped at step {step}; continue with: " in out, err
+    assert (run / "saved1").exists()
+
+
 def test_a_signal_that_reaches_one_rank_only_sets_its_flag(launch: Launch, run: Path) -> None:
     """That the others follow is the trainer's agreement; the launcher must not end anyone."""
     job = launch("until_stopped")
@@ -136,11 +149,13 @@ def test_a_second_ctrl_c_kills(launch: Launch, run: Path) -> None:
     wait_for(run / "pid0")
     wait_for(run / "pid1")
     job.send_signal(signal.SIGINT)
-    time.sleep(0.5)
+    time.sleep(2 * ECHO_S)
     assert job.poll() is None
+    (run / "checkpoints" / "step-00000003").mkdir(parents=True)
     job.send_signal(signal.SIGINT)
-    _, err = job.communicate(timeout=QUICK_S)
+    out, err = job.communicate(timeout=QUICK_S)
     assert job.returncode == 130, err
+    assert out.startswith("stopped without another save; the last is step-00000003; continue with: ")
     deadline = time.monotonic() + QUICK_S
     while not all(gone(int((run / f"pid{rank}").read_text())) for rank in range(2)):
         assert time.monotonic() < deadline, "ranks outlived the second Ctrl-C"
