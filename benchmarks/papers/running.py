@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -47,6 +48,7 @@ class Runner:
     keep: bool  # run folders, once they are in the record
     deadline: float  # of time.monotonic: no run is started after it
     training: set[subprocess.Popen[bytes]] = field(default_factory=set)
+    ending: threading.Event = field(default_factory=threading.Event)
 
     def folder(self, recipe: Recipe) -> Path:
         return self.out / recipe.name
@@ -82,6 +84,8 @@ class Runner:
             with log.open("a", encoding="utf-8") as file:
                 process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
                 self.training.add(process)
+                if self.ending.is_set():  # since the list was gone through
+                    process.terminate()
                 code = process.wait()
                 self.training.remove(process)
         finally:
@@ -97,6 +101,7 @@ class Runner:
         """SIGTERM reaches the runs, which save and end, and is a KeyboardInterrupt here."""
 
         def end(*_: object) -> NoReturn:
+            self.ending.set()
             for process in [*self.training]:
                 process.terminate()
             raise KeyboardInterrupt
