@@ -21,6 +21,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -32,15 +33,16 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from launch.records import ROOT, snapshot_code
 from launch.show import STOPPED
-from mtbert.config import Config, load_config, to_yaml
+from mtbert.config import Config, config_of, load_config, to_yaml
 from mtbert.errors import UserError
 from mtbert.runs import create_run, write_atomically
 from mtbert.stops import stop_requests
-from mtbert.yaml_files import inline_yaml, read_yaml
+from mtbert.yaml_files import dump_yaml, inline_yaml, read_yaml
 from tune.space import Space, load_space
 
 DEFAULT_CONFIG = ROOT / "configs" / "quickstart.yaml"
 DEFAULT_SPACE = ROOT / "configs" / "search" / "default.yaml"
+PRETRAINED_SPACE = ROOT / "configs" / "search" / "pretrained.yaml"
 
 
 Count = Annotated[int, Field(ge=1, lt=2**31)]
@@ -80,7 +82,12 @@ def parser() -> argparse.ArgumentParser:
         "--config", type=Path, metavar="YAML", help="the configuration that is varied (default: quickstart)"
     )
     what.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", dest="overrides")
-    what.add_argument("--space", type=Path, metavar="YAML", help="the space (default: configs/search/default.yaml)")
+    what.add_argument(
+        "--space",
+        type=Path,
+        metavar="YAML",
+        help="the space (default: configs/search/default.yaml, or pretrained.yaml beside it)",
+    )
     what.add_argument("--trials", type=_count, metavar="N", help="trials in all (default: 16)")
     what.add_argument(
         "--examples", type=_count, metavar="N", help="that a trial trains on (default: as the configuration)"
@@ -125,6 +132,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def search(args: argparse.Namespace, command: list[str]) -> int:
+    for package in ("ray", "optuna"):
+        if find_spec(package) is None:
+            raise UserError(f"a search needs {package}: pip install 'mtbert[tune]' (`make search` does it)")
     if args.resume is not None:
         folder, settings = args.resume.absolute(), resumed_settings(args)
         config = load_config(folder / "base.yaml")
@@ -133,15 +143,19 @@ def search(args: argparse.Namespace, command: list[str]) -> int:
             raise UserError(f"--trials {settings.trials}: the stages of the space have {space.staged_trials()} trials")
     else:
         config = load_config(args.config or DEFAULT_CONFIG, args.overrides)
-        space = load_space(args.space or DEFAULT_SPACE, config)
+        source = args.space or (PRETRAINED_SPACE if config.encoder.pretrained else DEFAULT_SPACE)
+        searched = read_yaml(source)
+        space = load_space(source, config, searched)
         settings = new_settings(args, config, space)
+        named = f"run.name={inline_yaml(settings.name)}"
+        config = config_of(config.model_dump(mode="json"), [named], f"--name {settings.name}")
     check_place(args, settings)
     if args.resume is None:
         from tune.length import of_equal_length, own_examples  # with torch; opens the data, once for all trials
 
         settings = replace(settings, examples=settings.examples or own_examples(config))
         of_equal_length(config, settings.examples, settings.evaluations)
-        folder = make_folder(args.space or DEFAULT_SPACE, settings, config, command)
+        folder = make_folder(searched, settings, config, command)
         config = load_config(folder / "base.yaml")  # with absolute paths
     try:
         with _only_search(folder):
@@ -170,14 +184,29 @@ def check_place(args: argparse.Namespace, settings: Settings) -> None:
     elif args.cluster is not None:
         if shutil.which("sbatch") is None:
             raise UserError("--cluster slurm: no sbatch here; leave --cluster out to search on this machine")
-        gpus = dict(option.removeprefix("--").partition("=")[::2] for option in args.slurm).get("gpus-per-node", "0")
-        node = {"CPU": _cpus_per_node(args, settings), "GPU": int(gpus.rpartition(":")[2])}
+        node = {"CPU": _cpus_per_node(args, settings), "GPU": _gpus_per_node(args.slurm)}
         check_room([node] * (args.nodes or 1), settings.ranks, settings.cpus, settings.gpus)
 
 
 def _cpus_per_node(args: argparse.Namespace, settings: Settings) -> int:
     nodes = args.nodes or 1
     return int(args.cpus_per_node or -(-settings.ranks // nodes) * settings.cpus)
+
+
+def _gpus_per_node(options: Sequence[str]) -> int:
+    """As sbatch reads `gpus-per-node=[TYPE:]N,…` and `gres=gpu[:TYPE][:N],…`."""
+    gpus = 0
+    for option in options:
+        name, _, listed = option.removeprefix("--").partition("=")
+        for wanted in listed.split(","):
+            *kind, number = wanted.split(":")
+            if name == "gpus-per-node":
+                if not number.isdecimal():
+                    raise UserError(f"--slurm {option}: how many? as in gpus-per-node=4 or gpus-per-node=a100:4")
+                gpus += int(number)
+            elif name == "gres" and wanted.split(":")[0] == "gpu":
+                gpus += int(number) if kind and number.isdecimal() else 1
+    return gpus
 
 
 def submit(args: argparse.Namespace, folder: Path, settings: Settings) -> str:
@@ -320,11 +349,11 @@ def read_settings(folder: Path) -> Settings:
         raise UserError(f"{path}: {' '.join(where.split())}: {first['msg']}; not what a search wrote") from None
 
 
-def make_folder(space: Path, settings: Settings, config: Config, command: list[str]) -> Path:
-    place = config.run.model_copy(update={"name": settings.name})
-    folder = create_run(config.model_copy(update={"run": place}), settings.source, command).absolute()
+def make_folder(space: dict[str, Any], settings: Settings, config: Config, command: list[str]) -> Path:
+    """`space`: as YAML, whatever files it was laid together from."""
+    folder = create_run(config, settings.source, command).absolute()
     (folder / "config.yaml").rename(folder / "base.yaml")
-    shutil.copyfile(space, folder / "space.yaml")
+    (folder / "space.yaml").write_text(dump_yaml(space), encoding="utf-8")
     snapshot_code(folder)
     (folder / "trials").mkdir()
     return folder

@@ -7,17 +7,21 @@
       dropout: {uniform: [0, 0.3], keys: [encoder.dropout, tasks.*.head.dropout]}
       weights: {simplex: 3, keys: [tasks.*.weight], when: {surgery.method: sum}}
     starts:
+      - configuration
       - {optimizer.lr: 1e-3, weights: [1, 1, 1]}
     stages: [[optimizer.lr], [dropout]]
 
 A parameter is named after the configuration key it sets, or has any name and lists its `keys` (`*` stands for every
-task). `when` names parameters above it, or configuration keys, and the values under which it is searched. A start fixes
-some parameters of a trial, the rest is drawn. With `stages` nothing is drawn: every combination of a stage's choices is
-tried, at the best values of the stages before it.
+task). `when` names parameters above it, or configuration keys, and the values under which it is searched. A simplex
+is its weights' sum, or `count`: their number, so that their mean is 1; `*` with one task leaves it out. A start fixes
+some parameters of a trial, the rest is drawn; `configuration` is what is varied as it is, as far as it lies in the
+space. With `stages` nothing is drawn: every combination of a stage's choices is tried, at the best values of the
+stages before it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import itertools
 import json
@@ -40,6 +44,7 @@ RANGES = ("uniform", "loguniform", "int", "logint")
 KINDS = (*RANGES, "choice", "simplex")
 OWN_KEYS = ("run.", "phases", "checkpoint.", "engine.threads", "data.cache")
 """Keys the search sets, or that must be the same in all trials."""
+OWN_START = "configuration"
 SHARE_BOUNDS = (1e-3, 0.999)
 """Of the uniform numbers behind a simplex: a weight of 0 and one of everything are approached, not reached."""
 
@@ -197,13 +202,13 @@ class Space:
 # ------------------------------------------------------------------------------------------------- reading
 
 
-def load_space(path: Path, config: Config) -> Space:
-    """Read and check a space against the configuration it varies.
+def load_space(path: Path, config: Config, raw: Mapping[str, Any] | None = None) -> Space:
+    """Read and check a space against the configuration it varies; `raw` is what `path` holds, where that was read.
 
     Raises `UserError` naming the parameter: for a key the configuration does not have, a range upside down, a log
     range that touches zero, a simplex of one, and for values that the configuration refuses.
     """
-    raw = read_yaml(path)
+    raw = read_yaml(path) if raw is None else raw
     if unknown := raw.keys() - {"parameters", "starts", "stages"}:
         raise UserError(f"{path}: {sorted(map(str, unknown))[0]}: unknown key; valid keys: parameters, starts, stages")
     if not isinstance(raw.get("parameters"), dict) or not raw["parameters"]:
@@ -214,15 +219,20 @@ def load_space(path: Path, config: Config) -> Space:
     parameters: list[Parameter] = []
     for name, spec in raw["parameters"].items():
         try:
-            parameters.append(_parameter(str(name), spec, parameters, values))
+            if parameter := _parameter(str(name), spec, parameters, values):
+                parameters.append(parameter)
         except (ValueError, OverflowError) as error:  # OverflowError: of an integer that is no float
             raise UserError(f"{path}: {name}: {error}") from None
-    space = Space(tuple(parameters), _starts(path, raw, parameters), _stages(path, raw, parameters), values)
+    if not parameters:
+        raise UserError(f"{path}: parameters: nothing to search with this configuration: it has a single task")
+    space = Space(tuple(parameters), (), _stages(path, raw, parameters), values)
+    space = replace(space, starts=_starts(path, raw, space))
     _try_out(path, space)
     return space
 
 
-def _parameter(name: str, spec: Any, above: Sequence[Parameter], values: Mapping[str, Any]) -> Parameter:
+def _parameter(name: str, spec: Any, above: Sequence[Parameter], values: Mapping[str, Any]) -> Parameter | None:
+    """None for a simplex over all tasks where there is one task."""
     kinds = [kind for kind in KINDS if isinstance(spec, dict) and kind in spec]
     if len(kinds) != 1:
         raise ValueError(f"expected one of {', '.join(KINDS)}, for example {{uniform: [0, 0.3]}}")
@@ -244,9 +254,12 @@ def _parameter(name: str, spec: Any, above: Sequence[Parameter], values: Mapping
     when = {str(key): _condition(str(key), wanted, above, values) for key, wanted in conditions.items()}
     given = spec[kind]
     if kind == "simplex":
+        given = len(keys) if given == "count" else given
         if isinstance(given, bool) or not isinstance(given, int | float) or given <= 0:
-            raise ValueError(f"simplex {given!r}: expected the sum of the weights, a number above 0")
+            raise ValueError(f"simplex {given!r}: expected the sum of the weights, a number above 0, or count")
         if len(keys) < 2:
+            if "*" in "".join(listed):
+                return None
             raise ValueError(f"a simplex of one: its only weight is always {given:g}; name two or more keys")
         return Parameter(name, kind, keys, total=float(given), when=when)
     if kind == "choice":
@@ -294,18 +307,38 @@ def _condition(key: str, wanted: Any, above: Sequence[Parameter], values: Mappin
     return options
 
 
-def _starts(path: Path, raw: Mapping[str, Any], parameters: Sequence[Parameter]) -> tuple[Values, ...]:
+def _starts(path: Path, raw: Mapping[str, Any], space: Space) -> tuple[Values, ...]:
     starts = raw.get("starts") or []
-    if not isinstance(starts, list) or not all(isinstance(start, dict) for start in starts):
-        raise UserError(f"{path}: starts: expected a list of points, each with parameters and their values")
+    if not isinstance(starts, list) or not all(isinstance(start, dict) or start == OWN_START for start in starts):
+        raise UserError(
+            f"{path}: starts: expected a list of points, each with parameters and their values, or {OWN_START}"
+        )
+    starts = [_own_start(space) if start == OWN_START else start for start in starts]
     for number, start in enumerate(starts, 1):
         for name, value in start.items():
-            parameter = _named(f"{path}: start {number}", name, parameters)
+            parameter = _named(f"{path}: start {number}", name, space.parameters)
             try:
                 parameter.encode(value)
             except ValueError as error:
                 raise UserError(f"{path}: start {number}: {name}: {error} (got {value!r})") from None
     return tuple(starts)
+
+
+def _own_start(space: Space) -> Values:
+    """The configuration's own values, without those that no draw would give."""
+    start: Values = {}
+    for parameter in space.parameters:
+        found = [_at(space.base, key) for key in parameter.keys]
+        value: Any = found[0]
+        if parameter.kind == "simplex":
+            value = [weight * parameter.total / (sum(found) or 1) for weight in found]
+        elif any(other != value for other in found):
+            continue
+        with contextlib.suppress(ValueError):
+            parameter.encode(value)
+            if space._applies(parameter, start):
+                start[parameter.name] = value
+    return start
 
 
 def _stages(path: Path, raw: Mapping[str, Any], parameters: Sequence[Parameter]) -> tuple[tuple[str, ...], ...]:

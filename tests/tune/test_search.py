@@ -20,8 +20,9 @@ import pytest
 import yaml
 
 from mtbert.config import load_config, to_yaml
+from mtbert.errors import UserError
 from mtbert.record import METRICS_FILE
-from tune.search import main
+from tune.search import _gpus_per_node, main
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -52,7 +53,8 @@ class Place:
         self.tmp = Path(tempfile.mkdtemp(prefix="s"))  # a short name: the paths of sockets have 107 characters at most
         tiny = {**TINY, "data": {"generate": {"train": 200, "dev": 60}, "cache": str(folder / "cache")}}
         (folder / "tiny.yaml").write_text(yaml.safe_dump(tiny))
-        (folder / "space.yaml").write_text(yaml.safe_dump(SPACE))
+        (folder / "parameters.yaml").write_text(yaml.safe_dump({"parameters": SPACE["parameters"]}))
+        (folder / "space.yaml").write_text(yaml.safe_dump({"base": "parameters.yaml", "starts": SPACE["starts"]}))
 
     def start(self, *words: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
@@ -312,6 +314,10 @@ def test_several_metrics_leave_a_front(place: Place) -> None:
         (["--nodes", "2"], "--nodes: of which cluster"),
         (["--resume", "nowhere"], "--resume nowhere: no search folder"),
         (["--config", "nothing.yaml"], "cannot read the configuration"),
+        (
+            ["--name", "../elsewhere"],
+            r"^error: --name ../elsewhere: run.name: expected a name that stays inside of run.dir",
+        ),
         (["--set", "optimizer.lrr=3"], "did you mean 'lr'"),
     ],
     ids=lambda words: " ".join(words) if isinstance(words, list) else "",
@@ -328,6 +334,37 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: ") and err.count("\n") == 1
     assert re.search(complaint, err)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "gpus"),
+    [
+        ([], 0),
+        (["gpus-per-node=4"], 4),
+        (["--gpus-per-node=a100:4"], 4),
+        (["partition=big", "gres=gpu"], 1),
+        (["gres=gpu:2"], 2),
+        (["gres=gpu:a100:2,shard:8"], 2),
+        (["gres=gpu:a100"], 1),
+    ],
+)
+def test_gpus_of_a_node_are_read_as_sbatch_reads_them(options: list[str], gpus: int) -> None:
+    assert _gpus_per_node(options) == gpus
+
+
+def test_gpus_of_a_kind_without_a_number() -> None:
+    with pytest.raises(UserError, match="how many"):
+        _gpus_per_node(["gpus-per-node=a100"])
+
+
+def test_a_search_without_its_extra_says_which(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tune.search.find_spec", lambda name: None)
+    assert main([]) == 2
+    assert capsys.readouterr().err == "error: a search needs ray: pip install 'mtbert[tune]' (`make search` does it)\n"
     assert not list(tmp_path.iterdir())
 
 

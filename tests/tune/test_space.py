@@ -100,6 +100,26 @@ def test_every_kind_reaches_its_keys_and_stays_in_range(tmp_path: Path, config: 
     assert kinds == {"round_robin", "sampled"}
 
 
+@pytest.mark.parametrize("space", ["default", "pretrained"])
+@pytest.mark.parametrize("tasks", [1, 2, 3, 5])
+def test_the_default_spaces_suit_any_number_of_tasks(config: Config, space: str, tasks: int) -> None:
+    """And begin with the configuration itself, as far as it lies in them."""
+    values = config.model_dump(mode="json")
+    given = [*values["tasks"].items(), ("fourth", values["tasks"]["sst"]), ("fifth", values["tasks"]["sst"])][:tasks]
+    own = config_of({**values, "tasks": dict(given)}, ["optimizer.lr=1.5e-4", "optimizer.head_lr=1"])
+    found = load_space(ROOT / "configs" / "search" / f"{space}.yaml", own)
+    (start,) = found.starts
+    assert start.items() >= {"optimizer.lr": 1.5e-4, "dropout": 0, "schedule.kind": "round_robin"}.items()
+    assert start.keys().isdisjoint({"optimizer.head_lr", "schedule.alpha", "schedule.length"})
+    drawn = found.draw(Uniform(0))
+    assert ("weights" in drawn) == ("weights" in start) == (tasks > 1)
+    if tasks > 1:
+        assert sum(drawn["weights"]) == pytest.approx(tasks) == sum(start["weights"])
+        assert start["weights"][0] == start["weights"][1]
+    if tasks == 3:
+        assert start["weights"][2] == pytest.approx(0.3 * start["weights"][0])  # as in the quick start
+
+
 def test_a_simplex_is_drawn_evenly(tmp_path: Path, config: Config) -> None:
     """Uniform on the triangle: each weight has mean 1/3 and variance 1/18 of the total (Dirichlet of ones)."""
     space = space_of(tmp_path, config, "parameters: {weights: {simplex: 1, keys: [tasks.*.weight]}}")
