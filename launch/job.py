@@ -29,9 +29,7 @@ from typing import Any
 
 from launch.records import (
     ASK_EVERY_S,
-    HEARTBEAT_S,
     PATIENCE_S,
-    STALE_S,
     End,
     EndRecord,
     Lock,
@@ -45,7 +43,8 @@ from launch.records import (
     stop_path,
 )
 from mtbert.errors import UserError
-from mtbert.runs import NO_ROOM, Outcome, Rank, Stopwatch, alive, read_small, sweep
+from mtbert.lock import HEARTBEAT_S, STALE_S
+from mtbert.runs import NO_ROOM, Outcome, Rank, Stopwatch, alive, sweep
 
 Train = Callable[[Path, Rank, Callable[[], bool], bool], Outcome]
 
@@ -207,7 +206,7 @@ class Attempt:
             with contextlib.suppress(OSError):
                 self._record.close()
             with contextlib.suppress(OSError):
-                if self.rank.first and self._holds_lock():
+                if self.rank.first and self.lock.is_mine():
                     self.lock.release()
 
     # -------------------------------------------------------------------------------- the other ranks
@@ -224,7 +223,7 @@ class Attempt:
                 self._look()
                 if self.rank.first and time.monotonic() - beat > HEARTBEAT_S:
                     beat = time.monotonic()
-                    if not self._holds_lock():
+                    if not self.lock.is_mine():
                         self._end("failed", message=f"{self.run}: another job took this run folder over")
                     else:
                         self.lock.touch()
@@ -297,11 +296,6 @@ class Attempt:
                 if error.errno not in NO_ROOM:
                     raise
                 print(f"{status}: {message}\n{self.run}: {error.strerror}", file=sys.stderr)
-
-    def _holds_lock(self) -> bool:
-        with contextlib.suppress(FileNotFoundError, UserError):
-            return f'"{self.name}"'.encode() in read_small(self.lock.path)
-        return False
 
     # ----------------------------------------------------------------------------------------- requeue
 

@@ -17,36 +17,25 @@ import contextlib
 import json
 import os
 import shutil
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Literal
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from mtbert.errors import UserError
-from mtbert.runs import alive, read_small, write_atomically
+from mtbert.lock import Count, Plain, RunLock, SlurmJob
+from mtbert.runs import read_json, write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("mtbert", "launch")
 
-HEARTBEAT_S = 5.0
-STALE_S = 60.0
-"""A lock untouched for this long belongs to nobody: twelve missed heartbeats, more than any pause of a file server."""
-
 ASK_EVERY_S = 2.0
 PATIENCE_S = 30.0
 """How long slurmctld may be silent, or refuse, before that counts: it restarts, or is busy."""
-
-
-Plain = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
-"""What goes into file names and command lines: a note may come from a stranger."""
-SlurmJob = Annotated[str, Field(pattern=r"^[0-9]+(_[0-9]+)?$")]
-Count = Annotated[int, Field(ge=1, lt=2**31)]
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -83,28 +72,7 @@ class End:
     message: str = ""
 
 
-@dataclass
-class Owner:
-    """`lock`: the attempt that holds a run folder."""
-
-    attempt: str
-    host: Plain
-    pid: Count
-    slurm_job: SlurmJob | None
-
-
-_ADAPTERS: dict[type, TypeAdapter[Any]] = {kind: TypeAdapter(kind) for kind in (JobNote, End, Owner)}
-"""Made once: that takes ten times as long as to read with one."""
-
-
-def _read(kind: type[T], path: Path) -> T | None:
-    """What `path` holds, None where that is something else. Raises `OSError`, also for a file that is not there."""
-    try:
-        content = read_small(path)  # first: the watch asks for what is seldom there
-        read: T = _ADAPTERS[kind].validate_json(content, strict=True)
-        return read
-    except (UserError, ValidationError):
-        return None
+_NOTE, _END = TypeAdapter(JobNote), TypeAdapter(End)
 
 
 def job_folder(run: Path) -> Path:
@@ -153,7 +121,7 @@ def read_note(run: Path) -> JobNote | None:
     """Raises `UserError` for one that was damaged."""
     path = job_folder(run) / "job.json"
     try:
-        note = _read(JobNote, path)
+        note = read_json(_NOTE, path)
     except FileNotFoundError:
         return None
     if note is None:
@@ -206,7 +174,7 @@ def _fitting(end: End, room: int) -> bytes:
 def read_end(run: Path, attempt: str) -> End | None:
     path = end_path(run, attempt)
     try:
-        return _read(End, path) or End("failed", 0, "?", message=f"{path}: not what a rank wrote; it was damaged")
+        return read_json(_END, path) or End("failed", 0, "?", message=f"{path}: not what a rank wrote; it was damaged")
     except FileNotFoundError:
         return None
 
@@ -234,61 +202,11 @@ def snapshot_code(run: Path) -> Path:
     return code
 
 
-class Lock:
-    """One attempt at a time in a run folder.
+class Lock(RunLock):
+    """Besides, an attempt may take it over when the owner is a Slurm job that is over."""
 
-    The file names its owner. Another attempt may take it over when the owner is an earlier attempt of the same job,
-    a Slurm job that is over, a dead process of this host, or has not touched the file for `STALE_S`.
-    """
-
-    def __init__(self, run: Path, attempt: str, slurm_job: str | None = None) -> None:
-        self.run = run
-        self.path = job_folder(run) / "lock"
-        self.owner = Owner(attempt, socket.gethostname(), os.getpid(), slurm_job)
-
-    def acquire(self) -> None:
-        """Raises `UserError` when a living attempt of another job holds the folder."""
-        while True:
-            try:
-                with self.path.open("x") as file:
-                    json.dump(asdict(self.owner), file)
-                return
-            except FileExistsError:
-                pass
-            self.check()
-            self.path.unlink(missing_ok=True)
-
-    def check(self) -> None:
-        """Raises `UserError` when a living attempt of another job holds the folder."""
-        if holder := self.holder():
-            raise UserError(
-                f"{self.run}: another job is using this run folder ({holder}); wait for it, or end it with: "
-                f"python launch/submit.py cancel {self.run}"
-            )
-
-    def holder(self) -> str | None:
-        """Who holds the lock and lives, in words; None when nobody does."""
-        try:
-            owner = _read(Owner, self.path)  # empty while it is being written, or damaged: its age decides
-            age_s = time.time() - self.path.stat().st_mtime
-        except FileNotFoundError:
-            return None
-        if owner:
-            same_job = owner.attempt.rsplit("-", 1)[0] == self.owner.attempt.rsplit("-", 1)[0]
-            dead = owner.host == self.owner.host and not alive(owner.pid)
-            over = owner.slurm_job and slurm_state(owner.slurm_job) not in ("RUNNING", "COMPLETING", "UNKNOWN")
-            if same_job or dead or over:
-                return None
-        if age_s > STALE_S:
-            return None
-        who = f"process {owner.pid} on {owner.host}" if owner else "a lock that names nobody"
-        return f"{who}, seen {max(age_s, 0):.0f} s ago"
-
-    def touch(self) -> None:
-        os.utime(self.path)
-
-    def release(self) -> None:
-        self.path.unlink(missing_ok=True)
+    def _is_over(self, slurm_job: str) -> bool:
+        return slurm_state(slurm_job) not in ("RUNNING", "COMPLETING", "UNKNOWN")
 
 
 def slurm_fields(job: str) -> dict[str, str]:

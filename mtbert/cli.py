@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 import os
+import secrets
 import shlex
 import signal
 import sys
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from mtbert.config import Config, load_config, schema, to_yaml
 from mtbert.errors import UserError
+from mtbert.lock import RunLock
 from mtbert.reference import reference
 from mtbert.runs import Rank, check_run, create_run, discard_unstarted, user_path
 from mtbert.stops import stop_requests
@@ -201,7 +203,7 @@ def _train(options: argparse.Namespace) -> int:
     from mtbert.trainer import train
 
     try:
-        with _stop_on_signals() as stop:
+        with RunLock(folder, f"{secrets.token_hex(4)}-0").held(), _stop_on_signals() as stop:
             outcome = train(folder, Rank(), stop, quiet=options.quiet or options.json)
     except (UserError, KeyboardInterrupt) as error:
         if not options.resume:

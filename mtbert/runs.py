@@ -19,10 +19,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
 
 from mtbert.config import Config, to_yaml
 from mtbert.errors import UserError
+
+T = TypeVar("T")
 
 FORMAT = 1
 """Of run folders; goes up when an older mtbert could no longer continue one."""
@@ -223,6 +227,19 @@ def read_small(path: Path) -> bytes:
 _SECRET_NAMES = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|KEY)(_ID)?$")
 _SECRET_OPTIONS = re.compile(r"--?([\w-]*[_-])?(token|secret|password|passwd|key)", re.IGNORECASE)
 _SECRETS = re.compile(r"\bhf_[A-Za-z0-9]{8,}|(?<=://)[^/\s@]+(?=@)|(?i:(?<=token=)|(?<=password=)|(?<=secret=))\S+")
+
+
+def read_json(kind: TypeAdapter[T], path: Path) -> T | None:
+    """What a small file holds, None where that is something else. Raises `OSError`, also for one that is not there.
+
+    Args:
+        kind: made once, by the caller: that takes ten times as long as to read with one.
+    """
+    try:
+        content = read_small(path)
+        return kind.validate_json(content, strict=True)
+    except (UserError, ValidationError):
+        return None
 
 
 def redacted(text: str) -> str:

@@ -18,9 +18,11 @@ import pytest
 import torch
 import yaml
 
+from launch.submit import main as submit
 from mtbert import __version__
 from mtbert.cli import _stop_on_signals, main
 from mtbert.config import load_config
+from mtbert.lock import RunLock
 from mtbert.stops import ECHO_S
 
 ROOT = Path(__file__).parent.parent
@@ -243,6 +245,21 @@ def test_a_second_ctrl_c_ends_at_once(capfd: pytest.CaptureFixture[str]) -> None
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(1)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_run_folder_takes_one_process_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny = [*TINY, f"engine.threads={torch.get_num_threads()}", f"data.cache={tmp_path}"]
+    assert main(["train", "--quiet", "--set", *tiny, "phases=[{steps: 2}]", "run.name=one"]) == 0
+    assert not Path("runs/one/job/lock").exists()
+    before = {path: path.read_bytes() for path in Path("runs/one").rglob("*") if path.is_file()}
+    with RunLock(Path("runs/one"), "other-0").held():
+        assert main(["train", "--quiet", "--resume", "runs/one"]) == 2
+        assert submit(["--local", "--resume", "runs/one"]) == 2
+    assert capsys.readouterr().err.count(f"is using this run folder (process {os.getpid()} on ") == 2
+    assert {path: path.read_bytes() for path in Path("runs/one").rglob("*") if path.is_file()} == before
 
 
 def test_a_run_that_cannot_start_leaves_its_name_free(

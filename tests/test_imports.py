@@ -20,7 +20,7 @@ FLOORS = [
     ["yaml_files"],
     ["config"],
     ["runs", "ranks", "randomness", "baselines", "reference", "manifest"],
-    ["record"],
+    ["record", "lock"],
     ["packing", "encoder", "schedule", "surgery", "metrics", "figures", "tracking", "synthetic", "readers", "pages"],
     ["heads", "losses", "ranking", "pretrained", "flops", "phases", "weighting"],
     ["tasks", "data", "token_cache", "zero"],

@@ -340,13 +340,14 @@ def _job(name: str) -> Read:
 
     def read(content: bytes, place: Path) -> Any:
         from launch import records
+        from mtbert.lock import read_owner
 
         (place / "job").mkdir(exist_ok=True)
         (place / "job" / name).write_bytes(content)
         if name == "job.json":
             return records.read_note(place)
         if name == "lock":
-            return records._read(records.Owner, place / "job" / name)
+            return read_owner(place / "job" / name)
         return records.last_end(place, "token")
 
     return read

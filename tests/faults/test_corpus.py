@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from fuzz_readers import CORPUS, READERS, entries, outstanding, refuses_or_reads, table
 
-from launch.records import End, JobNote, Owner
+from launch.records import End, JobNote
+from mtbert.lock import Owner
 
 ROOM = 2**30
 

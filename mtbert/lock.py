@@ -1,0 +1,137 @@
+"""One writer at a time in a run folder: a file that names its owner, for processes of one host and of many."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, TypeAdapter
+
+from mtbert.errors import UserError
+from mtbert.runs import alive, read_json
+
+HEARTBEAT_S = 5.0
+STALE_S = 60.0
+"""A lock untouched for this long belongs to nobody: twelve missed heartbeats, more than any pause of a file server."""
+
+Plain = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
+"""What goes into file names and command lines: a note may come from a stranger."""
+SlurmJob = Annotated[str, Field(pattern=r"^[0-9]+(_[0-9]+)?$")]
+Count = Annotated[int, Field(ge=1, lt=2**31)]
+
+
+@dataclass
+class Owner:
+    """`lock`: the attempt that holds a run folder."""
+
+    attempt: str
+    host: Plain
+    pid: Count
+    slurm_job: SlurmJob | None
+
+
+_OWNER = TypeAdapter(Owner)
+
+
+def read_owner(path: Path) -> Owner | None:
+    """None where the file holds something else. Raises `OSError`, also for a file that is not there."""
+    return read_json(_OWNER, path)
+
+
+class RunLock:
+    """One attempt at a time in a run folder: `RUN/job/lock`.
+
+    Another attempt may take it over when the owner is an earlier attempt of the same job, a dead process of this host,
+    or has not touched the file for `STALE_S`.
+    """
+
+    def __init__(self, run: Path, attempt: str, slurm_job: str | None = None) -> None:
+        self.run = run
+        self.path = run / "job" / "lock"
+        self.owner = Owner(attempt, socket.gethostname(), os.getpid(), slurm_job)
+
+    def acquire(self) -> None:
+        """Raises `UserError` when a living attempt of another job holds the folder."""
+        while True:
+            try:
+                with self.path.open("x") as file:
+                    json.dump(asdict(self.owner), file)
+                return
+            except FileExistsError:
+                pass
+            self.check()
+            self.path.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Holds it during the block, or raises as `acquire` does. A process that lost it meanwhile ends at once."""
+        self.path.parent.mkdir(exist_ok=True)
+        self.acquire()
+        over = threading.Event()
+        watch = threading.Thread(target=self._keep, args=[over], name="lock", daemon=True)
+        watch.start()
+        try:
+            yield
+        finally:
+            over.set()
+            watch.join()
+            if self.is_mine():
+                self.release()
+
+    def _keep(self, over: threading.Event) -> None:
+        while not over.wait(HEARTBEAT_S):
+            with contextlib.suppress(OSError):  # of a file server that restarts
+                if not self.is_mine():
+                    print(f"{self.run}: another job took this run folder over", file=sys.stderr, flush=True)
+                    os._exit(1)
+                self.touch()
+
+    def is_mine(self) -> bool:
+        """Raises `OSError` where that cannot be read."""
+        with contextlib.suppress(FileNotFoundError):
+            return read_owner(self.path) == self.owner
+        return False
+
+    def check(self) -> None:
+        """Raises `UserError` when a living attempt of another job holds the folder."""
+        if holder := self.holder():
+            raise UserError(
+                f"{self.run}: another job is using this run folder ({holder}); wait for it, or end it with: "
+                f"python launch/submit.py cancel {self.run}"
+            )
+
+    def holder(self) -> str | None:
+        """Who holds the lock and lives, in words; None when nobody does."""
+        try:
+            owner = read_owner(self.path)  # empty while it is being written, or damaged: its age decides
+            age_s = time.time() - self.path.stat().st_mtime
+        except FileNotFoundError:
+            return None
+        if owner:
+            same_job = owner.attempt.rsplit("-", 1)[0] == self.owner.attempt.rsplit("-", 1)[0]
+            dead = owner.host == self.owner.host and not alive(owner.pid)
+            if same_job or dead or (owner.slurm_job and self._is_over(owner.slurm_job)):
+                return None
+        if age_s > STALE_S:
+            return None
+        who = f"process {owner.pid} on {owner.host}" if owner else "a lock that names nobody"
+        return f"{who}, seen {max(age_s, 0):.0f} s ago"
+
+    def _is_over(self, slurm_job: str) -> bool:
+        """Whether Slurm says so; here nobody asks it."""
+        return False
+
+    def touch(self) -> None:
+        os.utime(self.path)
+
+    def release(self) -> None:
+        self.path.unlink(missing_ok=True)
