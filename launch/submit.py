@@ -87,15 +87,26 @@ def main(arguments: list[str] | None = None) -> int:
     others = {"status": status, "cancel": cancel}
     if args.verb != "train" and args.verb not in others:
         parser().error(f"{args.verb}: expected an option, or one of train, {', '.join(others)}")
+    # no value begins so: argparse would have taken it for an option
+    options = [word.partition("=")[0] for word in words if word.startswith("--")]
     try:
         if args.verb != "train":
+            _refuse(options, f"{args.verb} takes run folders and no options")
             return others[args.verb](args.runs)
+        if args.runs:
+            raise UserError(f"train {args.runs[0]}: --config takes a configuration, --resume a run folder to continue")
         if isinstance(args.follow, Path):
+            _refuse([name for name in options if name != "--follow"], "--follow RUN only watches a job")
             return follow_again(args.follow)
         return train(args, ["python", "launch/submit.py", *words])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def _refuse(options: list[str], why: str) -> None:
+    if options:
+        raise UserError(f"{why}; leave {', '.join(options)} out")
 
 
 def train(args: argparse.Namespace, command: list[str]) -> int:

@@ -106,6 +106,23 @@ def test_a_wrong_word_is_named_itself(arguments: list[str], told: str, tmp_path:
     assert done.stderr.splitlines()[-1].startswith(f"python launch/submit.py: error: {told}")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["train", "my.yaml"], "train my.yaml: --config takes a configuration, --resume a run folder to continue"),
+        (
+            ["--follow", "runs/x", "--resume=y", "--nodes", "1"],
+            "--follow RUN only watches a job; leave --resume, --nodes out",
+        ),
+        (["cancel", "runs/x", "--dry-run"], "cancel takes run folders and no options; leave --dry-run out"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(arguments: list[str], told: str, tmp_path: Path) -> None:
+    done = submit(*arguments, cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {told}\n")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_missing_data_are_named_before_anything_starts(config: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
     data.mkdir()
