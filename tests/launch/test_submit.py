@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ import pytest
 import yaml
 from fake_slurm import FakeSlurm
 
-from launch.records import End, EndRecord
+from launch.records import End, EndRecord, JobNote, Lock, stop_path, write_note
 from mtbert.config import load_config
 from mtbert.runs import create_run
 
@@ -202,6 +203,43 @@ def test_a_preempted_job_that_slurm_cancelled_is_over(config: Path, tmp_path: Pa
     slurm.does("scontrol", "echo JobState=PREEMPTED Restarts=0")
     done = submit("status", "runs/mine", cwd=tmp_path)
     assert done.stdout.splitlines()[1].split() == ["runs/mine", "slurm", "7", "killed", "-"]
+
+
+def test_cancel_says_what_scancel_complains_of_in_one_line(run: Path, slurm: FakeSlurm) -> None:
+    write_note(run, JobNote("slurm", "7", "ab12", "", 2, 1))
+    slurm.does("scancel", "echo 'scancel: error: Kill job error on job id 7: Invalid job id specified' >&2; exit 1")
+    done = submit("cancel", run, cwd=run.parent)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"error: cancel {run}: Kill job error on job id 7: Invalid job id specified\n"
+    slurm.does("scancel", "exit 3")
+    assert submit("cancel", run, cwd=run.parent).stderr == f"error: cancel {run}: scancel failed, exit code 3\n"
+    slurm.does("scancel", "exit 0")
+    assert submit("cancel", run, cwd=run.parent).stdout.startswith("cancelled job 7; ")
+
+
+def test_cancel_where_there_is_no_slurm(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_note(run, JobNote("slurm", "7", "ab12", "", 2, 1))
+    monkeypatch.setenv("PATH", str(run))
+    done = submit("cancel", run, cwd=run.parent)
+    assert done.returncode == 2
+    assert done.stderr == f"error: cancel {run}: no scancel here; cancel job 7 where Slurm is\n"
+
+
+def test_a_local_job_that_is_over_is_not_asked_to_stop(run: Path) -> None:
+    """Nor told as running; one that has begun is, though no rank may have the lock yet."""
+    job = subprocess.Popen(["sleep", "60"])
+    write_note(run, JobNote("local", str(job.pid), "ab12", socket.gethostname(), 2, 1))
+    assert "running" in submit("status", run, cwd=run.parent).stdout
+    job.kill()
+    job.wait()
+    done = submit("cancel", run, cwd=run.parent)
+    assert (done.returncode, done.stdout) == (0, f"local job {job.pid} is over\n")
+    assert [path.name for path in (run / "job").iterdir()] == ["job.json"]
+    assert "killed" in submit("status", run, cwd=run.parent).stdout
+    Lock(run, "ab12-0").acquire()  # in the name of this process
+    done = submit("cancel", run, cwd=run.parent)
+    assert done.stdout == f"asked local job {job.pid} to save and stop\n"
+    assert stop_path(run, "ab12").exists()
 
 
 def test_a_run_folder_from_a_newer_version_is_refused(config: Path, tmp_path: Path) -> None:
