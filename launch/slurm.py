@@ -305,7 +305,10 @@ def _lives(run: Path, note: JobNote) -> bool:
 
 def status_of(run: Path) -> tuple[str, ...]:
     """One row of the table `status` prints: run, job, state, step."""
-    note = read_note(run)
+    try:
+        note = read_note(run)
+    except UserError:
+        return str(run), "-", "damaged", "-"
     if note is None:
         return str(run), "-", "no job", "-"
     end = last_end(run, note.token)

@@ -242,6 +242,23 @@ def test_a_local_job_that_is_over_is_not_asked_to_stop(run: Path) -> None:
     assert stop_path(run, "ab12").exists()
 
 
+def test_a_damaged_note_hides_no_other_job(tmp_path: Path) -> None:
+    """Asked for that run, status says what to do."""
+    for name in ("a", "b"):
+        (tmp_path / "runs" / name / "job").mkdir(parents=True)
+    damaged = tmp_path / "runs" / "a" / "job" / "job.json"
+    damaged.write_text("{")
+    write_note(tmp_path / "runs" / "b", JobNote("local", "1", "ab12", "elsewhere", 2, 1))
+    done = submit("status", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [line.split() for line in done.stdout.splitlines()[1:]] == [
+        ["runs/a", "-", "damaged", "-"],
+        ["runs/b", "local", "1", "killed", "-"],
+    ]
+    done = submit("status", "runs/b", "runs/a", cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith("error: runs/a/job/job.json: not what a launcher wrote; ")
+
+
 def test_a_run_folder_from_a_newer_version_is_refused(config: Path, tmp_path: Path) -> None:
     run = create_run(load_config(config, [f"run.dir={tmp_path}"]), None, [])
     made_by = json.loads((run / "environment.json").read_text())
