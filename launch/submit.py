@@ -21,7 +21,7 @@ if not __package__:  # started as a script: the checkout, not launch/, is where 
 from launch.records import ROOT, JobNote, Lock, make_job_folder, read_note, snapshot_code
 from mtbert.config import Config, load_config, to_yaml
 from mtbert.errors import UserError
-from mtbert.runs import check_run, create_run, discard_unstarted, user_path, write_atomically
+from mtbert.runs import _independent, check_run, create_run, discard_unstarted, user_path, write_atomically
 
 DEFAULT_CONFIG = Path("configs") / "quickstart.yaml"
 
@@ -138,13 +138,18 @@ def _source(args: argparse.Namespace) -> Path:
     source: Path = args.resume / "config.yaml"
     if not source.is_file():
         raise UserError(f"--resume {args.resume}: no run folder, {source.name} is missing there")
-    check_run(args.resume)
-    if barred := [text for text in args.overrides if not text.startswith(RESUMABLE)]:
+    check_resumable(args.resume, args.overrides)
+    return source
+
+
+def check_resumable(run: Path, overrides: list[str]) -> None:
+    """Raises `UserError` where `run` cannot be continued, or not with these overrides."""
+    check_run(run)
+    if barred := [text for text in overrides if not text.startswith(RESUMABLE)]:
         raise UserError(
             f"--set {barred[0]}: a continued run keeps what it trains; only these can change: "
             f"{', '.join(key.rstrip('.=') for key in RESUMABLE)}"
         )
-    return source
 
 
 def _array(text: str) -> list[str]:
@@ -197,7 +202,7 @@ def _folders(
         run: Path = args.resume
         if holder := Lock(run, "-").holder():
             raise UserError(f"--resume {run}: a job is using this run folder ({holder})")
-        write_atomically(run / "config.yaml", to_yaml(configs[0]))
+        write_atomically(run / "config.yaml", to_yaml(_independent(configs[0])))
         make_job_folder(run)
         return run, [run]
     if not args.array:

@@ -145,6 +145,18 @@ def test_a_continued_run_keeps_what_it_trains(config: Path, tmp_path: Path) -> N
     assert done.returncode == 0 and "keep: 5" in done.stdout
 
 
+def test_a_continued_run_has_absolute_paths_as_a_new_one_has(config: Path, tmp_path: Path, slurm: FakeSlurm) -> None:
+    slurm.does("sbatch", "echo Submitted batch job 7")
+    run = create_run(load_config(config, ["data.generate=null", f"run.dir={tmp_path}"]), None, [])
+    data = tmp_path / "DATA"
+    data.mkdir()
+    for split in ("train", "dev"):
+        (data / f"sst-{split}.csv").touch()
+    done = submit("--resume", run, "--set", "data.dir=DATA", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert load_config(run / "config.yaml").data.dir == str(data)
+
+
 def test_a_taken_name_is_not_overwritten(config: Path, tmp_path: Path) -> None:
     taken = tmp_path / "runs" / "mine"
     taken.mkdir(parents=True)
