@@ -28,6 +28,10 @@ DEFAULT_CONFIG = Path("configs") / "quickstart.yaml"
 RESUMABLE = ("checkpoint.", "data.cache=", "data.dir=", "engine.threads=", "run.evaluate_every=", "run.log_every=")
 """What --set may change when a run is continued: nothing that would alter the model or the course of training."""
 
+OF_SLURM = (
+    "--partition", "--time", "--account", "--qos", "--constraint", "--exclude", "--mem", "--cpus-per-rank", "--slurm"
+)  # fmt: skip
+
 EPILOG = """
 status [RUN ...]   how jobs stand (default: all under runs/)
 cancel RUN ...     save and end
@@ -87,8 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
     others = {"status": status, "cancel": cancel}
     if args.verb != "train" and args.verb not in others:
         parser().error(f"{args.verb}: expected an option, or one of train, {', '.join(others)}")
-    # no value begins so: argparse would have taken it for an option
-    options = [word.partition("=")[0] for word in words if word.startswith("--")]
+    options = _options(words)
     try:
         if args.verb != "train":
             _refuse(options, f"{args.verb} takes run folders and no options")
@@ -104,6 +107,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
 
 
+def _options(words: list[str]) -> list[str]:
+    """Those that were typed. No value begins so: argparse would have taken it for an option."""
+    return [word.partition("=")[0] for word in words if word.startswith("--")]
+
+
 def _refuse(options: list[str], why: str) -> None:
     if options:
         raise UserError(f"{why}; leave {', '.join(options)} out")
@@ -114,12 +122,21 @@ def train(args: argparse.Namespace, command: list[str]) -> int:
         raise UserError("--ranks-per-node is for CPUs; with --gpus-per-node there is one rank per GPU")
     if args.array and args.resume:
         raise UserError("--array makes new runs; continue each of them with --resume")
+    if args.time is not None:
+        from launch.slurm import minutes  # submitit takes a moment to import
+
+        minutes(args.time)
+    of_slurm = [option for option in _options(command) if option in OF_SLURM]
+    if args.local:
+        _refuse(of_slurm, "--local trains without Slurm")
     source = _source(args)
     values: list[str | None] = [*_array(args.array)] if args.array else [None]
     configs = [load_config(source, [*args.overrides, *([value] if value else [])]) for value in values]
     for config in configs:
         _check_files(config)
     if args.local or shutil.which("sbatch") is None:
+        if of_slurm:
+            print(f"not used, as there is no Slurm here: {', '.join(of_slurm)}", file=sys.stderr)
         return _here(args, source, configs, values, command)
     return _on_slurm(args, source, configs, values, command)
 
@@ -237,14 +254,16 @@ def _folder_name(value: str) -> str:
 def _here(
     args: argparse.Namespace, source: Path, configs: list[Config], values: list[str | None], command: list[str]
 ) -> int:
-    from launch.local import gpus_here, run_here  # submitit takes a moment to import
+    from launch.local import gpu_numbers, gpus_here, run_here
     from launch.show import STOPPED, report
 
-    gpus = args.gpus_per_node or (0 if args.ranks_per_node else gpus_here() // args.nodes)
-    if gpus * args.nodes > gpus_here():
-        raise UserError(
-            f"--gpus-per-node {gpus}: {args.nodes} node(s) need {gpus * args.nodes}, here are {gpus_here()}"
-        )
+    here = gpus_here()
+    gpus = args.gpus_per_node or (0 if args.ranks_per_node else here // args.nodes)
+    if gpus * args.nodes > here:
+        raise UserError(f"--gpus-per-node {gpus}: {args.nodes} node(s) need {gpus * args.nodes}, here are {here}")
+    gpu_numbers(gpus)  # a mistake in CUDA_VISIBLE_DEVICES must not leave a run folder
+    if here and not gpus and not args.ranks_per_node:
+        print(f"{here} GPU(s) stay idle, fewer than the {args.nodes} nodes; --nodes 1 would use them", file=sys.stderr)
     ranks = gpus or args.ranks_per_node or 1
     why = "" if args.local else "no sbatch here, so "
     device = "GPU" if gpus else "CPU"
@@ -274,8 +293,6 @@ def _on_slurm(
 ) -> int:
     from launch import slurm
 
-    if args.time is not None:
-        slurm.minutes(args.time)
     if args.dry_run:
         folder = args.resume or Path(configs[0].run.dir) / (configs[0].run.name or "RUN")
         runs = [folder / _folder_name(value) for value in values if value] or [folder]

@@ -56,7 +56,10 @@ def test_torch_is_not_imported_to_submit() -> None:
     assert done.stdout == "False\n"
 
 
-def test_dry_run_shows_the_configuration_and_makes_nothing(config: Path, tmp_path: Path) -> None:
+def test_dry_run_shows_the_configuration_and_makes_nothing(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     done = submit("--nodes", "2", "--config", config, "--set", "seed=7", "--local", "--dry-run", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     first, _, rest = done.stdout.partition("\n")
@@ -122,6 +125,60 @@ def test_what_would_be_ignored_is_refused(arguments: list[str], told: str, tmp_p
     done = submit(*arguments, cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {told}\n")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("visible", "shape", "ranks"),
+    [
+        ("0,1", [], "1 node(s) × 2 GPU rank(s)"),
+        ("3,2,-1,0", [], "1 node(s) × 2 GPU rank(s)"),
+        ("-1", [], "1 node(s) × 1 CPU rank(s)"),
+        ("", [], "1 node(s) × 1 CPU rank(s)"),
+        ("0", ["--nodes", "2", "--ranks-per-node", "2"], "2 node(s) × 2 CPU rank(s)"),
+    ],
+)
+def test_gpus_are_those_cuda_would_see(
+    visible: str, shape: list[str], ranks: str, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    done = submit("--config", config, "--local", "--dry-run", *shape, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[0].endswith(f": {ranks}")
+
+
+def test_gpus_that_stay_idle_are_told(
+    config: Path, tmp_path: Path, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    slurm.does("nvidia-smi", "echo 'GPU 0: NVIDIA H200 (UUID: GPU-abc)'")
+    done = submit("--config", config, "--local", "--dry-run", "--nodes", "2", cwd=tmp_path)
+    assert "2 node(s) × 1 CPU rank(s)" in done.stdout
+    assert done.stderr == "1 GPU(s) stay idle, fewer than the 2 nodes; --nodes 1 would use them\n"
+
+
+@pytest.mark.parametrize("visible", ["GPU-5ebe9f43", "0,MIG-41b35"])
+def test_gpus_without_numbers_are_refused_before_there_is_a_run_folder(
+    visible: str, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    done = submit("--config", config, "--local", "--set", "run.name=mine", cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.endswith(f"{visible.split(',')[-1]}: local jobs need device numbers, such as 0,1\n")
+    assert list(tmp_path.iterdir()) == [config]
+
+
+def test_options_of_slurm_are_not_passed_over_in_silence(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["--time", "1:00:00", "--mem=8G", "--slurm", "exclusive"]
+    done = submit("--config", config, "--local", "--dry-run", *options, cwd=tmp_path)
+    told = "error: --local trains without Slurm; leave --time, --mem, --slurm out\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", told)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    done = submit("--config", config, "--dry-run", *options, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "not used, as there is no Slurm here: --time, --mem, --slurm\n")
+    done = submit("--config", config, "--dry-run", "--time", "soon", cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith("error: --time soon: not a time limit; ")
 
 
 def test_missing_data_are_named_before_anything_starts(config: Path, tmp_path: Path) -> None:
