@@ -177,15 +177,20 @@ def _array(text: str) -> list[str]:
 
 
 def _check_files(config: Config) -> None:
-    folder = config.data.dir
-    if folder is None:
+    """As `mtbert.data.locate_file` finds them, without torch. Raises `UserError` for one that is missing."""
+    if config.data.generate is not None:
         return
-    if not user_path(folder).is_dir():
+    folder = config.data.dir
+    if folder is not None and not user_path(folder).is_dir():
         raise UserError(f"data.dir {folder}: no such folder")
     for name, task in config.tasks.items():
         for key, file in (("train", task.train), ("dev", task.dev)):
-            if file and not file.startswith("hub:") and not (path := user_path(folder) / file).is_file():
-                raise UserError(f"tasks.{name}.{key}: no file {path}")
+            if not file or file.startswith("hub:"):
+                continue
+            path = user_path(folder or ".") / user_path(file)
+            if not path.is_file():
+                unset = f" in {Path.cwd()}; data.dir is not set" if folder is None and not path.is_absolute() else ""
+                raise UserError(f"tasks.{name}.{key}: no file {path}{unset}")
 
 
 # ----------------------------------------------------------------------------------------- run folders
@@ -294,7 +299,7 @@ def _on_slurm(
     from launch import slurm
 
     if args.dry_run:
-        folder = args.resume or Path(configs[0].run.dir) / (configs[0].run.name or "RUN")
+        folder = args.resume or user_path(configs[0].run.dir) / (configs[0].run.name or "RUN")
         runs = [folder / _folder_name(value) for value in values if value] or [folder]
         print(slurm.script(args, f"mtbert-{folder.name}", folder, runs))
         _show_configurations(configs, values)

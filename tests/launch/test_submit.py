@@ -189,7 +189,27 @@ def test_missing_data_are_named_before_anything_starts(config: Path, tmp_path: P
     assert done.stderr == f"error: data.dir {tmp_path / 'nowhere'}: no such folder\n"
     done = submit(*here, f"data.dir={data}", cwd=tmp_path)
     assert done.stderr == f"error: tasks.sst.train: no file {data / 'sst-train.csv'}\n"
+    done = submit(*here, cwd=tmp_path)
+    assert done.stderr == f"error: tasks.sst.train: no file sst-train.csv in {tmp_path}; data.dir is not set\n"
+    done = submit(*here, f"tasks.sst.train={data}/t.csv", cwd=tmp_path)
+    assert done.stderr == f"error: tasks.sst.train: no file {data}/t.csv\n"
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_tilde_is_the_home_folder(
+    config: Path, tmp_path: Path, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "t.csv").touch()
+    monkeypatch.setenv("HOME", str(home))
+    files = ["data.generate=null", "tasks.sst.train=~/t.csv", "tasks.sst.dev=~/t.csv"]
+    for more in ([], [f"data.dir={tmp_path}"]):
+        done = submit("--config", config, "--dry-run", "--set", "run.dir=~/runs", *files, *more, cwd=tmp_path)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert f"runs=({home}/runs/RUN)" in done.stdout
+    done = submit("--config", config, "--dry-run", "--set", *files, "tasks.sst.dev=~/d.csv", cwd=tmp_path)
+    assert done.stderr == f"error: tasks.sst.dev: no file {home}/d.csv\n"
 
 
 def test_a_continued_run_keeps_what_it_trains(config: Path, tmp_path: Path) -> None:
