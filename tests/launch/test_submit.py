@@ -184,7 +184,7 @@ def test_options_of_slurm_are_not_passed_over_in_silence(
 def test_missing_data_are_named_before_anything_starts(config: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
     data.mkdir()
-    here = ["--config", config, "--local", "--set", "data.generate=null"]
+    here: list[str | Path] = ["--config", config, "--local", "--set", "data.generate=null"]
     done = submit(*here, f"data.dir={tmp_path / 'nowhere'}", cwd=tmp_path)
     assert done.stderr == f"error: data.dir {tmp_path / 'nowhere'}: no such folder\n"
     done = submit(*here, f"data.dir={data}", cwd=tmp_path)
