@@ -149,6 +149,10 @@ def test_the_batch_script_takes_options_for_no_run_folder(tmp_path: Path, words:
     environment = {"PATH": os.environ["PATH"], "SLURM_JOB_ID": "7"}
     done = subprocess.run(script, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, f"-m launch.rank make {made}\n"), done.stderr
+    environment["CONFIG"] = "my.yaml"
+    done = subprocess.run(script, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    run, *rest = made.split()
+    assert done.stdout.split()[3:] == [run, "--config", "my.yaml", *rest]
 
 
 def make(run: Path | str, *words: str, place: Path, **variables: str) -> subprocess.CompletedProcess[str]:

@@ -316,11 +316,11 @@ def test_cancel_where_there_is_no_slurm(run: Path, monkeypatch: pytest.MonkeyPat
 
 def test_a_local_job_that_is_over_is_not_asked_to_stop(run: Path) -> None:
     """Nor told as running; one that has begun is, though no rank may have the lock yet."""
-    job = subprocess.Popen(["sleep", "60"])
-    write_note(run, JobNote("local", str(job.pid), "ab12", socket.gethostname(), 2, 1))
-    assert "running" in submit("status", run, cwd=run.parent).stdout
-    job.kill()
-    job.wait()
+    with subprocess.Popen(["sleep", "60"]) as job:
+        write_note(run, JobNote("local", str(job.pid), "ab12", socket.gethostname(), 2, 1))
+        begun = submit("status", run, cwd=run.parent)
+        job.kill()
+    assert "running" in begun.stdout
     done = submit("cancel", run, cwd=run.parent)
     assert (done.returncode, done.stdout) == (0, f"local job {job.pid} is over\n")
     assert [path.name for path in (run / "job").iterdir()] == ["job.json"]
