@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import re
 import secrets
 import shlex
 import shutil
@@ -14,7 +16,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import submitit
 
@@ -55,7 +56,9 @@ def run_here(
         job_folder(run), python=f"{shlex.quote(sys.executable)} {shlex.quote(str(snapshot_code(run)))}/launch/start.py"
     )
     world = nodes * ranks_per_node
-    executor.update_parameters(tasks_per_node=world, gpus_per_node=gpus, timeout_min=YEAR_MIN, **_visible(gpus))
+    executor.update_parameters(
+        tasks_per_node=world, gpus_per_node=gpus, visible_gpus=gpu_numbers(gpus), timeout_min=YEAR_MIN
+    )
     tail = Tail(log_path(run))
     interrupts: list[signal.Signals] = []
     with stop_requests(lambda number, _: interrupts.append(number), signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -87,23 +90,33 @@ def run_here(
 
 def gpus_here() -> int:
     """GPUs of this machine that CUDA_VISIBLE_DEVICES leaves us, without importing torch."""
-    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return len([device for device in visible.split(",") if device.strip()])
+    if (visible := _visible()) is not None:
+        return len(visible)
     if shutil.which("nvidia-smi") is None:
         return 0
     listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60)
     return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
 
 
-def _visible(gpus: int) -> dict[str, Any]:
-    """submitit numbers GPUs from 0 unless it is given those CUDA_VISIBLE_DEVICES names."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+def gpu_numbers(gpus: int) -> tuple[int, ...]:
+    """Those that a job which wants `gpus` may take, as CUDA_VISIBLE_DEVICES has them; where it is unset none, and
+    submitit counts from 0. Raises `UserError` for names that are no numbers: submitit takes no others.
+    """
+    visible = _visible()
     if not gpus or visible is None:
-        return {}
-    try:
-        return {"visible_gpus": [int(device) for device in visible.split(",")]}
-    except ValueError:
-        raise UserError(f"CUDA_VISIBLE_DEVICES={visible}: local jobs need device numbers, such as 0,1") from None
+        return ()
+    if wrong := [name for name in visible if not name.isdecimal()]:
+        raise UserError(f"CUDA_VISIBLE_DEVICES: {wrong[0]}: local jobs need device numbers, such as 0,1")
+    return tuple(int(name) for name in visible)
+
+
+def _visible() -> list[str] | None:
+    """What CUDA_VISIBLE_DEVICES names, None where it is unset. CUDA reads it up to the first that is no device."""
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if listed is None:
+        return None
+    names = [name.strip() for name in listed.split(",")]
+    return list(itertools.takewhile(re.compile(r"\d+$|GPU-|MIG-").match, names))
 
 
 @contextmanager

@@ -9,6 +9,7 @@ Signals, records, the lock and requeueing are those of `launch.job`.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 import sys
@@ -19,17 +20,18 @@ if __name__ == "__main__":
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2, signal.SIGTERM})
 
 from launch.job import Job
-from launch.records import JobNote, Lock, make_job_folder, write_note
-from mtbert.config import load_config
+from launch.records import JobNote, Lock, make_job_folder, read_note, write_note
+from launch.submit import DEFAULT_CONFIG, check_resumable
+from mtbert.config import load_config, to_yaml
 from mtbert.errors import UserError
-from mtbert.runs import create_run
+from mtbert.runs import _independent, create_run, write_atomically
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m launch.rank", description="The job without submitit.")
     parser.add_argument("verb", choices=("make", "train"))
     parser.add_argument("run", type=Path)
-    parser.add_argument("--config", type=Path, default=Path("configs/quickstart.yaml"))
+    parser.add_argument("--config", type=Path, help=f"default: {DEFAULT_CONFIG}")
     parser.add_argument("--set", nargs="+", action="extend", default=[], dest="overrides")
     args = parser.parse_args()
     if "SLURM_JOB_ID" not in os.environ:
@@ -47,15 +49,32 @@ def main() -> int:
     return 0
 
 
-def make(run: Path, source: Path, overrides: list[str], token: str) -> None:
-    """The run folder, unless an earlier attempt of this job, or another job, has made it."""
-    if not (run / "config.yaml").exists():
-        config = load_config(source, [*overrides, f"run.dir={run.parent}", f"run.name={run.name}"])
-        create_run(config, str(source), ["sbatch", "slurm/train.sbatch"])
-    make_job_folder(run)
+def make(run: Path, source: Path | None, overrides: list[str], token: str) -> None:
+    """The run folder: a new one, or one that is there already, to be continued."""
     Lock(run, f"{token}-0").check()
+    if not (run / "config.yaml").exists():
+        source = source or DEFAULT_CONFIG
+        place = {"dir": str(run.parent), "name": run.name}
+        # quoted: overrides are YAML, in which 7 is a number
+        quoted = [f"run.{key}={json.dumps(text, ensure_ascii=False)}" for key, text in place.items()]
+        create_run(load_config(source, [*overrides, *quoted]), str(source), ["sbatch", "slurm/train.sbatch"])
+    elif not _begun(run, token):
+        if source is not None:
+            raise UserError(f"{run}: keeps the configuration it has; leave --config (CONFIG) out, or name a new folder")
+        check_resumable(run, overrides)
+        write_atomically(run / "config.yaml", to_yaml(_independent(load_config(run / "config.yaml", overrides))))
+    make_job_folder(run)
     nodes, tasks = int(os.environ["SLURM_JOB_NUM_NODES"]), int(os.environ["SLURM_NTASKS"])
-    write_note(run, JobNote("slurm", os.environ["SLURM_JOB_ID"], token, "", nodes, tasks // nodes))
+    gpus = "SLURM_JOB_GPUS" in os.environ or os.environ.get("SLURM_GPUS_ON_NODE", "0") != "0"
+    write_note(run, JobNote("slurm", os.environ["SLURM_JOB_ID"], token, "", nodes, tasks // nodes, gpus))
+
+
+def _begun(run: Path, token: str) -> bool:
+    """Whether this job has made its run folder before: it was requeued, with the same words as the first time."""
+    if os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
+        return True
+    note = read_note(run)
+    return note is not None and note.token == token
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import time
@@ -57,7 +58,7 @@ class JobNote:
             words.append(f"--{'gpus' if self.gpus else 'ranks'}-per-node {self.ranks_per_node}")
         if self.cluster == "local" and shutil.which("sbatch"):
             words.append("--local")
-        return " ".join([*words, f"--resume {run}"])
+        return " ".join([*words, f"--resume {shlex.quote(str(run))}"])
 
 
 @dataclass(frozen=True)

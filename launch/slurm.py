@@ -12,6 +12,7 @@ import io
 import re
 import secrets
 import shlex
+import socket
 import subprocess
 import sys
 import time
@@ -43,6 +44,7 @@ from launch.records import (
 )
 from launch.show import STOPPED, Tail, launcher_logs, report
 from mtbert.errors import UserError
+from mtbert.runs import alive
 
 GRACE_S = 90
 """Seconds before the time limit at which ranks are asked to save; half the limit where that is shorter."""
@@ -166,8 +168,14 @@ def _extra(words: Sequence[str]) -> dict[str, Any]:
 
 
 def _complaint(stderr: str) -> str:
-    lines = [line.removeprefix("sbatch: ").removeprefix("error: ") for line in stderr.splitlines() if line.strip()]
-    return f"sbatch refused the job: {'; '.join(lines)} (--local trains on this machine instead)"
+    return f"sbatch refused the job: {_told(stderr)} (--local trains on this machine instead)"
+
+
+def _told(stderr: str) -> str:
+    """What a command of Slurm complained of, in one line."""
+    return "; ".join(
+        re.sub(r"^(sbatch: |scancel: )?(error: )?", "", line) for line in stderr.splitlines() if line.strip()
+    )
 
 
 def minutes(text: str) -> int:
@@ -274,17 +282,33 @@ def queued(note: JobNote) -> bool:
 
 
 def cancel(run: Path, note: JobNote) -> str:
-    """Asks a job to save and end. Returns what was done, in words."""
+    """Asks a job to save and end. Returns what was done, in words. Raises `UserError` with scancel's complaint."""
     if note.cluster == "local":
+        if not _lives(run, note):
+            return f"local job {note.id} is over"
         stop_path(run, note.token).touch()
         return f"asked local job {note.id} to save and stop"
-    subprocess.run(["scancel", note.id], check=True)
+    try:
+        done = subprocess.run(["scancel", note.id], capture_output=True, text=True)
+    except FileNotFoundError:
+        raise UserError(f"cancel {run}: no scancel here; cancel job {note.id} where Slurm is") from None
+    if done.returncode:
+        raise UserError(f"cancel {run}: {_told(done.stderr) or f'scancel failed, exit code {done.returncode}'}")
     return f"cancelled job {note.id}; its ranks save if they can within the cluster's KillWait"
+
+
+def _lives(run: Path, note: JobNote) -> bool:
+    """Whether a local job runs. Until its ranks have the lock, or left an end, its process speaks for them."""
+    begun = note.host == socket.gethostname() and alive(int(note.id)) and last_end(run, note.token) is None
+    return begun or Lock(run, "-").holder() is not None
 
 
 def status_of(run: Path) -> tuple[str, ...]:
     """One row of the table `status` prints: run, job, state, step."""
-    note = read_note(run)
+    try:
+        note = read_note(run)
+    except UserError:
+        return str(run), "-", "damaged", "-"
     if note is None:
         return str(run), "-", "no job", "-"
     end = last_end(run, note.token)
@@ -294,6 +318,6 @@ def status_of(run: Path) -> tuple[str, ...]:
         if now.state not in (*OVER, "UNKNOWN"):
             return str(run), f"slurm {note.id}", _words(note, now).partition(": ")[2], step
         end = _end(run, note, now)
-    if note.cluster == "local" and Lock(run, "-").holder():
+    if note.cluster == "local" and _lives(run, note):
         return str(run), f"local {note.id}", "running", "-"
     return str(run), f"{note.cluster} {note.id}", end.status if end else "killed", step

@@ -21,12 +21,16 @@ if not __package__:  # started as a script: the checkout, not launch/, is where 
 from launch.records import ROOT, JobNote, Lock, make_job_folder, read_note, snapshot_code
 from mtbert.config import Config, load_config, to_yaml
 from mtbert.errors import UserError
-from mtbert.runs import check_run, create_run, discard_unstarted, user_path, write_atomically
+from mtbert.runs import _independent, check_run, create_run, discard_unstarted, user_path, write_atomically
 
 DEFAULT_CONFIG = Path("configs") / "quickstart.yaml"
 
 RESUMABLE = ("checkpoint.", "data.cache=", "data.dir=", "engine.threads=", "run.evaluate_every=", "run.log_every=")
 """What --set may change when a run is continued: nothing that would alter the model or the course of training."""
+
+OF_SLURM = (
+    "--partition", "--time", "--account", "--qos", "--constraint", "--exclude", "--mem", "--cpus-per-rank", "--slurm"
+)  # fmt: skip
 
 EPILOG = """
 status [RUN ...]   how jobs stand (default: all under runs/)
@@ -87,10 +91,15 @@ def main(arguments: list[str] | None = None) -> int:
     others = {"status": status, "cancel": cancel}
     if args.verb != "train" and args.verb not in others:
         parser().error(f"{args.verb}: expected an option, or one of train, {', '.join(others)}")
+    options = _options(words)
     try:
         if args.verb != "train":
+            _refuse(options, f"{args.verb} takes run folders and no options")
             return others[args.verb](args.runs)
+        if args.runs:
+            raise UserError(f"train {args.runs[0]}: --config takes a configuration, --resume a run folder to continue")
         if isinstance(args.follow, Path):
+            _refuse([name for name in options if name != "--follow"], "--follow RUN only watches a job")
             return follow_again(args.follow)
         return train(args, ["python", "launch/submit.py", *words])
     except UserError as error:
@@ -98,17 +107,36 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
 
 
+def _options(words: list[str]) -> list[str]:
+    """Those that were typed. No value begins so: argparse would have taken it for an option."""
+    return [word.partition("=")[0] for word in words if word.startswith("--")]
+
+
+def _refuse(options: list[str], why: str) -> None:
+    if options:
+        raise UserError(f"{why}; leave {', '.join(options)} out")
+
+
 def train(args: argparse.Namespace, command: list[str]) -> int:
     if args.ranks_per_node and args.gpus_per_node:
         raise UserError("--ranks-per-node is for CPUs; with --gpus-per-node there is one rank per GPU")
     if args.array and args.resume:
         raise UserError("--array makes new runs; continue each of them with --resume")
+    if args.time is not None:
+        from launch.slurm import minutes  # submitit takes a moment to import
+
+        minutes(args.time)
+    of_slurm = [option for option in _options(command) if option in OF_SLURM]
+    if args.local:
+        _refuse(of_slurm, "--local trains without Slurm")
     source = _source(args)
     values: list[str | None] = [*_array(args.array)] if args.array else [None]
     configs = [load_config(source, [*args.overrides, *([value] if value else [])]) for value in values]
     for config in configs:
         _check_files(config)
     if args.local or shutil.which("sbatch") is None:
+        if of_slurm:
+            print(f"not used, as there is no Slurm here: {', '.join(of_slurm)}", file=sys.stderr)
         return _here(args, source, configs, values, command)
     return _on_slurm(args, source, configs, values, command)
 
@@ -127,13 +155,18 @@ def _source(args: argparse.Namespace) -> Path:
     source: Path = args.resume / "config.yaml"
     if not source.is_file():
         raise UserError(f"--resume {args.resume}: no run folder, {source.name} is missing there")
-    check_run(args.resume)
-    if barred := [text for text in args.overrides if not text.startswith(RESUMABLE)]:
+    check_resumable(args.resume, args.overrides)
+    return source
+
+
+def check_resumable(run: Path, overrides: list[str]) -> None:
+    """Raises `UserError` where `run` cannot be continued, or not with these overrides."""
+    check_run(run)
+    if barred := [text for text in overrides if not text.startswith(RESUMABLE)]:
         raise UserError(
             f"--set {barred[0]}: a continued run keeps what it trains; only these can change: "
             f"{', '.join(key.rstrip('.=') for key in RESUMABLE)}"
         )
-    return source
 
 
 def _array(text: str) -> list[str]:
@@ -144,15 +177,20 @@ def _array(text: str) -> list[str]:
 
 
 def _check_files(config: Config) -> None:
-    folder = config.data.dir
-    if folder is None:
+    """As `mtbert.data.locate_file` finds them, without torch. Raises `UserError` for one that is missing."""
+    if config.data.generate is not None:
         return
-    if not user_path(folder).is_dir():
+    folder = config.data.dir
+    if folder is not None and not user_path(folder).is_dir():
         raise UserError(f"data.dir {folder}: no such folder")
     for name, task in config.tasks.items():
         for key, file in (("train", task.train), ("dev", task.dev)):
-            if file and not file.startswith("hub:") and not (path := user_path(folder) / file).is_file():
-                raise UserError(f"tasks.{name}.{key}: no file {path}")
+            if not file or file.startswith("hub:"):
+                continue
+            path = user_path(folder or ".") / user_path(file)
+            if not path.is_file():
+                unset = f" in {Path.cwd()}; data.dir is not set" if folder is None and not path.is_absolute() else ""
+                raise UserError(f"tasks.{name}.{key}: no file {path}{unset}")
 
 
 # ----------------------------------------------------------------------------------------- run folders
@@ -186,7 +224,7 @@ def _folders(
         run: Path = args.resume
         if holder := Lock(run, "-").holder():
             raise UserError(f"--resume {run}: a job is using this run folder ({holder})")
-        write_atomically(run / "config.yaml", to_yaml(configs[0]))
+        write_atomically(run / "config.yaml", to_yaml(_independent(configs[0])))
         make_job_folder(run)
         return run, [run]
     if not args.array:
@@ -221,14 +259,16 @@ def _folder_name(value: str) -> str:
 def _here(
     args: argparse.Namespace, source: Path, configs: list[Config], values: list[str | None], command: list[str]
 ) -> int:
-    from launch.local import gpus_here, run_here  # submitit takes a moment to import
+    from launch.local import gpu_numbers, gpus_here, run_here
     from launch.show import STOPPED, report
 
-    gpus = args.gpus_per_node or (0 if args.ranks_per_node else gpus_here() // args.nodes)
-    if gpus * args.nodes > gpus_here():
-        raise UserError(
-            f"--gpus-per-node {gpus}: {args.nodes} node(s) need {gpus * args.nodes}, here are {gpus_here()}"
-        )
+    here = gpus_here()
+    gpus = args.gpus_per_node or (0 if args.ranks_per_node else here // args.nodes)
+    if gpus * args.nodes > here:
+        raise UserError(f"--gpus-per-node {gpus}: {args.nodes} node(s) need {gpus * args.nodes}, here are {here}")
+    gpu_numbers(gpus)  # a mistake in CUDA_VISIBLE_DEVICES must not leave a run folder
+    if here and not gpus and not args.ranks_per_node:
+        print(f"{here} GPU(s) stay idle, fewer than the {args.nodes} nodes; --nodes 1 would use them", file=sys.stderr)
     ranks = gpus or args.ranks_per_node or 1
     why = "" if args.local else "no sbatch here, so "
     device = "GPU" if gpus else "CPU"
@@ -258,10 +298,8 @@ def _on_slurm(
 ) -> int:
     from launch import slurm
 
-    if args.time is not None:
-        slurm.minutes(args.time)
     if args.dry_run:
-        folder = args.resume or Path(configs[0].run.dir) / (configs[0].run.name or "RUN")
+        folder = args.resume or user_path(configs[0].run.dir) / (configs[0].run.name or "RUN")
         runs = [folder / _folder_name(value) for value in values if value] or [folder]
         print(slurm.script(args, f"mtbert-{folder.name}", folder, runs))
         _show_configurations(configs, values)

@@ -6,6 +6,7 @@ import math
 import os
 import pty
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -299,6 +300,12 @@ def test_notes_come_back_as_they_were(run: Path) -> None:
     assert not other.write(end)
     assert read_end(run, "token-2") == end and last_end(run, "token") == replace(end, step=None)
     assert {path.name for path in job_folder(run).iterdir()} == {"job.json", "token-2.end.json", "token-10.end.json"}
+
+
+def test_the_command_that_continues_a_run_can_be_pasted() -> None:
+    run = Path("runs/my run; it's 1")
+    command = JobNote("slurm", "7", "ab12", "", 2, 4, gpus=True).again(run)
+    assert shlex.split(command)[2:] == ["--nodes", "2", "--gpus-per-node", "4", "--resume", str(run)]
 
 
 def test_an_end_is_told_where_no_file_can_be_opened_and_no_room_is_left(run: Path) -> None:

@@ -14,8 +14,9 @@ from duties import Launch
 from fake_slurm import FakeSlurm
 
 from launch import records
-from launch.records import ROOT, read_end, slurm_state
+from launch.records import ROOT, read_end, read_note, slurm_state
 from launch.slurm import standing
+from mtbert.config import load_config
 from mtbert.errors import UserError
 
 DRIVER = f"""
@@ -133,10 +134,10 @@ def test_a_signal_during_the_imports_of_a_plain_batch_script(run: Path, slurm: F
 @pytest.mark.parametrize(
     ("words", "made"),
     [
-        ([], "runs/mtbert-7 --config configs/quickstart.yaml"),
-        (["runs/mine"], "runs/mine --config configs/quickstart.yaml"),
-        (["--set", "seed=1"], "runs/mtbert-7 --config configs/quickstart.yaml --set seed=1"),
-        (["runs/mine", "--set", "seed=1"], "runs/mine --config configs/quickstart.yaml --set seed=1"),
+        ([], "runs/mtbert-7"),
+        (["runs/mine"], "runs/mine"),
+        (["--set", "seed=1"], "runs/mtbert-7 --set seed=1"),
+        (["runs/mine", "--set", "seed=1"], "runs/mine --set seed=1"),
     ],
 )
 def test_the_batch_script_takes_options_for_no_run_folder(tmp_path: Path, words: list[str], made: str) -> None:
@@ -148,3 +149,58 @@ def test_the_batch_script_takes_options_for_no_run_folder(tmp_path: Path, words:
     environment = {"PATH": os.environ["PATH"], "SLURM_JOB_ID": "7"}
     done = subprocess.run(script, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, f"-m launch.rank make {made}\n"), done.stderr
+    environment["CONFIG"] = "my.yaml"
+    done = subprocess.run(script, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    run, *rest = made.split()
+    assert done.stdout.split()[3:] == [run, "--config", "my.yaml", *rest]
+
+
+def make(run: Path | str, *words: str, place: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """The first command of the batch script in slurm/, on two nodes."""
+    environment = {**os.environ, **VARIABLES, "SLURM_JOB_NUM_NODES": "2", "SLURM_NTASKS": "4", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, "-m", "launch.rank", "make", run, *words],
+        cwd=place, env={**environment, **variables}, capture_output=True, text=True,
+    )  # fmt: skip
+
+
+QUICKSTART = ("--config", str(ROOT / "configs" / "quickstart.yaml"))
+
+
+def test_a_plain_job_on_a_run_folder_that_is_there_refuses_what_would_be_ignored(tmp_path: Path) -> None:
+    """Not so when it is requeued: its batch script says again what it said at first."""
+    first = (*QUICKSTART, "--set", "seed=3")
+    assert make("runs/7", *first, place=tmp_path).returncode == 0
+    run = tmp_path / "runs" / "7"
+    before = (run / "config.yaml").read_text()
+    for words, told in (
+        (QUICKSTART, "error: runs/7: keeps the configuration it has; "),
+        (("--set", "seed=4"), "error: --set seed=4: a continued run keeps what it trains; "),
+    ):
+        done = make("runs/7", *words, place=tmp_path, SLURM_JOB_ID="8")
+        assert done.returncode == 2 and done.stderr.startswith(told) and done.stderr.count("\n") == 1
+    assert (note := read_note(run)) and note.id == "7" and (run / "config.yaml").read_text() == before
+
+    for again in ({"SLURM_RESTART_COUNT": "1"}, {}):
+        done = make("runs/7", *first, place=tmp_path, **again)
+        assert (done.returncode, done.stderr) == (0, "")
+    assert (run / "config.yaml").read_text() == before
+    done = make("runs/7", "--set", "checkpoint.keep=9", "data.cache=cache", place=tmp_path, SLURM_JOB_ID="8")
+    assert (done.returncode, done.stderr) == (0, "")
+    config = load_config(run / "config.yaml")
+    assert (config.seed, config.checkpoint.keep, config.data.cache) == (3, 9, str(tmp_path / "cache"))
+    assert (note := read_note(run)) and note.id == "8"
+
+
+@pytest.mark.parametrize(
+    ("variables", "gpus"), [({}, False), ({"SLURM_JOB_GPUS": "0"}, True), ({"SLURM_GPUS_ON_NODE": "2"}, True)]
+)
+def test_a_plain_job_is_continued_on_gpus_if_it_has_any(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], gpus: bool
+) -> None:
+    for name in ("SLURM_JOB_GPUS", "SLURM_GPUS_ON_NODE"):
+        monkeypatch.delenv(name, raising=False)
+    assert make("runs/null", *QUICKSTART, place=tmp_path, **variables).returncode == 0
+    run = tmp_path / "runs" / "null"
+    assert (note := read_note(run)) and note.gpus == gpus
+    assert f"--{'gpus' if gpus else 'ranks'}-per-node 2 " in note.again(run)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ import pytest
 import yaml
 from fake_slurm import FakeSlurm
 
-from launch.records import End, EndRecord
+from launch.records import End, EndRecord, JobNote, Lock, stop_path, write_note
 from mtbert.config import load_config
 from mtbert.runs import create_run
 
@@ -55,7 +56,10 @@ def test_torch_is_not_imported_to_submit() -> None:
     assert done.stdout == "False\n"
 
 
-def test_dry_run_shows_the_configuration_and_makes_nothing(config: Path, tmp_path: Path) -> None:
+def test_dry_run_shows_the_configuration_and_makes_nothing(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     done = submit("--nodes", "2", "--config", config, "--set", "seed=7", "--local", "--dry-run", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     first, _, rest = done.stdout.partition("\n")
@@ -106,15 +110,106 @@ def test_a_wrong_word_is_named_itself(arguments: list[str], told: str, tmp_path:
     assert done.stderr.splitlines()[-1].startswith(f"python launch/submit.py: error: {told}")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["train", "my.yaml"], "train my.yaml: --config takes a configuration, --resume a run folder to continue"),
+        (
+            ["--follow", "runs/x", "--resume=y", "--nodes", "1"],
+            "--follow RUN only watches a job; leave --resume, --nodes out",
+        ),
+        (["cancel", "runs/x", "--dry-run"], "cancel takes run folders and no options; leave --dry-run out"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(arguments: list[str], told: str, tmp_path: Path) -> None:
+    done = submit(*arguments, cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {told}\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("visible", "shape", "ranks"),
+    [
+        ("0,1", [], "1 node(s) × 2 GPU rank(s)"),
+        ("3,2,-1,0", [], "1 node(s) × 2 GPU rank(s)"),
+        ("-1", [], "1 node(s) × 1 CPU rank(s)"),
+        ("", [], "1 node(s) × 1 CPU rank(s)"),
+        ("0", ["--nodes", "2", "--ranks-per-node", "2"], "2 node(s) × 2 CPU rank(s)"),
+    ],
+)
+def test_gpus_are_those_cuda_would_see(
+    visible: str, shape: list[str], ranks: str, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    done = submit("--config", config, "--local", "--dry-run", *shape, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[0].endswith(f": {ranks}")
+
+
+def test_gpus_that_stay_idle_are_told(
+    config: Path, tmp_path: Path, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    slurm.does("nvidia-smi", "echo 'GPU 0: NVIDIA H200 (UUID: GPU-abc)'")
+    done = submit("--config", config, "--local", "--dry-run", "--nodes", "2", cwd=tmp_path)
+    assert "2 node(s) × 1 CPU rank(s)" in done.stdout
+    assert done.stderr == "1 GPU(s) stay idle, fewer than the 2 nodes; --nodes 1 would use them\n"
+
+
+@pytest.mark.parametrize("visible", ["GPU-5ebe9f43", "0,MIG-41b35"])
+def test_gpus_without_numbers_are_refused_before_there_is_a_run_folder(
+    visible: str, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    done = submit("--config", config, "--local", "--set", "run.name=mine", cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.endswith(f"{visible.split(',')[-1]}: local jobs need device numbers, such as 0,1\n")
+    assert list(tmp_path.iterdir()) == [config]
+
+
+def test_options_of_slurm_are_not_passed_over_in_silence(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["--time", "1:00:00", "--mem=8G", "--slurm", "exclusive"]
+    done = submit("--config", config, "--local", "--dry-run", *options, cwd=tmp_path)
+    told = "error: --local trains without Slurm; leave --time, --mem, --slurm out\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", told)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    done = submit("--config", config, "--dry-run", *options, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "not used, as there is no Slurm here: --time, --mem, --slurm\n")
+    done = submit("--config", config, "--dry-run", "--time", "soon", cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith("error: --time soon: not a time limit; ")
+
+
 def test_missing_data_are_named_before_anything_starts(config: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
     data.mkdir()
-    here = ["--config", config, "--local", "--set", "data.generate=null"]
+    here: list[str | Path] = ["--config", config, "--local", "--set", "data.generate=null"]
     done = submit(*here, f"data.dir={tmp_path / 'nowhere'}", cwd=tmp_path)
     assert done.stderr == f"error: data.dir {tmp_path / 'nowhere'}: no such folder\n"
     done = submit(*here, f"data.dir={data}", cwd=tmp_path)
     assert done.stderr == f"error: tasks.sst.train: no file {data / 'sst-train.csv'}\n"
+    done = submit(*here, cwd=tmp_path)
+    assert done.stderr == f"error: tasks.sst.train: no file sst-train.csv in {tmp_path}; data.dir is not set\n"
+    done = submit(*here, f"tasks.sst.train={data}/t.csv", cwd=tmp_path)
+    assert done.stderr == f"error: tasks.sst.train: no file {data}/t.csv\n"
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_tilde_is_the_home_folder(
+    config: Path, tmp_path: Path, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "t.csv").touch()
+    monkeypatch.setenv("HOME", str(home))
+    files = ["data.generate=null", "tasks.sst.train=~/t.csv", "tasks.sst.dev=~/t.csv"]
+    for more in ([], [f"data.dir={tmp_path}"]):
+        done = submit("--config", config, "--dry-run", "--set", "run.dir=~/runs", *files, *more, cwd=tmp_path)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert f"runs=({home}/runs/RUN)" in done.stdout
+    done = submit("--config", config, "--dry-run", "--set", *files, "tasks.sst.dev=~/d.csv", cwd=tmp_path)
+    assert done.stderr == f"error: tasks.sst.dev: no file {home}/d.csv\n"
 
 
 def test_a_continued_run_keeps_what_it_trains(config: Path, tmp_path: Path) -> None:
@@ -125,6 +220,18 @@ def test_a_continued_run_keeps_what_it_trains(config: Path, tmp_path: Path) -> N
     assert done.returncode == 2 and "optimizer.lr=1: a continued run keeps what it trains" in done.stderr
     done = submit("--resume", run, "--set", "checkpoint.keep=5", "--local", "--dry-run", cwd=tmp_path)
     assert done.returncode == 0 and "keep: 5" in done.stdout
+
+
+def test_a_continued_run_has_absolute_paths_as_a_new_one_has(config: Path, tmp_path: Path, slurm: FakeSlurm) -> None:
+    slurm.does("sbatch", "echo Submitted batch job 7")
+    run = create_run(load_config(config, ["data.generate=null", f"run.dir={tmp_path}"]), None, [])
+    data = tmp_path / "DATA"
+    data.mkdir()
+    for split in ("train", "dev"):
+        (data / f"sst-{split}.csv").touch()
+    done = submit("--resume", run, "--set", "data.dir=DATA", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert load_config(run / "config.yaml").data.dir == str(data)
 
 
 def test_a_taken_name_is_not_overwritten(config: Path, tmp_path: Path) -> None:
@@ -185,6 +292,60 @@ def test_a_preempted_job_that_slurm_cancelled_is_over(config: Path, tmp_path: Pa
     slurm.does("scontrol", "echo JobState=PREEMPTED Restarts=0")
     done = submit("status", "runs/mine", cwd=tmp_path)
     assert done.stdout.splitlines()[1].split() == ["runs/mine", "slurm", "7", "killed", "-"]
+
+
+def test_cancel_says_what_scancel_complains_of_in_one_line(run: Path, slurm: FakeSlurm) -> None:
+    write_note(run, JobNote("slurm", "7", "ab12", "", 2, 1))
+    slurm.does("scancel", "echo 'scancel: error: Kill job error on job id 7: Invalid job id specified' >&2; exit 1")
+    done = submit("cancel", run, cwd=run.parent)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"error: cancel {run}: Kill job error on job id 7: Invalid job id specified\n"
+    slurm.does("scancel", "exit 3")
+    assert submit("cancel", run, cwd=run.parent).stderr == f"error: cancel {run}: scancel failed, exit code 3\n"
+    slurm.does("scancel", "exit 0")
+    assert submit("cancel", run, cwd=run.parent).stdout.startswith("cancelled job 7; ")
+
+
+def test_cancel_where_there_is_no_slurm(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_note(run, JobNote("slurm", "7", "ab12", "", 2, 1))
+    monkeypatch.setenv("PATH", str(run))
+    done = submit("cancel", run, cwd=run.parent)
+    assert done.returncode == 2
+    assert done.stderr == f"error: cancel {run}: no scancel here; cancel job 7 where Slurm is\n"
+
+
+def test_a_local_job_that_is_over_is_not_asked_to_stop(run: Path) -> None:
+    """Nor told as running; one that has begun is, though no rank may have the lock yet."""
+    with subprocess.Popen(["sleep", "60"]) as job:
+        write_note(run, JobNote("local", str(job.pid), "ab12", socket.gethostname(), 2, 1))
+        begun = submit("status", run, cwd=run.parent)
+        job.kill()
+    assert "running" in begun.stdout
+    done = submit("cancel", run, cwd=run.parent)
+    assert (done.returncode, done.stdout) == (0, f"local job {job.pid} is over\n")
+    assert [path.name for path in (run / "job").iterdir()] == ["job.json"]
+    assert "killed" in submit("status", run, cwd=run.parent).stdout
+    Lock(run, "ab12-0").acquire()  # in the name of this process
+    done = submit("cancel", run, cwd=run.parent)
+    assert done.stdout == f"asked local job {job.pid} to save and stop\n"
+    assert stop_path(run, "ab12").exists()
+
+
+def test_a_damaged_note_hides_no_other_job(tmp_path: Path) -> None:
+    """Asked for that run, status says what to do."""
+    for name in ("a", "b"):
+        (tmp_path / "runs" / name / "job").mkdir(parents=True)
+    damaged = tmp_path / "runs" / "a" / "job" / "job.json"
+    damaged.write_text("{")
+    write_note(tmp_path / "runs" / "b", JobNote("local", "1", "ab12", "elsewhere", 2, 1))
+    done = submit("status", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [line.split() for line in done.stdout.splitlines()[1:]] == [
+        ["runs/a", "-", "damaged", "-"],
+        ["runs/b", "local", "1", "killed", "-"],
+    ]
+    done = submit("status", "runs/b", "runs/a", cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith("error: runs/a/job/job.json: not what a launcher wrote; ")
 
 
 def test_a_run_folder_from_a_newer_version_is_refused(config: Path, tmp_path: Path) -> None:

@@ -169,18 +169,17 @@ def test_a_run_folder_that_a_node_does_not_see(bench: Bench, node: str) -> None:
 def test_a_plain_batch_script_and_a_second_job_on_its_folder(bench: Bench) -> None:
     """The second job refuses; when the first is killed and leaves its lock, a third one takes the folder over."""
     (bench.place / ".venv").symlink_to(Path(sys.prefix))
-    variables = {**os.environ, "CONFIG": "tiny.yaml", "PYTHONPATH": str(ROOT)}
 
-    def sbatch() -> subprocess.Popen[bytes]:
+    def sbatch(**variables: str) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
             ["sbatch", "--wait", ROOT / "slurm" / "train.sbatch", "runs/plain"],
             cwd=bench.place,
-            env=variables,
+            env={**os.environ, "PYTHONPATH": str(ROOT), **variables},
             stdout=subprocess.DEVNULL,
         )
 
     run = Trained(bench.place / "runs" / "plain")
-    first = sbatch()
+    first = sbatch(CONFIG="tiny.yaml")
     with run.held_at(30) as pids:
         job = run.job
         second = sbatch()
