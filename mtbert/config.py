@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic_core import PydanticCustomError
 
 from mtbert.errors import UserError
-from mtbert.yaml_files import dump_yaml, merge, parse_override, read_yaml
+from mtbert.yaml_files import dump_yaml, merge, parse_override, read_layers
 
 ENCODER = "encoder"  # what the shared part of the model is called among parts
 
@@ -592,20 +592,39 @@ def load_config(path: str | Path | None, overrides: list[str] | tuple[str, ...] 
 
     A task set to null is left out. Raises `UserError` naming the key and the nearest valid one.
     """
-    return config_of(read_yaml(Path(path)) if path is not None else {}, overrides, str(path or "configuration"))
+    return _laid(read_layers(Path(path)) if path is not None else [], overrides, str(path or "configuration"))
 
 
 def config_of(values: Mapping[str, Any], overrides: Sequence[str] = (), where: str = "configuration") -> Config:
     """The same from nested dictionaries; `where` begins the message of what is wrong with them."""
-    merged = dict(values)
-    for text in overrides:
-        merged = merge(merged, parse_override(text))
+    return _laid([dict(values)], overrides, where)
+
+
+def _laid(layers: Iterable[dict[str, Any]], overrides: Iterable[str], where: str) -> Config:
+    merged: dict[str, Any] = {}
+    for layer in (*layers, *map(parse_override, overrides)):
+        _check_left_out(merged.get("tasks"), layer.get("tasks"), where)
+        merged = merge(merged, layer)
     if isinstance(merged.get("tasks"), dict):
         merged["tasks"] = {name: task for name, task in merged["tasks"].items() if task is not None}
     try:
         return Config.model_validate(merged)
     except ValidationError as error:
         raise UserError(f"{where}: {_explain(error)}") from None
+
+
+def _check_left_out(under: Any, over: Any, where: str) -> None:
+    """A misspelt name set to null would leave the task in that was meant."""
+    known = under if isinstance(under, dict) else {}
+    for name, task in over.items() if isinstance(over, dict) else ():
+        if task is None and name not in known:
+            there = [str(other) for other, value in known.items() if value is not None]
+            near = difflib.get_close_matches(str(name), there, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise UserError(
+                f"{where}: tasks.{name}: null leaves a task out, but nothing before defines this one; "
+                f"{hint}tasks there are: {', '.join(there) or 'none'}"
+            )
 
 
 _INSTEAD = {

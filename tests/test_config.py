@@ -87,6 +87,26 @@ def test_a_task_set_to_null_is_left_out(tmp_path: Path) -> None:
     assert "at least one task" in error(QUICKSTART, "tasks.sst=", "tasks.para=", "tasks.sts=")
 
 
+def test_null_for_a_task_that_nothing_defines_is_refused(tmp_path: Path) -> None:
+    """Else the task that was meant would be trained."""
+    told = "tasks.stss: null leaves a task out, but nothing before defines this one; "
+    assert f"{told}did you mean 'sts'? tasks there are: sst, para, sts" in error(QUICKSTART, "tasks.stss=null")
+    assert error(QUICKSTART, "tasks.sts=null", "tasks.new=").endswith("this one; tasks there are: sst, para")
+    over = write(tmp_path / "over.yaml", {"base": str(QUICKSTART), "tasks": {"stss": None}})
+    assert error(over).startswith(f"{over}: {told}did you mean 'sts'?")
+    assert f"{told}did you mean 'sts'?" in error(write(tmp_path / "top.yaml", {"base": "over.yaml", "seed": 1}))
+    alone = write(tmp_path / "alone.yaml", {"tasks": {**MINIMAL["tasks"], "stss": None}})
+    assert error(alone).endswith(f"{told}tasks there are: none")
+
+
+def test_a_task_left_out_can_be_left_out_again_or_brought_back(tmp_path: Path) -> None:
+    middle = {"base": str(QUICKSTART), "tasks": {"sts": None}}
+    write(tmp_path / "middle.yaml", middle)
+    top = write(tmp_path / "top.yaml", {"base": "middle.yaml", "tasks": {"sts": None}})
+    assert list(load_config(top, ["tasks.sts=null"]).tasks) == ["sst", "para"]
+    assert "sst" in load_config(top, ["tasks.sst=null", f"tasks.sst={json.dumps(MINIMAL['tasks']['sst'])}"]).tasks
+
+
 @pytest.mark.parametrize(
     ("written", "number"), [("3e-4", 3e-4), ("3E-4", 3e-4), ("3.0e-4", 3e-4), ("1_0e1", 100.0), ("+2e+1", 20.0)]
 )
