@@ -221,6 +221,11 @@ class TaskConfig(Section):
         return self.metric or _METRICS_OF[self.kind][0]
 
     @property
+    def head_has_parameters(self) -> bool:
+        """A layer that it shares is none of its own."""
+        return self.head.kind not in _COSINE_HEADS or bool(self.head.hidden)
+
+    @property
     def ranking(self) -> MnrlConfig | None:
         """How texts are ranked within a batch; None if they are not."""
         return self.mnrl or (MnrlConfig() if self.loss_kind == "mnrl" else None)
@@ -238,6 +243,8 @@ class TaskConfig(Section):
         ):
             if value not in valid:
                 raise ValueError(f"{key} {value!r} does not fit kind {self.kind}; valid: {', '.join(valid)}")
+        _belongs(self, "classes", "classification", "pair_classification")
+        _belongs(self, "range", "pair_regression")
         if self.dev is None and self.kind != "triplets":
             raise ValueError("dev: missing; only triplets can do without a development file")
         if self.kind == "pair_classification" and self.loss_kind != "cross_entropy" and self.classes != 2:
@@ -246,6 +253,8 @@ class TaskConfig(Section):
             raise ValueError(f"range {list(self.range)} is upside down; give [lowest, highest]")
         if self.kind == "pair_regression" and self.head.kind in _COSINE_HEADS and self.range[1] <= 0:
             raise ValueError(f"head.kind {self.head.kind!r} answers up to the highest label, which must be above 0")
+        if self.head.lr is not None and not self.head_has_parameters:
+            raise ValueError(f"head.lr: a {self.head.kind} head without hidden layers has no parameters; leave it out")
         self._loss_fits_head()
         self._ranking_fits()
         return self
@@ -320,11 +329,17 @@ class ScheduleConfig(Section):
             raise ValueError("length unbalanced belongs to kind round_robin")
         if self.anneal > self.alpha:
             raise ValueError(f"anneal {self.anneal} would take alpha {self.alpha} below 0")
-        if self.anneal and self.kind != "sampled":
-            raise ValueError("anneal belongs to kind sampled")
-        if self.targets and self.kind != "adaptive":
-            raise ValueError("targets belong to kind adaptive")
+        _belongs(self, "anneal", "sampled")
+        _belongs(self, "targets", "adaptive")
+        for key in ("alpha", "tasks_per_step"):
+            _belongs(self, key, "sampled", "adaptive")
         return self
+
+
+def _belongs(section: TaskConfig | ScheduleConfig, key: str, *kinds: str) -> None:
+    """Refuses a value that would do nothing. The default is let through: a configuration written out has every key."""
+    if section.kind not in kinds and getattr(section, key) != type(section).model_fields[key].default:
+        raise ValueError(f"{key} belongs to kind {' and '.join(kinds)}, not {section.kind}; leave it out")
 
 
 class Milestones(Section):
@@ -561,7 +576,7 @@ class Config(Section):
         """Parts of the model that have parameters → the tasks that use them."""
         users = {ENCODER: list(self.tasks)}
         for name, task in self.tasks.items():
-            if task.head.kind not in _COSINE_HEADS or task.head.hidden:
+            if task.head_has_parameters:
                 users[name] = [name]
         for layer in self.shared_layers:
             users[layer] = [name for name, task in self.tasks.items() if task.head.shared == layer]

@@ -144,6 +144,13 @@ def test_without_a_file_there_are_the_defaults_and_the_overrides() -> None:
     )
 
 
+@pytest.mark.parametrize("kind", ["sampled", "adaptive"])
+def test_keys_that_act_are_taken(minimal: Path, kind: str) -> None:
+    hidden = [COSINE, "tasks.c.head={hidden: [3], lr: 0.1}", "tasks.c.range=[0, 9]", "tasks.sst.classes=7"]
+    schedule = f"schedule={{kind: {kind}, alpha: 0.3, tasks_per_step: 4}}"
+    assert load_config(minimal, [*hidden, schedule]).schedule.tasks_per_step == 4
+
+
 def test_what_kinds_take_by_default() -> None:
     tasks = load_config(QUICKSTART).tasks
     assert [(task.texts, task.loss_kind, task.metric_kind) for task in tasks.values()] == [
@@ -275,6 +282,21 @@ REGRESSION = "tasks.r={kind: pair_regression, train: a, dev: b, columns: {text: 
         ),
         ([REGRESSION, "tasks.r.loss=mnrl"], "loss mnrl does not fit head.kind 'joint'; valid: head.kind cosine"),
         ([REGRESSION, "tasks.r.margin=0.1"], "tasks.r: margin belongs to loss cosine_embedding, not mse"),
+        # what would do nothing
+        ([REGRESSION, "tasks.r.classes=7"], "tasks.r: classes belongs to kind classification and pair_classification,"),
+        (
+            [TRIPLETS, "tasks.t.classes=3"],
+            "tasks.t: classes belongs to kind classification and pair_classification, no",
+        ),
+        (["tasks.sst.range=[0, 9]"], "tasks.sst: range belongs to kind pair_regression, not classification; leave it"),
+        (["schedule.alpha=0.3"], "schedule: alpha belongs to kind sampled and adaptive, not round_robin; leave it out"),
+        (
+            ["schedule={kind: sequential, tasks_per_step: 4}"],
+            "schedule: tasks_per_step belongs to kind sampled and adaptive, not sequential; leave it out",
+        ),
+        (["schedule={kind: adaptive, anneal: 0.5}"], "schedule: anneal belongs to kind sampled, not adaptive; leave"),
+        (["schedule.targets={sst: 0.5}"], "schedule: targets belongs to kind adaptive, not round_robin; leave it out"),
+        ([COSINE, "tasks.c.head.lr=0.1"], "tasks.c: head.lr: a cosine head without hidden layers has no parameters;"),
         (
             [COSINE, "tasks.c.loss=cosine_embedding", "tasks.c.head.scale=5"],
             "tasks.c: loss cosine_embedding works on plain cosines; leave head.scale out",
