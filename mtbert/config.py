@@ -10,7 +10,7 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
@@ -652,11 +652,13 @@ _INSTEAD = {
 }
 """What users are told where pydantic would speak of its own classes."""
 
+_DECAY = "expected constant, linear, cosine or steps such as {milestones: [5, 25], gamma: 0.7}"
 _UNIONS = {
-    "length": "expected shortest, longest, unbalanced or a number of steps from 1 on",
-    "decay": "expected constant, linear, cosine or steps such as {milestones: [5, 25], gamma: 0.7}",
-    "trainable": "expected all, heads or a list of parts such as [encoder, sst]",
-    "lr_scale": "expected a number above 0, or one for each part such as {encoder: 0.5}",
+    ("schedule", "length"): "expected shortest, longest, unbalanced or a number of steps from 1 on",
+    ("optimizer", "decay"): _DECAY,
+    ("phases", "[]", "decay"): _DECAY,
+    ("phases", "[]", "trainable"): "expected all, heads or a list of parts such as [encoder, sst]",
+    ("phases", "[]", "lr_scale"): "expected a number above 0, or one for each part such as {encoder: 0.5}",
 }
 """Keys of several types: pydantic adds each type's name, and complains of each."""
 
@@ -672,9 +674,12 @@ def _explain(error: ValidationError) -> str:
     message = _INSTEAD.get(first["type"]) or first["msg"].removeprefix("Value error, ")
     given = first.get("input")
     shown = f" (got {given!r})" if isinstance(given, str | int | float | bool | type(None)) else ""
-    for union, wanted in _UNIONS.items():
-        if union in parts:
-            return f"{'.'.join(parts[: parts.index(union) + 1])}: {wanted}{shown}"
+    places = tuple("[]" if isinstance(part, int) else part for part in first["loc"])
+    union = next((path for path in _UNIONS if places[: len(path)] == path), ())
+    if union and first["type"] != "extra_forbidden":
+        return f"{'.'.join(parts[: len(union)])}: {_UNIONS[union]}{shown}"
+    if union:
+        del parts[len(union)]  # the name of the type
     key = ".".join(parts)
     if first["type"] == "extra_forbidden":
         valid = _valid_keys(parts[:-1])
@@ -690,11 +695,14 @@ def _explain(error: ValidationError) -> str:
 
 
 def _valid_keys(parents: list[str]) -> list[str]:
-    """Names valid under a dotted location of `Config`; a list's index or a task's name passes through."""
+    """Names valid under a dotted location of `Config`."""
     section: type[Section] = Config
-    for part in parents:
-        if part in section.model_fields:
-            section = _section(section.model_fields[part].annotation) or section
+    names = iter(parents)
+    for name in names:
+        annotation = section.model_fields[name].annotation
+        section = _section(annotation) or section
+        if get_origin(annotation) in (dict, list):
+            next(names, None)  # a task's or a layer's, which may be that of a key; or an index
     return list(section.model_fields)
 
 

@@ -208,7 +208,19 @@ REGRESSION = "tasks.r={kind: pair_regression, train: a, dev: b, columns: {text: 
         (["data.generate={sed: 3}"], "data.generate.sed: unknown key; did you mean 'seed'?"),
         (["encoder.shape={layer: 3}"], "encoder.shape.layer: unknown key; did you mean 'layers'?"),
         (["tasks.new={knd: classification}"], "tasks.new.knd: unknown key; did you mean 'kind'?"),
+        (["optimizer.decay={milestones: [5], gama: 0.7}"], "optimizer.decay.gama: unknown key; did you mean 'gamma'?"),
+        (
+            ["phases=[{epochs: 1, decay: {milestone: [5], gamma: 0.7}}]"],
+            "phases.0.decay.milestone: unknown key; did you mean 'milestones'?",
+        ),
+        # tasks called like keys
+        (["tasks.length={kind: foo}"], "tasks.length.kind: input should be 'classification'"),
+        (["tasks.decay={kind: classification}"], "tasks.decay.train: missing; it has no default"),
+        (["tasks.columns={tran: a}"], "tasks.columns.tran: unknown key; did you mean 'train'?"),
         # wrong types
+        (["optimizer.decay={milestones: [5]}"], "optimizer.decay: expected constant, linear, cosine or steps such as"),
+        (["phases=[{epochs: 1, decay: fast}]"], "phases.0.decay: expected constant, linear, cosine or steps such as {"),
+        (["phases=[{epochs: 1, trainable: 3}]"], "phases.0.trainable: expected all, heads or a list of parts such as"),
         (["optimizer.lr=fast"], "optimizer.lr: input should be a valid number, unable to parse"),
         (["optimizer.lr=[1]"], "optimizer.lr: input should be a valid number"),
         (["seed=1.5"], "seed: input should be a valid integer, got a number with a fractional part (got 1.5)"),
