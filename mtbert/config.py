@@ -714,8 +714,14 @@ def _section(annotation: Any) -> type[Section] | None:
 
 
 def schema() -> dict[str, Any]:
-    """JSON schema of the configuration, for editors."""
+    """JSON schema of a configuration file, for editors. No key is required of it: its `base` may bring every one."""
     schema: dict[str, Any] = Config.model_json_schema()
+    meaning = "YAML file that this one is laid over, relative to it"
+    schema["properties"]["base"] = {"anyOf": [{"type": "string"}, {"type": "null"}], "description": meaning}
+    tasks = schema["properties"]["tasks"]
+    tasks["additionalProperties"] = {"anyOf": [tasks["additionalProperties"], {"type": "null"}]}
+    for section in (schema, *schema["$defs"].values()):
+        section.pop("required", None)
     return schema
 
 
