@@ -7,6 +7,7 @@ Every key carries its meaning in `description`; `docs/configuration.md` is gener
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -229,6 +230,19 @@ class TaskConfig(Section):
     def ranking(self) -> MnrlConfig | None:
         """How texts are ranked within a batch; None if they are not."""
         return self.mnrl or (MnrlConfig() if self.loss_kind == "mnrl" else None)
+
+    def number_of(self, label: Any) -> float:
+        """A label as it is learnt. Raises `ValueError` if it is none of the task's."""
+        regression = self.kind == "pair_regression"
+        low, high = self.range if regression else (0, self.classes - 1)
+        try:
+            number = float(label)
+        except (TypeError, ValueError, OverflowError):  # OverflowError: of an integer that is no float
+            number = math.nan
+        if low <= number <= high and (regression or number.is_integer()):
+            return number
+        right = f"a number from {low:g} to {high:g}" if regression else f"a class from 0 to {high}"
+        raise ValueError(f"{label!r} is not {right}")
 
     @model_validator(mode="after")
     def _consistent(self) -> TaskConfig:
