@@ -208,7 +208,9 @@ def _train(options: argparse.Namespace) -> int:
     except (UserError, KeyboardInterrupt) as error:
         if not options.resume:
             discard_unstarted(folder)
-        if isinstance(error, KeyboardInterrupt) and folder.is_dir():
+        from mtbert.manifest import folders
+
+        if folders(folder) or (isinstance(error, KeyboardInterrupt) and folder.is_dir()):
             print(_continue(folder), file=sys.stderr)
         raise
     if options.json:
