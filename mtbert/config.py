@@ -329,7 +329,9 @@ class ScheduleConfig(Section):
         ge=0,
         description="sampled: alpha falls linearly by this much from the first epoch to the last (PALs: 0.8)",
     )
-    tasks_per_step: int = Field(1, ge=1, description="sampled, adaptive: draws per step")
+    tasks_per_step: int = Field(
+        1, ge=1, description="sampled, adaptive: draws per step; with 1 a step has one task, and surgery nothing to do"
+    )
     batch_size: int = Field(32, ge=1, description="examples per task and step, over all ranks and micro-batches")
     bucket: int = Field(
         64, ge=1, description="batches sorted by length together: larger wastes less, 1 is a plain shuffle"
