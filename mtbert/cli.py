@@ -147,7 +147,9 @@ def _add_checkpoint(commands: Any) -> None:
 def _add_data(commands: Any) -> None:
     command = commands.add_parser("data", help="look at data files, or fetch the three of the examples")
     verbs = command.add_subparsers(required=True, metavar="verb")
-    verb = verbs.add_parser("check", help="rows, labels, lengths, duplicates, overlaps, rows left out")
+    verb = verbs.add_parser(
+        "check", help="rows, labels, lengths, duplicates, overlaps, rows left out; exit code 1: wrong labels"
+    )
     verb.add_argument("files", metavar="FILE", nargs="*", help="files to look at; or --config")
     verb.add_argument("--text", nargs="+", metavar="COLUMN", help="default: by the usual names")
     verb.add_argument("--label", metavar="COLUMN", help="default: by the usual names")
@@ -208,7 +210,9 @@ def _train(options: argparse.Namespace) -> int:
     except (UserError, KeyboardInterrupt) as error:
         if not options.resume:
             discard_unstarted(folder)
-        if isinstance(error, KeyboardInterrupt) and folder.is_dir():
+        from mtbert.manifest import folders
+
+        if folders(folder) or (isinstance(error, KeyboardInterrupt) and folder.is_dir()):
             print(_continue(folder), file=sys.stderr)
         raise
     if options.json:
@@ -372,8 +376,12 @@ def _check(options: argparse.Namespace) -> int:
     from mtbert.datasets import as_json, as_text, check, wanted_by, wanted_files
 
     wanted = wanted_files(options.files, options.text, options.label) if options.files else wanted_by(_config(options))
-    print((as_json if options.json else as_text)(*check(wanted)), end="")
-    return 0
+    found, overlaps = check(wanted)
+    print((as_json if options.json else as_text)(found, overlaps), end="")
+    refused = [f"{each.file} {each.refusals[0]}" for each in found if each.refused]
+    for first in refused:
+        print(f"mtbert: {first}", file=sys.stderr)
+    return int(bool(refused))
 
 
 def _fetch(options: argparse.Namespace) -> int:

@@ -7,16 +7,17 @@ Every key carries its meaning in `description`; `docs/configuration.md` is gener
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from mtbert.errors import UserError
-from mtbert.yaml_files import dump_yaml, merge, parse_override, read_yaml
+from mtbert.yaml_files import dump_yaml, merge, parse_override, read_layers
 
 ENCODER = "encoder"  # what the shared part of the model is called among parts
 
@@ -221,9 +222,27 @@ class TaskConfig(Section):
         return self.metric or _METRICS_OF[self.kind][0]
 
     @property
+    def head_has_parameters(self) -> bool:
+        """A layer that it shares is none of its own."""
+        return self.head.kind not in _COSINE_HEADS or bool(self.head.hidden)
+
+    @property
     def ranking(self) -> MnrlConfig | None:
         """How texts are ranked within a batch; None if they are not."""
         return self.mnrl or (MnrlConfig() if self.loss_kind == "mnrl" else None)
+
+    def number_of(self, label: Any) -> float:
+        """A label as it is learnt. Raises `ValueError` if it is none of the task's."""
+        regression = self.kind == "pair_regression"
+        low, high = self.range if regression else (0, self.classes - 1)
+        try:
+            number = float(label)
+        except (TypeError, ValueError, OverflowError):  # OverflowError: of an integer that is no float
+            number = math.nan
+        if low <= number <= high and (regression or number.is_integer()):
+            return number
+        right = f"a number from {low:g} to {high:g}" if regression else f"a class from 0 to {high}"
+        raise ValueError(f"{label!r} is not {right}")
 
     @model_validator(mode="after")
     def _consistent(self) -> TaskConfig:
@@ -238,6 +257,8 @@ class TaskConfig(Section):
         ):
             if value not in valid:
                 raise ValueError(f"{key} {value!r} does not fit kind {self.kind}; valid: {', '.join(valid)}")
+        _belongs(self, "classes", "classification", "pair_classification")
+        _belongs(self, "range", "pair_regression")
         if self.dev is None and self.kind != "triplets":
             raise ValueError("dev: missing; only triplets can do without a development file")
         if self.kind == "pair_classification" and self.loss_kind != "cross_entropy" and self.classes != 2:
@@ -246,6 +267,8 @@ class TaskConfig(Section):
             raise ValueError(f"range {list(self.range)} is upside down; give [lowest, highest]")
         if self.kind == "pair_regression" and self.head.kind in _COSINE_HEADS and self.range[1] <= 0:
             raise ValueError(f"head.kind {self.head.kind!r} answers up to the highest label, which must be above 0")
+        if self.head.lr is not None and not self.head_has_parameters:
+            raise ValueError(f"head.lr: a {self.head.kind} head without hidden layers has no parameters; leave it out")
         self._loss_fits_head()
         self._ranking_fits()
         return self
@@ -306,7 +329,9 @@ class ScheduleConfig(Section):
         ge=0,
         description="sampled: alpha falls linearly by this much from the first epoch to the last (PALs: 0.8)",
     )
-    tasks_per_step: int = Field(1, ge=1, description="sampled, adaptive: draws per step")
+    tasks_per_step: int = Field(
+        1, ge=1, description="sampled, adaptive: draws per step; with 1 a step has one task, and surgery nothing to do"
+    )
     batch_size: int = Field(32, ge=1, description="examples per task and step, over all ranks and micro-batches")
     bucket: int = Field(
         64, ge=1, description="batches sorted by length together: larger wastes less, 1 is a plain shuffle"
@@ -320,11 +345,17 @@ class ScheduleConfig(Section):
             raise ValueError("length unbalanced belongs to kind round_robin")
         if self.anneal > self.alpha:
             raise ValueError(f"anneal {self.anneal} would take alpha {self.alpha} below 0")
-        if self.anneal and self.kind != "sampled":
-            raise ValueError("anneal belongs to kind sampled")
-        if self.targets and self.kind != "adaptive":
-            raise ValueError("targets belong to kind adaptive")
+        _belongs(self, "anneal", "sampled")
+        _belongs(self, "targets", "adaptive")
+        for key in ("alpha", "tasks_per_step"):
+            _belongs(self, key, "sampled", "adaptive")
         return self
+
+
+def _belongs(section: TaskConfig | ScheduleConfig, key: str, *kinds: str) -> None:
+    """Refuses a value that would do nothing. The default is let through: a configuration written out has every key."""
+    if section.kind not in kinds and getattr(section, key) != type(section).model_fields[key].default:
+        raise ValueError(f"{key} belongs to kind {' and '.join(kinds)}, not {section.kind}; leave it out")
 
 
 class Milestones(Section):
@@ -561,7 +592,7 @@ class Config(Section):
         """Parts of the model that have parameters → the tasks that use them."""
         users = {ENCODER: list(self.tasks)}
         for name, task in self.tasks.items():
-            if task.head.kind not in _COSINE_HEADS or task.head.hidden:
+            if task.head_has_parameters:
                 users[name] = [name]
         for layer in self.shared_layers:
             users[layer] = [name for name, task in self.tasks.items() if task.head.shared == layer]
@@ -592,20 +623,39 @@ def load_config(path: str | Path | None, overrides: list[str] | tuple[str, ...] 
 
     A task set to null is left out. Raises `UserError` naming the key and the nearest valid one.
     """
-    return config_of(read_yaml(Path(path)) if path is not None else {}, overrides, str(path or "configuration"))
+    return _laid(read_layers(Path(path)) if path is not None else [], overrides, str(path or "configuration"))
 
 
 def config_of(values: Mapping[str, Any], overrides: Sequence[str] = (), where: str = "configuration") -> Config:
     """The same from nested dictionaries; `where` begins the message of what is wrong with them."""
-    merged = dict(values)
-    for text in overrides:
-        merged = merge(merged, parse_override(text))
+    return _laid([dict(values)], overrides, where)
+
+
+def _laid(layers: Iterable[dict[str, Any]], overrides: Iterable[str], where: str) -> Config:
+    merged: dict[str, Any] = {}
+    for layer in (*layers, *map(parse_override, overrides)):
+        _check_left_out(merged.get("tasks"), layer.get("tasks"), where)
+        merged = merge(merged, layer)
     if isinstance(merged.get("tasks"), dict):
         merged["tasks"] = {name: task for name, task in merged["tasks"].items() if task is not None}
     try:
         return Config.model_validate(merged)
     except ValidationError as error:
         raise UserError(f"{where}: {_explain(error)}") from None
+
+
+def _check_left_out(under: Any, over: Any, where: str) -> None:
+    """A misspelt name set to null would leave the task in that was meant."""
+    known = under if isinstance(under, dict) else {}
+    for name, task in over.items() if isinstance(over, dict) else ():
+        if task is None and name not in known:
+            there = [str(other) for other, value in known.items() if value is not None]
+            near = difflib.get_close_matches(str(name), there, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise UserError(
+                f"{where}: tasks.{name}: null leaves a task out, but nothing before defines this one; "
+                f"{hint}tasks there are: {', '.join(there) or 'none'}"
+            )
 
 
 _INSTEAD = {
@@ -618,11 +668,13 @@ _INSTEAD = {
 }
 """What users are told where pydantic would speak of its own classes."""
 
+_DECAY = "expected constant, linear, cosine or steps such as {milestones: [5, 25], gamma: 0.7}"
 _UNIONS = {
-    "length": "expected shortest, longest, unbalanced or a number of steps from 1 on",
-    "decay": "expected constant, linear, cosine or steps such as {milestones: [5, 25], gamma: 0.7}",
-    "trainable": "expected all, heads or a list of parts such as [encoder, sst]",
-    "lr_scale": "expected a number above 0, or one for each part such as {encoder: 0.5}",
+    ("schedule", "length"): "expected shortest, longest, unbalanced or a number of steps from 1 on",
+    ("optimizer", "decay"): _DECAY,
+    ("phases", "[]", "decay"): _DECAY,
+    ("phases", "[]", "trainable"): "expected all, heads or a list of parts such as [encoder, sst]",
+    ("phases", "[]", "lr_scale"): "expected a number above 0, or one for each part such as {encoder: 0.5}",
 }
 """Keys of several types: pydantic adds each type's name, and complains of each."""
 
@@ -638,9 +690,12 @@ def _explain(error: ValidationError) -> str:
     message = _INSTEAD.get(first["type"]) or first["msg"].removeprefix("Value error, ")
     given = first.get("input")
     shown = f" (got {given!r})" if isinstance(given, str | int | float | bool | type(None)) else ""
-    for union, wanted in _UNIONS.items():
-        if union in parts:
-            return f"{'.'.join(parts[: parts.index(union) + 1])}: {wanted}{shown}"
+    places = tuple("[]" if isinstance(part, int) else part for part in first["loc"])
+    union = next((path for path in _UNIONS if places[: len(path)] == path), ())
+    if union and first["type"] != "extra_forbidden":
+        return f"{'.'.join(parts[: len(union)])}: {_UNIONS[union]}{shown}"
+    if union:
+        del parts[len(union)]  # the name of the type
     key = ".".join(parts)
     if first["type"] == "extra_forbidden":
         valid = _valid_keys(parts[:-1])
@@ -656,11 +711,14 @@ def _explain(error: ValidationError) -> str:
 
 
 def _valid_keys(parents: list[str]) -> list[str]:
-    """Names valid under a dotted location of `Config`; a list's index or a task's name passes through."""
+    """Names valid under a dotted location of `Config`."""
     section: type[Section] = Config
-    for part in parents:
-        if part in section.model_fields:
-            section = _section(section.model_fields[part].annotation) or section
+    names = iter(parents)
+    for name in names:
+        annotation = section.model_fields[name].annotation
+        section = _section(annotation) or section
+        if get_origin(annotation) in (dict, list):
+            next(names, None)  # a task's or a layer's, which may be that of a key; or an index
     return list(section.model_fields)
 
 
@@ -672,8 +730,14 @@ def _section(annotation: Any) -> type[Section] | None:
 
 
 def schema() -> dict[str, Any]:
-    """JSON schema of the configuration, for editors."""
+    """JSON schema of a configuration file, for editors. No key is required of it: its `base` may bring every one."""
     schema: dict[str, Any] = Config.model_json_schema()
+    meaning = "YAML file that this one is laid over, relative to it"
+    schema["properties"]["base"] = {"anyOf": [{"type": "string"}, {"type": "null"}], "description": meaning}
+    tasks = schema["properties"]["tasks"]
+    tasks["additionalProperties"] = {"anyOf": [tasks["additionalProperties"], {"type": "null"}]}
+    for section in (schema, *schema["$defs"].values()):
+        section.pop("required", None)
     return schema
 
 

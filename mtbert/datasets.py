@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mtbert.config import Config
+from mtbert.config import Config, TaskConfig
 from mtbert.data import locate_file
 from mtbert.errors import UserError
 from mtbert.pretrained import hub_errors, refuse_damaged
@@ -51,6 +51,7 @@ class Wanted(NamedTuple):
     texts: Sequence[str]
     label: str | None
     group: str
+    task: TaskConfig | None = None  # that its labels must be of
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,8 @@ class Found:
     rows: int  # usable ones
     left_out: int
     reasons: list[str]  # of the first rows left out
+    refused: int  # rows with a label that is none of the task's: training stops at the first
+    refusals: list[str]  # of the first of them
     labels: dict[str, float]  # of few: label → rows; of many: lowest, mean, highest
     words: dict[str, float]  # per row, all texts together: mean, p95, longest
     duplicates: int  # rows whose texts, lower-cased and with blanks made one, stood there before
@@ -110,7 +113,7 @@ def wanted_by(config: Config) -> list[Wanted]:
         for split, file in (("train", task.train), ("dev", task.dev)):
             if file is not None:
                 shown, path = locate_file(file, f"tasks.{name}.{split}", config.data)
-                wanted.append(Wanted(path, shown, columns[: task.texts], label, name))
+                wanted.append(Wanted(path, shown, columns[: task.texts], label, name, task))
     return wanted
 
 
@@ -145,13 +148,19 @@ def _check_file(wanted: Wanted) -> tuple[Found, Counter[bytes]]:
     labels: Counter[str] = Counter()
     words: list[int] = []
     reasons: list[str] = []
-    left_out = conflicting = 0
+    refusals: list[str] = []
+    left_out = refused = conflicting = 0
     for row in read_rows(wanted.path, columns, shown=wanted.shown):
         why = row.reason if isinstance(row, Quarantined) else _why_not(row, wanted)
         if why or isinstance(row, Quarantined):
             left_out += 1
             if len(reasons) < SHOWN:
                 reasons.append(f"line {row.line}: {why}")
+            continue
+        if why := _refusal(row, wanted):
+            refused += 1
+            if len(refusals) < SHOWN:
+                refusals.append(f"line {row.line}, {why}")
             continue
         texts = row.values[: len(wanted.texts)]
         label = _label(row.values[-1]) if wanted.label else ""
@@ -168,6 +177,8 @@ def _check_file(wanted: Wanted) -> tuple[Found, Counter[bytes]]:
         rows=len(words),
         left_out=left_out,
         reasons=reasons,
+        refused=refused,
+        refusals=refusals,
         labels=_spread(labels) if wanted.label else {},
         words=_lengths(words),
         duplicates=len(words) - len(keys),
@@ -185,11 +196,21 @@ def _why_not(row: Row, wanted: Wanted) -> str:
     return ""
 
 
+def _refusal(row: Row, wanted: Wanted) -> str:
+    """What training says of a label that is none of the task's."""
+    try:
+        if wanted.task and wanted.label:
+            wanted.task.number_of(row.values[-1])
+    except ValueError as error:
+        return f"column {wanted.label!r}: {error}"
+    return ""
+
+
 def _label(value: Any) -> str:
     """1, 1.0 and "1.0" are one label."""
     try:
         return f"{float(value):g}"
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):  # OverflowError: of an integer that is no float
         return str(value)
 
 
@@ -225,6 +246,9 @@ def as_text(found: Iterable[Found], overlaps: Iterable[Overlap]) -> str:
         if each.left_out:
             lines.append(f"  left out    {each.left_out:,}")
             lines += [f"              {reason}" for reason in each.reasons]
+        if each.refused:
+            lines.append(f"  refused     {each.refused:,}: training stops at the first")
+            lines += [f"              {refusal}" for refusal in each.refusals]
     for overlap in overlaps:
         if overlap.rows:
             lines.append(f"{overlap.rows:,} rows of {overlap.second} are in {overlap.first} too")

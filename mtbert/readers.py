@@ -76,7 +76,8 @@ def read_rows(
         shown: what messages call the file; default its path.
 
     The format follows from the name (.jsonl, .ndjson, .json; .parquet, .pq), all else is tab- or comma-separated by its
-    first line, `"` quoting. Lines without a character are no rows. A row's line in Parquet is its number.
+    first line (where that has neither, .tsv by tabs), `"` quoting. Lines without a character are no rows. A row's line
+    in Parquet is its number.
     Raises `UserError` for a missing or unreadable file, a missing column, bytes that are not UTF-8, NUL bytes.
     """
     shown = shown or str(path)
@@ -259,7 +260,8 @@ def _open_delimited(file: BinaryIO, shown: str, delimiter: str | None = None) ->
     first = lines.peek()
     if first is None:
         raise UserError(f"{shown}: the file is empty; its first line must name the columns")
-    table = _Delimited(lines, delimiter or ("\t" if "\t" in first else ","))
+    tabs = "\t" in first or ("," not in first and shown.lower().endswith(".tsv"))  # the name where there is one column
+    table = _Delimited(lines, delimiter or ("\t" if tabs else ","))
     header, used, reason = table.parse(0, None)
     lines.refuse_broken(used, ())
     if not header:
@@ -380,13 +382,14 @@ def read_table(file: BinaryIO, form: str, shown: str) -> Table:
 
 
 def form_of(path: Path) -> str:
-    """What a file's name says of its form, as `read_table` takes it. Raises `UserError` for Parquet."""
+    """What a file's name says of its form, as `read_table` takes it: .csv and .tsv tell nothing, as in `read_rows`.
+
+    Raises `UserError` for Parquet.
+    """
     suffix = path.suffix.lower()
     if suffix in (".parquet", ".pq"):
         raise UserError(f"{path}: Parquet cannot be read row by row here; give .csv, .tsv or .jsonl")
-    if suffix in (".jsonl", ".ndjson", ".json"):
-        return "jsonl"
-    return "tsv" if suffix == ".tsv" else ""
+    return "jsonl" if suffix in (".jsonl", ".ndjson", ".json") else ""
 
 
 def _read_parquet(path: Path, names: Sequence[str], shown: str) -> Iterator[Row | Quarantined]:

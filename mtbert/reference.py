@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from mtbert.config import schema
+from mtbert.config import Config
 
 _INTRODUCTION = """\
 # Configuration
@@ -29,7 +29,7 @@ prints a whole configuration, and with `--schema` the JSON schema for an editor.
 
 def reference() -> str:
     """The page: a table for every section, keys in the order in which they are declared."""
-    root = schema()
+    root = Config.model_json_schema()
     parts = [_INTRODUCTION]
     for title, section in _sections(root, root["$defs"], ""):
         parts += [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 from pathlib import Path
@@ -90,8 +91,13 @@ def _written_out(node: yaml.Node, sizes: dict[int, int]) -> int:
     return sizes[id(node)]
 
 
-def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """A YAML file laid over the file its `base` names (relative to itself). Raises `UserError`; `seen` led here."""
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file laid over the file its `base` names (relative to itself). Raises `UserError`."""
+    return functools.reduce(merge, read_layers(path))
+
+
+def read_layers(path: Path, seen: tuple[Path, ...] = ()) -> list[dict[str, Any]]:
+    """What `read_yaml` lays over each other, the undermost first; `seen` led here."""
     try:
         with path.open("rb") as file:
             content = file.read(MAX_YAML + 1)
@@ -109,13 +115,13 @@ def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise UserError(f"{path}: the top level must be keys and values, not a {type(values).__name__}")
     base = values.pop("base", None)
     if base is None:
-        return values
+        return [values]
     parent = (path.parent / str(base)).resolve()
     if not parent.is_file():
         raise UserError(f"{path}: base: {parent} is no file; name one YAML file, relative to this one")
     if parent in (*seen, path.resolve()):
         raise UserError(f"{path}: base {base}: the files are based on each other in a circle; take one base out")
-    return merge(read_yaml(parent, (*seen, path.resolve())), values)
+    return [*read_layers(parent, (*seen, path.resolve())), values]
 
 
 def merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

@@ -232,6 +232,24 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
     assert steps_logged == [*range(60), 59]  # and the evaluation's
 
 
+def test_an_error_after_a_checkpoint_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny = [*TINY, f"engine.threads={torch.get_num_threads()}", f"data.cache={tmp_path}", "run.evaluate_every=60"]
+    nan = ["phases=[{steps: 60}]", "optimizer={lr: 1e30, head_lr: 1e30, warmup: 0}", "run.name=first run"]
+    error = r"mtbert: .*not finite, 10 steps in a row; .*\n"
+    assert main(["train", "--quiet", "--set", *tiny, *nan]) == 2
+    assert re.fullmatch(error, capsys.readouterr().err)  # there is nothing to go on from
+
+    nan[-1] = "run.name=second run"
+    assert main(["train", "--quiet", "--set", *tiny, *nan, "checkpoint.every_steps=1"]) == 2
+    told = re.fullmatch(rf"continue with: python -m mtbert (train --resume .*)\n{error}", capsys.readouterr().err)
+    assert told
+    assert main([*shlex.split(told[1]), "--quiet"]) == 2
+    assert capsys.readouterr().err == told[0]
+
+
 @pytest.mark.usefixtures("interruptible")
 def test_a_second_ctrl_c_ends_at_once(capfd: pytest.CaptureFixture[str]) -> None:
     before = signal.getsignal(signal.SIGINT)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import yaml
 from hypothesis import given
@@ -19,9 +20,11 @@ from pydantic import BaseModel
 from mtbert.config import Config, Section, load_config, schema, to_yaml
 from mtbert.errors import UserError
 from mtbert.reference import reference
+from mtbert.yaml_files import parse_yaml
 
 ROOT = Path(__file__).parent.parent
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
+SHIPPED = sorted([*ROOT.glob("configs/*.yaml"), *ROOT.glob("configs/papers/*.yaml")])
 MINIMAL: dict[str, Any] = {"tasks": {"sst": {"kind": "classification", "train": "t.csv", "dev": "d.csv"}}}
 
 
@@ -87,6 +90,26 @@ def test_a_task_set_to_null_is_left_out(tmp_path: Path) -> None:
     assert "at least one task" in error(QUICKSTART, "tasks.sst=", "tasks.para=", "tasks.sts=")
 
 
+def test_null_for_a_task_that_nothing_defines_is_refused(tmp_path: Path) -> None:
+    """Else the task that was meant would be trained."""
+    told = "tasks.stss: null leaves a task out, but nothing before defines this one; "
+    assert f"{told}did you mean 'sts'? tasks there are: sst, para, sts" in error(QUICKSTART, "tasks.stss=null")
+    assert error(QUICKSTART, "tasks.sts=null", "tasks.new=").endswith("this one; tasks there are: sst, para")
+    over = write(tmp_path / "over.yaml", {"base": str(QUICKSTART), "tasks": {"stss": None}})
+    assert error(over).startswith(f"{over}: {told}did you mean 'sts'?")
+    assert f"{told}did you mean 'sts'?" in error(write(tmp_path / "top.yaml", {"base": "over.yaml", "seed": 1}))
+    alone = write(tmp_path / "alone.yaml", {"tasks": {**MINIMAL["tasks"], "stss": None}})
+    assert error(alone).endswith(f"{told}tasks there are: none")
+
+
+def test_a_task_left_out_can_be_left_out_again_or_brought_back(tmp_path: Path) -> None:
+    middle = {"base": str(QUICKSTART), "tasks": {"sts": None}}
+    write(tmp_path / "middle.yaml", middle)
+    top = write(tmp_path / "top.yaml", {"base": "middle.yaml", "tasks": {"sts": None}})
+    assert list(load_config(top, ["tasks.sts=null"]).tasks) == ["sst", "para"]
+    assert "sst" in load_config(top, ["tasks.sst=null", f"tasks.sst={json.dumps(MINIMAL['tasks']['sst'])}"]).tasks
+
+
 @pytest.mark.parametrize(
     ("written", "number"), [("3e-4", 3e-4), ("3E-4", 3e-4), ("3.0e-4", 3e-4), ("1_0e1", 100.0), ("+2e+1", 20.0)]
 )
@@ -124,6 +147,13 @@ def test_without_a_file_there_are_the_defaults_and_the_overrides() -> None:
     )
 
 
+@pytest.mark.parametrize("kind", ["sampled", "adaptive"])
+def test_keys_that_act_are_taken(minimal: Path, kind: str) -> None:
+    hidden = [COSINE, "tasks.c.head={hidden: [3], lr: 0.1}", "tasks.c.range=[0, 9]", "tasks.sst.classes=7"]
+    schedule = f"schedule={{kind: {kind}, alpha: 0.3, tasks_per_step: 4}}"
+    assert load_config(minimal, [*hidden, schedule]).schedule.tasks_per_step == 4
+
+
 def test_what_kinds_take_by_default() -> None:
     tasks = load_config(QUICKSTART).tasks
     assert [(task.texts, task.loss_kind, task.metric_kind) for task in tasks.values()] == [
@@ -136,7 +166,7 @@ def test_what_kinds_take_by_default() -> None:
 # ------------------------------------------------------------------------------------------- round trip
 
 
-@pytest.mark.parametrize("path", sorted([*ROOT.glob("configs/*.yaml"), *ROOT.glob("configs/papers/*.yaml")]), ids=str)
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_every_configuration_we_ship_loads_and_round_trips(path: Path, tmp_path: Path) -> None:
     overrides = [] if path == QUICKSTART else ["data.dir=DATA", "encoder.pretrained=MODEL"]
     config = load_config(path, overrides)
@@ -181,7 +211,19 @@ REGRESSION = "tasks.r={kind: pair_regression, train: a, dev: b, columns: {text: 
         (["data.generate={sed: 3}"], "data.generate.sed: unknown key; did you mean 'seed'?"),
         (["encoder.shape={layer: 3}"], "encoder.shape.layer: unknown key; did you mean 'layers'?"),
         (["tasks.new={knd: classification}"], "tasks.new.knd: unknown key; did you mean 'kind'?"),
+        (["optimizer.decay={milestones: [5], gama: 0.7}"], "optimizer.decay.gama: unknown key; did you mean 'gamma'?"),
+        (
+            ["phases=[{epochs: 1, decay: {milestone: [5], gamma: 0.7}}]"],
+            "phases.0.decay.milestone: unknown key; did you mean 'milestones'?",
+        ),
+        # tasks called like keys
+        (["tasks.length={kind: foo}"], "tasks.length.kind: input should be 'classification'"),
+        (["tasks.decay={kind: classification}"], "tasks.decay.train: missing; it has no default"),
+        (["tasks.columns={tran: a}"], "tasks.columns.tran: unknown key; did you mean 'train'?"),
         # wrong types
+        (["optimizer.decay={milestones: [5]}"], "optimizer.decay: expected constant, linear, cosine or steps such as"),
+        (["phases=[{epochs: 1, decay: fast}]"], "phases.0.decay: expected constant, linear, cosine or steps such as {"),
+        (["phases=[{epochs: 1, trainable: 3}]"], "phases.0.trainable: expected all, heads or a list of parts such as"),
         (["optimizer.lr=fast"], "optimizer.lr: input should be a valid number, unable to parse"),
         (["optimizer.lr=[1]"], "optimizer.lr: input should be a valid number"),
         (["seed=1.5"], "seed: input should be a valid integer, got a number with a fractional part (got 1.5)"),
@@ -255,6 +297,21 @@ REGRESSION = "tasks.r={kind: pair_regression, train: a, dev: b, columns: {text: 
         ),
         ([REGRESSION, "tasks.r.loss=mnrl"], "loss mnrl does not fit head.kind 'joint'; valid: head.kind cosine"),
         ([REGRESSION, "tasks.r.margin=0.1"], "tasks.r: margin belongs to loss cosine_embedding, not mse"),
+        # what would do nothing
+        ([REGRESSION, "tasks.r.classes=7"], "tasks.r: classes belongs to kind classification and pair_classification,"),
+        (
+            [TRIPLETS, "tasks.t.classes=3"],
+            "tasks.t: classes belongs to kind classification and pair_classification, no",
+        ),
+        (["tasks.sst.range=[0, 9]"], "tasks.sst: range belongs to kind pair_regression, not classification; leave it"),
+        (["schedule.alpha=0.3"], "schedule: alpha belongs to kind sampled and adaptive, not round_robin; leave it out"),
+        (
+            ["schedule={kind: sequential, tasks_per_step: 4}"],
+            "schedule: tasks_per_step belongs to kind sampled and adaptive, not sequential; leave it out",
+        ),
+        (["schedule={kind: adaptive, anneal: 0.5}"], "schedule: anneal belongs to kind sampled, not adaptive; leave"),
+        (["schedule.targets={sst: 0.5}"], "schedule: targets belongs to kind adaptive, not round_robin; leave it out"),
+        ([COSINE, "tasks.c.head.lr=0.1"], "tasks.c: head.lr: a cosine head without hidden layers has no parameters;"),
         (
             [COSINE, "tasks.c.loss=cosine_embedding", "tasks.c.head.scale=5"],
             "tasks.c: loss cosine_embedding works on plain cosines; leave head.scale out",
@@ -445,9 +502,28 @@ def test_anchors_lead_to_headings() -> None:
     assert len(anchors) == len(headings)
 
 
-def test_the_schema_is_one_that_editors_read() -> None:
-    told = schema()
-    assert told["additionalProperties"] is False
-    assert told["required"] == ["tasks"]
-    assert set(told["properties"]) == set(Config.model_fields)
-    json.dumps(told)
+def refused(values: Any) -> list[str]:
+    """Where an editor would draw its red lines."""
+    kind = jsonschema.validators.validator_for(schema())
+    kind.check_schema(schema())
+    return [each.json_path for each in kind(schema()).iter_errors(values)]
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_the_schema_takes_every_file_we_ship_as_it_stands(path: Path) -> None:
+    """Not what it becomes with its base: an editor sees one file."""
+    assert refused(parse_yaml(path.read_text(encoding="utf-8"), str(path))) == []
+
+
+@pytest.mark.parametrize(
+    "text", ["{}", "{base: a.yaml, tasks: {sts: null}}", "{base: a.yaml, tasks: {sts: {weight: 2}}}"]
+)
+def test_the_schema_takes_what_is_laid_over_a_base(text: str) -> None:
+    assert refused(yaml.safe_load(text)) == []
+
+
+@pytest.mark.parametrize(
+    "text", ["{bass: a.yaml}", "{base: 3}", "{tasks: {a: {knd: x}}}", "{tasks: {a: 3}}", "{seed: x}"]
+)
+def test_the_schema_refuses_mistakes(text: str) -> None:
+    assert refused(yaml.safe_load(text))

@@ -17,7 +17,7 @@ from huggingface_hub import close_session
 
 from mtbert.cli import main
 from mtbert.config import DataConfig, load_config
-from mtbert.data import locate_file
+from mtbert.data import load_dataset, load_tokenizer, locate_file
 from mtbert.datasets import SOURCES, check, fetch, wanted_by, wanted_files
 from mtbert.errors import UserError
 from mtbert.pretrained import load_pretrained
@@ -46,6 +46,13 @@ def test_what_is_in_a_file(tmp_path: Path) -> None:
         "line 9: column 'label': no label",
     ]
     assert overlaps == []
+
+
+def test_a_label_too_large_for_a_number_is_a_label(tmp_path: Path) -> None:
+    huge = "1" + "0" * 400
+    path = write(tmp_path / "rows.jsonl", f'{{"text": "a", "label": {huge}}}', '{"text": "b", "label": 1}')
+    [found], _ = check(wanted_files([path], None, None))
+    assert (found.rows, found.labels) == (2, {"1": 1, "inf": 1})
 
 
 def test_overlaps_between_files_and_columns_by_their_names(tmp_path: Path) -> None:
@@ -101,6 +108,52 @@ def test_triplets_and_files_of_the_hub_are_checked_as_they_are_trained_on(
         *[(remote, "label", 2)] * 2,
     ]
     assert [overlap.rows for overlap in overlaps] == [2]
+
+
+@pytest.mark.parametrize(
+    ("kind", "labels", "wrong"),
+    [
+        ("classification\n    classes: 4", ["1", "9", "abc", "3.0", "2.5", "-1", "nan", ""], [3, 4, 6, 7, 8]),
+        (
+            "pair_regression\n    head: {kind: cosine}\n    range: [1, 4]",
+            ["1", "9", "abc", "3.0", "2.5", "0.9", "inf", ""],
+            [3, 4, 7, 8],
+        ),
+    ],
+    ids=["classes", "range"],
+)
+def test_labels_are_held_to_the_task_as_training_holds_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, labels: list[str], wrong: list[int]
+) -> None:
+    texts = ["one", "two"] if kind.startswith("pair") else ["one"]
+    rows = [",".join(["a"] * len(texts) + [label]) for label in labels]
+    file = write(tmp_path / "rows.csv", ",".join([*texts, "label"]), *rows)
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        f"encoder: {{shape: {{}}}}\ntasks:\n  t:\n    train: {file}\n    dev: {file}\n"
+        f"    columns: {{text: [{', '.join(texts)}]}}\n    kind: {kind}\n"
+    )
+    assert main(["data", "check", "--config", str(config)]) == 1
+    printed = capsys.readouterr()
+    assert (
+        f"  refused     {len(wrong)}: training stops at the first\n              line 3, column 'label': '9' is"
+        in printed.out
+    )
+    assert printed.out.count("  left out    1\n              line 9: column 'label': no label\n") == 2
+    first = f"mtbert: {file} line 3, column 'label': '9' is not a "
+    assert [line.startswith(first) for line in printed.err.splitlines()] == [True, True]  # train and dev
+    assert main(["data", "check", file, "--text", *texts]) == 0  # of no task
+
+    vocabulary = tmp_path / "vocab.txt"
+    vocabulary.write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\n")
+    task = load_config(config).tasks["t"]
+    found, _ = check(wanted_by(load_config(config)))
+    assert [int(re.findall(r"line (\d+)", told)[0]) for told in found[0].refusals] == wrong
+    for told, line in zip(found[0].refusals, wrong, strict=True):
+        write(tmp_path / "rows.csv", ",".join([*texts, "label"]), rows[line - 2])
+        with pytest.raises(UserError) as error:
+            load_dataset(task, "t", "train", DataConfig(cache=str(tmp_path)), load_tokenizer(vocabulary))
+        assert str(error.value) == f"{file} " + re.sub(r"^line \d+", "line 2", told)
 
 
 def test_the_real_files_hold_what_is_known_of_them(data_dir: Path) -> None:

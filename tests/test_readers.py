@@ -15,7 +15,7 @@ import pytest
 from hypothesis import example, given, settings
 
 from mtbert.errors import UserError
-from mtbert.readers import Quarantined, Row, read_rows
+from mtbert.readers import Quarantined, Record, Row, form_of, read_rows, read_table
 
 
 def rows(path: Path, *columns: str, id_column: str | None = None) -> list[Row | Quarantined]:
@@ -71,6 +71,26 @@ def test_what_a_csv_writer_wrote_reads_back(
 def test_a_field_over_several_lines_keeps_the_line_numbers_right(tmp_path: Path) -> None:
     path = write(tmp_path, 'text,label\n"one\n\ntwo",1\nthree,0\n')
     assert good(rows(path, "text", "label")) == [(2, ("one\n\ntwo", "1")), (5, ("three", "0"))]
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.tsv", "rows.txt"])
+@pytest.mark.parametrize("delimiter", [",", "\t"])
+def test_every_reader_goes_by_the_first_line_and_not_by_the_name(tmp_path: Path, name: str, delimiter: str) -> None:
+    path = write(tmp_path, f"text{delimiter}label\na{delimiter}1\n", name)
+    with path.open("rb") as file:
+        table = read_table(file, form_of(path), name)
+        assert [row.values for row in table.rows if isinstance(row, Record)] == [{"text": "a", "label": "1"}]
+    assert (table.columns, table.delimiter) == (["text", "label"], delimiter)
+    assert good(rows(path, "text", "label")) == [(2, ("a", "1"))]
+
+
+@pytest.mark.parametrize(("name", "texts"), [("rows.tsv", ["a, b", "c"]), ("rows.csv", ["c"])])
+def test_one_column_is_read_by_the_name(tmp_path: Path, name: str, texts: list[str]) -> None:
+    path = write(tmp_path, "text\na, b\nc\n", name)
+    with path.open("rb") as file:
+        table = list(read_table(file, form_of(path), str(path)).rows)
+    assert [row.values["text"] for row in table if isinstance(row, Record)] == texts
+    assert [values for _, values in good(rows(path, "text"))] == [(text,) for text in texts]
 
 
 def test_byte_order_mark_blank_lines_and_no_last_newline(tmp_path: Path) -> None:
