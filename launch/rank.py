@@ -24,7 +24,7 @@ from launch.records import JobNote, Lock, make_job_folder, read_note, write_note
 from launch.submit import DEFAULT_CONFIG, check_resumable
 from mtbert.config import load_config, to_yaml
 from mtbert.errors import UserError
-from mtbert.runs import _independent, create_run, write_atomically
+from mtbert.runs import create_run, independent, write_atomically
 
 
 def main() -> int:
@@ -62,7 +62,7 @@ def make(run: Path, source: Path | None, overrides: list[str], token: str) -> No
         if source is not None:
             raise UserError(f"{run}: keeps the configuration it has; leave --config (CONFIG) out, or name a new folder")
         check_resumable(run, overrides)
-        write_atomically(run / "config.yaml", to_yaml(_independent(load_config(run / "config.yaml", overrides))))
+        write_atomically(run / "config.yaml", to_yaml(independent(load_config(run / "config.yaml", overrides))))
     make_job_folder(run)
     nodes, tasks = int(os.environ["SLURM_JOB_NUM_NODES"]), int(os.environ["SLURM_NTASKS"])
     gpus = "SLURM_JOB_GPUS" in os.environ or os.environ.get("SLURM_GPUS_ON_NODE", "0") != "0"

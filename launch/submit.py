@@ -1,6 +1,7 @@
 """`python launch/submit.py --nodes 2`: the main job, on Slurm where there is one, otherwise on this machine.
 
-No torch in here: mistakes in the command or the configuration show at once, before a run folder exists.
+Mistakes in the command or the configuration show at once, before a run folder exists. torch is imported only to look up
+a method of surgery or weighting, where one waits in a queue for such a mistake.
 """
 
 from __future__ import annotations
@@ -19,9 +20,18 @@ if not __package__:  # started as a script: the checkout, not launch/, is where 
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from launch.records import ROOT, JobNote, Lock, make_job_folder, read_note, snapshot_code
-from mtbert.config import Config, load_config, to_yaml
+from mtbert.config import Config, SurgeryConfig, WeightingConfig, load_config, to_yaml
 from mtbert.errors import UserError
-from mtbert.runs import _independent, check_run, create_run, discard_unstarted, user_path, write_atomically
+from mtbert.runs import (
+    check_encoder,
+    check_run,
+    create_run,
+    discard_unstarted,
+    independent,
+    local_folder,
+    user_path,
+    write_atomically,
+)
 
 DEFAULT_CONFIG = Path("configs") / "quickstart.yaml"
 
@@ -134,6 +144,10 @@ def train(args: argparse.Namespace, command: list[str]) -> int:
     configs = [load_config(source, [*args.overrides, *([value] if value else [])]) for value in values]
     for config in configs:
         _check_files(config)
+        if args.resume is None:  # which has its encoder with it
+            check_encoder(config.encoder)
+            if config.encoder.pretrained is not None:
+                local_folder(config.encoder.pretrained)
     if args.local or shutil.which("sbatch") is None:
         if of_slurm:
             print(f"not used, as there is no Slurm here: {', '.join(of_slurm)}", file=sys.stderr)
@@ -224,7 +238,7 @@ def _folders(
         run: Path = args.resume
         if holder := Lock(run, "-").holder():
             raise UserError(f"--resume {run}: a job is using this run folder ({holder})")
-        write_atomically(run / "config.yaml", to_yaml(_independent(configs[0])))
+        write_atomically(run / "config.yaml", to_yaml(independent(configs[0])))
         make_job_folder(run)
         return run, [run]
     if not args.array:
@@ -298,6 +312,11 @@ def _on_slurm(
 ) -> int:
     from launch import slurm
 
+    for config in configs:
+        if config.surgery != SurgeryConfig() or config.weighting != WeightingConfig():
+            from mtbert.trainer import methods_of
+
+            methods_of(config)
     if args.dry_run:
         folder = args.resume or user_path(configs[0].run.dir) / (configs[0].run.name or "RUN")
         runs = [folder / _folder_name(value) for value in values if value] or [folder]

@@ -19,7 +19,7 @@ from torch import Tensor
 from mtbert.encoder import Encoder, EncoderShape
 from mtbert.errors import UserError
 from mtbert.manifest import sha256
-from mtbert.runs import read_small, user_path, write_atomically
+from mtbert.runs import PRETRAINED_FILES, local_folder, read_small, user_path, write_atomically
 
 _TO_HUGGING_FACE = {
     "words": "embeddings.word_embeddings",
@@ -140,14 +140,12 @@ def origin(name_or_folder: str, folder: Path) -> dict[str, str | None]:
 
 
 def _folder(name_or_folder: str, revision: str | None) -> Path:
-    folder = user_path(name_or_folder)
-    if folder.is_dir():
+    if (folder := local_folder(name_or_folder)) is not None:
         return folder
-    files = "config.json, model.safetensors and a tokenizer"
-    if name_or_folder.startswith((".", "/", "~")) or name_or_folder.count("/") > 1 or folder.exists():
-        raise UserError(f"encoder.pretrained {name_or_folder}: no such folder; give one with {files}")
     what = f"encoder.pretrained {name_or_folder}"
-    instead = f"no folder here either: give one with {files}, or a name such as google-bert/bert-base-uncased"
+    instead = (
+        f"no folder here either: give one with {PRETRAINED_FILES}, or a name such as google-bert/bert-base-uncased"
+    )
     with hub_errors(what, instead):
         fetched = Path(snapshot_download(name_or_folder, revision=revision, allow_patterns=_FILES))
     for path in fetched.iterdir():

@@ -23,7 +23,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from mtbert.config import Config, to_yaml
+from mtbert.config import Config, EncoderConfig, to_yaml
 from mtbert.errors import UserError
 
 T = TypeVar("T")
@@ -32,6 +32,8 @@ FORMAT = 1
 """Of run folders; goes up when an older mtbert could no longer continue one."""
 
 MAX_SMALL = 2**24
+
+PRETRAINED_FILES = "config.json, model.safetensors and a tokenizer"
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Errors of a write that a full disk, a quota or a limit on file sizes refuses: training outlives them."""
@@ -139,6 +141,26 @@ def user_path(name: str | Path) -> Path:
     return Path(os.path.expanduser(name))  # noqa: PTH111 - Path.expanduser raises RuntimeError for such a user
 
 
+def check_encoder(encoder: EncoderConfig) -> None:
+    """Raises `UserError` where it has no source, or two."""
+    if (encoder.pretrained is None) == (encoder.shape is None):
+        raise UserError(
+            "encoder.pretrained: give a Hugging Face folder or hub name, or set encoder.shape to train from scratch"
+            if encoder.shape is None
+            else "encoder.pretrained and encoder.shape exclude each other; set one of them to null"
+        )
+
+
+def local_folder(name_or_folder: str) -> Path | None:
+    """None for what can only be a hub name. Raises `UserError` for a folder that is not there."""
+    folder = user_path(name_or_folder)
+    if folder.is_dir():
+        return folder
+    if name_or_folder.startswith((".", "/", "~")) or name_or_folder.count("/") > 1 or folder.exists():
+        raise UserError(f"encoder.pretrained {name_or_folder}: no such folder; give one with {PRETRAINED_FILES}")
+    return None
+
+
 def create_run(config: Config, source: str | None, command: list[str]) -> Path:
     """A new run folder with the resolved config, environment and command in it.
 
@@ -149,7 +171,7 @@ def create_run(config: Config, source: str | None, command: list[str]) -> Path:
     Raises `UserError` when `run.name` is already taken (nothing a user made is overwritten) or the folder cannot be
     written; no half of it is left then.
     """
-    text = to_yaml(_independent(config))
+    text = to_yaml(independent(config))
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     digest = hashlib.sha256(text.encode()).hexdigest()[:6]
     name = config.run.name or f"{stamp}-{Path(source).stem if source else 'run'}-{digest}"
@@ -171,7 +193,7 @@ def create_run(config: Config, source: str | None, command: list[str]) -> Path:
     return folder
 
 
-def _independent(config: Config) -> Config:
+def independent(config: Config) -> Config:
     """With absolute paths, so that the run can be continued and evaluated from anywhere."""
     data, encoder = config.data, config.encoder
     if data.generate is None:  # no folder: the files are relative to the current one

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import math
 import os
 import re
 import shutil
@@ -226,16 +225,10 @@ class _Writer:
         """The label as a number; None where the cell is empty. Raises `UserError` if it is not one of the task's."""
         if value is None or (isinstance(value, str) and not value.strip()):
             return None
-        task = self._task
-        low, high = task.range if task.kind == "pair_regression" else (0, task.classes - 1)
-        right = f"a number from {low:g} to {high:g}" if task.kind == "pair_regression" else f"a class from 0 to {high}"
         try:
-            label = float(value)
-        except (TypeError, ValueError):
-            label = math.nan
-        if low <= label <= high and (task.kind == "pair_regression" or label.is_integer()):
-            return label
-        raise UserError(f"{self._shown} line {line}, column {task.columns.label!r}: {value!r} is not {right}")
+            return self._task.number_of(value)
+        except ValueError as error:
+            raise UserError(f"{self._shown} line {line}, column {self._task.columns.label!r}: {error}") from None
 
     def _unusable(self, texts: Sequence[Any]) -> str:
         """Why a row with these texts is set aside; empty if it is not."""

@@ -45,7 +45,7 @@ from mtbert.pretrained import origin as pretrained_origin
 from mtbert.randomness import addressed_generator
 from mtbert.ranks import close_ranks, join_ranks, patient_group, peak_memory
 from mtbert.record import RunRecord, Said, kept_id, settings, write_predictions
-from mtbert.runs import NO_ROOM, Outcome, Rank, Stopwatch, check_run, write_atomically
+from mtbert.runs import NO_ROOM, Outcome, Rank, Stopwatch, check_encoder, check_run, write_atomically
 from mtbert.schedule import Schedule, Share
 from mtbert.surgery import Surgery, conflicts
 from mtbert.tasks import Task, load_tasks, locate_data, locate_tokenizer
@@ -80,9 +80,7 @@ def train(
     launch = launch or Stopwatch()
     check_run(run_dir)
     config = load_config(run_dir / "config.yaml")
-    surgery = Surgery(config.surgery.method, config.surgery.options, config.seed)
-    regression = [task.kind == "pair_regression" for task in config.tasks.values()]
-    weighting = Weighting(config.weighting.method, config.weighting.options, regression, config.seed)
+    surgery, weighting = methods_of(config)
     join_ranks(rank, config.engine)
     launch.lap("rendezvous")
     try:
@@ -103,6 +101,13 @@ def train(
         raise
     close_ranks()
     return outcome
+
+
+def methods_of(config: Config) -> tuple[Surgery, Weighting]:
+    """Raises `UserError` for an unknown method or option, an impossible value, or a missing pip extra."""
+    surgery = Surgery(config.surgery.method, config.surgery.options, config.seed)
+    regression = [task.kind == "pair_regression" for task in config.tasks.values()]
+    return surgery, Weighting(config.weighting.method, config.weighting.options, regression, config.seed)
 
 
 @dataclass(frozen=True)
@@ -142,12 +147,7 @@ def build(config: Config, run_dir: Path | None = None, initial: bool = True) -> 
         initial: whether the model needs its initial weights; not where a checkpoint is about to replace them.
     """
     encoder = config.encoder
-    if (encoder.pretrained is None) == (encoder.shape is None):
-        raise UserError(
-            "encoder.pretrained: give a Hugging Face folder or hub name, or set encoder.shape to train from scratch"
-            if encoder.shape is None
-            else "encoder.pretrained and encoder.shape exclude each other; set one of them to null"
-        )
+    check_encoder(encoder)
     kept = kept_encoder(run_dir) if run_dir else None
     weights: Mapping[str, Tensor] = {}
     folder, origin = None, kept.origin if kept else {}
@@ -487,6 +487,12 @@ class _Run:
                 f"{task.name}: {len(task.train):,} training and {len(task.dev or ()):,} development examples"
                 + (f", {left_out} rows left out (quarantined.jsonl says which and why)" if left_out else "")
             )
+        alone = config.schedule.kind in ("sampled", "adaptive") and config.schedule.tasks_per_step == 1
+        if alone and len(self.tasks) > 1 and config.surgery.method not in ("sum", "mean"):
+            tracker.message(
+                f"note: surgery {config.surgery.method} has nothing to do in steps of one task; "
+                "schedule.tasks_per_step can be larger"
+            )
         if self.first_step:
             tracker.message(f"continuing after step {self.first_step}")
         if self.rank.first:
@@ -536,7 +542,9 @@ class _Run:
         if not result.through:
             return values
         names = [self.tasks[task].name for task in result.through]
-        cosine_MM, values["gradient/conflict_rate"] = conflicts(result.gram_MM)
+        cosine_MM, rate = conflicts(result.gram_MM)
+        if len(names) > 1:
+            values["gradient/conflict_rate"] = rate
         for k, name in enumerate(names):
             values[f"gradient/norm/{name}"] = float(result.gram_MM[k, k].sqrt())
             values[f"gradient/weight/{name}"] = float(result.weights_M[k])

@@ -30,6 +30,7 @@ from mtbert.config import (
     EngineConfig,
     OptimizerConfig,
     PhaseConfig,
+    config_of,
     load_config,
     to_yaml,
 )
@@ -240,6 +241,21 @@ def test_run_leaves_a_complete_record(config: Config) -> None:
         *["sst/confusion", "sst/reliability", "para/confusion", "para/reliability", "sts/scatter", "gradient/cosines"],
     }
     assert {"config/text_summary", "command/text_summary", "environment/text_summary"} <= set(shown.Tags()["tensors"])
+
+
+def test_steps_of_one_task_give_surgery_nothing_to_do(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    """And count as no agreement: a rate of 0 would look like one."""
+    for draws in (1, 2):
+        sampled = config_of(
+            config.model_dump(mode="json"), ["schedule.kind=sampled", f"schedule.tasks_per_step={draws}"]
+        )
+        run = new_run(sampled, f"draws{draws}")
+        train(run, Rank())
+        assert ("has nothing to do in steps of one task" in capsys.readouterr().out) == (draws == 1)
+        for line in logged(run):
+            alone = sum(tag.startswith("gradient/weight/") for tag in line) == 1
+            assert not (alone and "gradient/conflict_rate" in line)
+        assert any("gradient/conflict_rate" in line for line in logged(run)) == (draws == 2)
 
 
 def _leave() -> None:

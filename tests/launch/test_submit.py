@@ -394,3 +394,23 @@ def test_the_last_words_are_those_of_the_last_attempt_of_the_job(
     assert submit("status", run, cwd=tmp_path).stdout.splitlines()[1].split()[1:] == ["slurm", "7_1", "killed", "30"]
     (array / "job" / "7_1_0_log.err").unlink()
     assert "could not write to" in submit("--follow", run, cwd=tmp_path).stderr
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("surgery.method=pcgard", "error: surgery.method 'pcgard': no such method; valid: pcgrad, "),
+        ("surgery.options.reductoin=mean", "error: surgery.options"),
+        ("weighting.method=foo", "error: weighting.method 'foo': no such method; valid: "),
+        ("encoder.shape=null", "error: encoder.pretrained: give a Hugging Face folder or hub name"),
+        ("encoder.pretrained=x/y", "error: encoder.pretrained and encoder.shape exclude each other"),
+        ("encoder={pretrained: /nope, shape: null}", "error: encoder.pretrained /nope: no such folder; give one with "),
+    ],
+)
+def test_what_the_ranks_would_refuse_is_refused_before_it_waits(
+    config: Path, tmp_path: Path, slurm: FakeSlurm, override: str, told: str
+) -> None:
+    done = submit("--config", config, "--set", override, cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith(told) and done.stderr.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
