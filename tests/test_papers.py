@@ -483,6 +483,7 @@ def test_surgery_is_measured_against_the_plain_weights(tmp_path: Path) -> None:
     gradients = np.array([[3.0, 0.0, 0.0], [-0.5, 2.0, 0.0]])  # sst, para
     norms, weights = np.linalg.norm(gradients, axis=1), np.array([1.1, 0.8])
     seen = {"gradient/norm/sst": norms[0], "gradient/norm/para": norms[1]}
+    seen |= {"gradient/norm/combined": 1.0, "gradient/norm/heads": 2.0}  # as every step has them
     seen["gradient/cosine/sst~para"] = gradients[0] @ gradients[1] / norms.prod()
     one = {"gradient/weight/para": 1.0, "gradient/norm/para": 2.0}
     moved = np.linalg.norm((weights - 1) @ gradients) / np.linalg.norm(gradients.sum(axis=0))

@@ -394,7 +394,9 @@ def surgery_changes(curves: dict[str, Curve], averages: bool) -> tuple[NDArray[n
     weights, gradients = [], []
     for values in logged.values():
         of_a_task = ("gradient/weight/", "gradient/norm/")
-        tasks = sorted({tag.rpartition("/")[2] for tag in values if tag.startswith(of_a_task)})
+        # not of the norms, for there are those of all tasks combined and of all heads
+        named = (tag.rpartition("/")[2] for tag in values if tag.startswith(("gradient/weight/", "gradient/cosine/")))
+        tasks = sorted({task for name in named for task in name.split("~")})
         pairs = {pair: _cosine(values, *pair) for pair in itertools.permutations(tasks, 2)}
         weights_norms = [[values.get(f"{tag}{task}") for task in tasks] for tag in of_a_task]
         if not pairs or None in (*itertools.chain(*weights_norms), *pairs.values()):
