@@ -378,7 +378,8 @@ def _check(options: argparse.Namespace) -> int:
     wanted = wanted_files(options.files, options.text, options.label) if options.files else wanted_by(_config(options))
     found, overlaps = check(wanted)
     print((as_json if options.json else as_text)(found, overlaps), end="")
-    refused = [f"{each.file} {each.refusals[0]}" for each in found if each.refused]
+    refused = [f"{each.file}: {each.unfit}" for each in found if each.unfit]
+    refused += [f"{each.file} {each.refusals[0]}" for each in found if each.refused]
     for first in refused:
         print(f"mtbert: {first}", file=sys.stderr)
     return int(bool(refused))

@@ -22,7 +22,7 @@ from mtbert.config import Config, TaskConfig
 from mtbert.data import locate_file
 from mtbert.errors import UserError
 from mtbert.pretrained import hub_errors, refuse_damaged
-from mtbert.readers import Quarantined, Row, form_of, read_rows, read_table
+from mtbert.readers import Quarantined, Row, form_of, read_rows, read_table, unfit
 from mtbert.runs import read_small, user_path, write_atomically
 from mtbert.token_cache import wanted_columns
 from mtbert.trained import unusable
@@ -66,6 +66,7 @@ class Found:
     reasons: list[str]  # of the first rows left out
     refused: int  # rows with a label that is none of the task's: training stops at the first
     refusals: list[str]  # of the first of them
+    unfit: str  # why training takes none of its rows
     labels: dict[str, float]  # of few: label → rows; of many: lowest, mean, highest
     words: dict[str, float]  # per row, all texts together: mean, p95, longest
     duplicates: int  # rows whose texts, lower-cased and with blanks made one, stood there before
@@ -179,6 +180,7 @@ def _check_file(wanted: Wanted) -> tuple[Found, Counter[bytes]]:
         reasons=reasons,
         refused=refused,
         refusals=refusals,
+        unfit=unfit(len(words) + refused, left_out, "".join(reasons[:1])),
         labels=_spread(labels) if wanted.label else {},
         words=_lengths(words),
         duplicates=len(words) - len(keys),
@@ -246,6 +248,8 @@ def as_text(found: Iterable[Found], overlaps: Iterable[Overlap]) -> str:
         if each.left_out:
             lines.append(f"  left out    {each.left_out:,}")
             lines += [f"              {reason}" for reason in each.reasons]
+        if each.unfit:
+            lines.append(f"  refused     {each.unfit}")
         if each.refused:
             lines.append(f"  refused     {each.refused:,}: training stops at the first")
             lines += [f"              {refusal}" for refusal in each.refusals]

@@ -381,6 +381,14 @@ def read_table(file: BinaryIO, form: str, shown: str) -> Table:
     return Table(header, table.delimiter, rows)
 
 
+def unfit(usable: int, malformed: int, first: str) -> str:
+    """Why no task is trained on a file with so many rows; empty if one is. `first`: what is wrong with the first."""
+    rows = usable + malformed
+    if malformed > max(5, rows / 100) or (malformed and not usable):
+        return f"{malformed} of {rows} rows are malformed, more than 1 %: is this the right file? The first is {first}"
+    return "" if rows else "no rows; a task needs at least one example"
+
+
 def form_of(path: Path) -> str:
     """What a file's name says of its form, as `read_table` takes it: .csv and .tsv tell nothing, as in `read_rows`.
 

@@ -27,7 +27,7 @@ from tokenizers import Tokenizer
 from mtbert.config import TaskConfig
 from mtbert.errors import UserError
 from mtbert.manifest import sha256
-from mtbert.readers import Quarantined, Row, read_rows
+from mtbert.readers import Quarantined, Row, read_rows, unfit
 from mtbert.runs import aside, sweep, write_atomically
 
 Progress = Callable[[int, int | None], None]
@@ -189,17 +189,14 @@ class _Writer:
             reason = row.reason
         self._quarantined.append(Quarantined(self._shown, row.line, reason, row.id))
         if len(self._quarantined) > MAX_QUARANTINED:
-            self._refuse()
+            raise UserError(f"{self._shown}: {self._unfit() or f'over {MAX_QUARANTINED:,} rows are malformed'}")
 
     def finish(self) -> None:
         """Write the manifest; from here on the folder counts as whole."""
         self._flush()
         self._quarantined.sort(key=lambda row: row.line)
-        bad, rows = len(self._quarantined), self._examples + len(self._quarantined)
-        if bad > max(5, rows / 100) or (bad and not self._examples):
-            self._refuse()
-        if not rows:
-            raise UserError(f"{self._shown}: no rows; a task needs at least one example")
+        if why := self._unfit():
+            raise UserError(f"{self._shown}: {why}")
         for file in self._files.values():
             file.flush()
             os.fsync(file.fileno())
@@ -214,12 +211,9 @@ class _Writer:
         checksum = zlib.crc32(json.dumps(manifest).encode())
         write_atomically(self._folder / "manifest.json", json.dumps({**manifest, "checksum": checksum}))
 
-    def _refuse(self) -> None:
-        bad, first = len(self._quarantined), self._quarantined[0]
-        raise UserError(
-            f"{self._shown}: {bad} of {self._examples + bad} rows are malformed, more than 1 %: "
-            f"is this the right file? The first is line {first.line}: {first.reason}"
-        )
+    def _unfit(self) -> str:
+        first = "".join(f"line {row.line}: {row.reason}" for row in self._quarantined[:1])
+        return unfit(self._examples, len(self._quarantined), first)
 
     def _label(self, value: Any, line: int) -> float | None:
         """The label as a number; None where the cell is empty. Raises `UserError` if it is not one of the task's."""

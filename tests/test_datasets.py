@@ -156,6 +156,31 @@ def test_labels_are_held_to_the_task_as_training_holds_them(
         assert str(error.value) == f"{file} " + re.sub(r"^line \d+", "line 2", told)
 
 
+@pytest.mark.parametrize(
+    ("rows", "told"),
+    [
+        ([], "no rows; a task needs at least one example"),
+        (["a,1"] * 93 + [",1"] * 7, "7 of 100 rows are malformed, more"),
+    ],
+)
+def test_a_file_that_training_refuses_whole(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], rows: list[str], told: str
+) -> None:
+    file = write(tmp_path / "rows.csv", "text,label", *rows)
+    assert main(["data", "check", file]) == 1
+    printed = capsys.readouterr()
+    assert f"  refused     {told}" in printed.out and printed.err.startswith(f"mtbert: {file}: {told}")
+    config = tmp_path / "config.yaml"
+    config.write_text(f"tasks:\n  t: {{kind: classification, train: {file}, dev: {file}, columns: {{text: [text]}}}}\n")
+    vocabulary = tmp_path / "vocab.txt"
+    vocabulary.write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\n")
+    with pytest.raises(UserError) as error:
+        load_dataset(
+            load_config(config).tasks["t"], "t", "train", DataConfig(cache=str(tmp_path)), load_tokenizer(vocabulary)
+        )
+    assert printed.err == f"mtbert: {error.value}\n"
+
+
 def test_the_real_files_hold_what_is_known_of_them(data_dir: Path) -> None:
     names = ["ids-sst-train.csv", "sts-train.csv", "sts-dev.csv", "quora-dev.csv"]
     found, overlaps = check(wanted_files([str(data_dir / name) for name in names], None, None))
