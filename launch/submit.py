@@ -181,6 +181,9 @@ def check_resumable(run: Path, overrides: list[str]) -> None:
             f"--set {barred[0]}: a continued run keeps what it trains; only these can change: "
             f"{', '.join(key.rstrip('.=') for key in RESUMABLE)}"
         )
+    of_evaluations = [text for text in overrides if text.startswith("run.evaluate_every=")]
+    if of_evaluations and load_config(run / "config.yaml").schedule.kind == "adaptive":
+        raise UserError(f"--set {of_evaluations[0]}: evaluations decide what an adaptive schedule draws; leave it out")
 
 
 def _array(text: str) -> list[str]:

@@ -531,6 +531,14 @@ class Config(Section):
                 raise ValueError(f"tasks.{name}: a task's name is made of letters, digits, - and _")
             if name == ENCODER:
                 raise ValueError(f"tasks.{name}: this name belongs to the part that all tasks share; choose another")
+        idle = [name for name, task in self.tasks.items() if not task.weight]
+        if idle and self.weighting.method in ("gls", "famo"):
+            raise ValueError(
+                f"tasks.{idle[0]}.weight 0: weighting.method {self.weighting.method} goes by logarithms of weighted "
+                f"losses; set tasks.{idle[0]} to null instead, or give it a weight above 0"
+            )
+        if self.surgery.method == "pcd":
+            self._fits_pcd()
         if all(task.dev is None for task in self.tasks.values()):
             raise ValueError("tasks: none has a dev file, so nothing would be scored; give one to at least one task")
         self._layers_exist()
@@ -540,6 +548,19 @@ class Config(Section):
         for number, phase in enumerate(self.phases):
             self._check_phase(f"phases.{number}", phase)
         return self
+
+    def _fits_pcd(self) -> None:
+        """It averages the tasks' norms over steps, which have to be of the same tasks."""
+        if self.schedule.kind != "round_robin" or self.schedule.length == "unbalanced":
+            raise ValueError("surgery.method pcd: needs all tasks in every step: schedule.kind round_robin, balanced")
+        for number, phase in enumerate(self.phases):
+            reach = set(phase.tasks or self.tasks) - set(phase.leave_out)
+            if phase.trains(ENCODER) and reach != set(self.tasks):
+                absent = ", ".join(name for name in self.tasks if name not in reach)
+                raise ValueError(
+                    f"surgery.method pcd: needs all tasks in every step, and {absent} does not reach the encoder in "
+                    f"phases.{number}; leave it out of the run, or use another method"
+                )
 
     def _layers_exist(self) -> None:
         wanted = {name: task.head.shared for name, task in self.tasks.items() if task.head.shared is not None}
@@ -570,7 +591,7 @@ class Config(Section):
         _known(f"{where}.tasks", phase.tasks or (), self.tasks)
         _known(f"{where}.leave_out", phase.leave_out, self.tasks)
         if not isinstance(phase.trainable, str):
-            _known(f"{where}.trainable", phase.trainable, [*users, "all", "heads"], "a list names parts")
+            _known(f"{where}.trainable", phase.trainable, users, "a list names parts; all and heads stand alone")
         _known(f"{where}.lr_scale", phase.lr_scale if isinstance(phase.lr_scale, dict) else (), users)
         trained = set(phase.tasks or self.tasks)
         moved = [

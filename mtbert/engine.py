@@ -159,7 +159,7 @@ class Engine:
         self.averaged_steps = 0  # steps in the average
         self._averages = [torch.zeros_like(p.master.data) for p in self.partitions] if self.ema else []
         self._shared = sum(p.master.numel() for p in self.partitions if self.groups[p.group].task is None)
-        self._combined = torch.empty(self._shared, device=self.device)
+        self._combined = torch.zeros(self._shared, device=self.device)
         self.set_masters(lambda span: masters[span.name].flatten()[span.start : span.stop])
 
     @property
@@ -197,6 +197,8 @@ class Engine:
         self._host.begin(len(through))
         values = [self._backward(task, through, losses[task]) for task in tasks]
         shards_MS, own = self._host.shards()
+        still = {number for number, partition in enumerate(self.partitions) if rates[partition.group] is None}
+        own = {task: {n: piece for n, piece in pieces.items() if n not in still} for task, pieces in own.items()}
         gram_MM, head_gram_KK, losses_K, stop, save = self._agree(tasks, shards_MS, own, values, stop, save)
         lambda_K = self.loss_weights[list(tasks)]
         factors_K = lambda_K * self.weighting.factors(lambda_K * losses_K, tasks, step, epoch)
@@ -216,7 +218,8 @@ class Engine:
             self._average()
             after_K = self._losses_after(losses) if self.weighting.wants_losses_after else None
             after_K = None if after_K is None else lambda_K * after_K
-            self.weighting.learn(lambda_K * losses_K, tasks, step, epoch, rate_factor, after_K)
+            if after_K is None or after_K.isfinite().all():
+                self.weighting.learn(lambda_K * losses_K, tasks, step, epoch, rate_factor, after_K)
         return StepResult(
             tasks=tasks,
             losses_K=losses_K,

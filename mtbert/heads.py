@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from mtbert.config import EncoderConfig, HeadConfig, SharedLayerConfig, TaskConfig
 from mtbert.encoder import Encoder, EncoderShape, Linear, dropout, initialise
+from mtbert.errors import UserError
 from mtbert.packing import Packed
 
 
@@ -109,6 +110,16 @@ def _default_scale(task: TaskConfig) -> float:
     return task.range[1] if task.kind == "pair_regression" else 1.0
 
 
+def _by_name(modules: Mapping[str, nn.Module]) -> nn.ModuleDict:
+    """Raises `UserError` for a name such as `train`, which is an attribute of every module."""
+    named = nn.ModuleDict()
+    for name, module in modules.items():
+        if hasattr(named, name):
+            raise UserError(f"{name}: PyTorch keeps this name for itself; give the task or shared layer another")
+        named[name] = module
+    return named
+
+
 class MultiTaskModel(nn.Module):
     """One encoder shared by all tasks, one head per task, and layers that some heads have in common (paper B).
 
@@ -133,8 +144,8 @@ class MultiTaskModel(nn.Module):
         inputs = {name: widths[layer] if layer else width for name, layer in self.layer_of.items()}
         with torch.device("meta" if seed is None else "cpu"):
             self.encoder = Encoder(shape, encoder.dropout)
-            self.shared = nn.ModuleDict({name: Linear(width, out) for name, out in widths.items()})
-            self.heads = nn.ModuleDict({name: Head(task, inputs[name]) for name, task in tasks.items()})
+            self.shared = _by_name({name: Linear(width, out) for name, out in widths.items()})
+            self.heads = _by_name({name: Head(task, inputs[name]) for name, task in tasks.items()})
         if seed is not None:
             initialise(self, seed)
 

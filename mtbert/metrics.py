@@ -21,14 +21,14 @@ def accuracy(predictions_N: NDArray[Any], labels_N: NDArray[Any]) -> float:
 
 
 def f1(predictions_N: NDArray[Any], labels_N: NDArray[Any]) -> float:
-    """F1 of class 1 where the classes are 0 and 1; with more classes the unweighted mean of each one's F1 (macro).
+    """F1 of class 1 where labels are 0 and 1; with more classes the unweighted mean of each one's F1 (macro).
 
-    A class that is neither predicted nor present scores 0 instead of 0/0.
+    Its classes are those of the labels, so that what is predicted does not change the definition. 0 where it is 0/0.
     """
     from sklearn.metrics import f1_score
 
-    binary = max(predictions_N.max(), labels_N.max()) <= 1
-    return float(f1_score(labels_N, predictions_N, average="binary" if binary else "macro", zero_division=0.0))
+    classes = [1] if labels_N.max() <= 1 else np.unique(labels_N)
+    return float(f1_score(labels_N, predictions_N, labels=classes, average="macro", zero_division=0.0))
 
 
 def matthews(predictions_N: NDArray[Any], labels_N: NDArray[Any]) -> float:

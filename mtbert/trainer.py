@@ -539,7 +539,7 @@ class _Run:
     def _gradient_values(self, result: StepResult) -> dict[str, float]:
         """Norms, and of the tasks that reach the encoder what surgery saw and did."""
         values = {"gradient/norm/combined": result.norm, "gradient/norm/heads": result.head_norm}
-        if not result.through:
+        if not result.through or result.skipped:  # what is not finite has no cosine
             return values
         names = [self.tasks[task].name for task in result.through]
         cosine_MM, rate = conflicts(result.gram_MM)

@@ -27,7 +27,7 @@ tests.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -201,11 +201,13 @@ class _Famo(_Learnt):
 
     def factors(self, seen: Seen, seed: int) -> Tensor:
         share_K = torch.softmax(self.state["value"][seen.tasks], dim=0) / (seen.losses_K + TINY)
-        return share_K / share_K.sum()
+        share_K = torch.where(seen.losses_K == 0, 0.0, share_K)  # nothing to learn there, and log 0 to take
+        return share_K / (share_K.sum() if share_K.any() else 1.0)
 
     def learn(self, seen: Seen, rate: float) -> None:
         assert seen.after_K is not None
         fallen_K = (seen.losses_K + TINY).log() - (seen.after_K + TINY).log()
+        fallen_K = torch.where((seen.losses_K == 0) | (seen.after_K == 0), 0.0, fallen_K)
         z_K = torch.softmax(self.state["value"][seen.tasks], dim=0)
         # its own rate throughout: the published algorithm knows no schedule for it
         self.descend(seen.tasks, z_K * (fallen_K - z_K @ fallen_K), 1.0)
@@ -266,6 +268,16 @@ class _Scalarized(Method):
         return torch.autograd.grad(total, losses_K)[0]
 
 
+class _Gls(_Scalarized):
+    """Of the losses above 0: where a batch has no pair to learn from, no other task would have a factor."""
+
+    def factors(self, seen: Seen, seed: int) -> Tensor:
+        factors_K = torch.zeros_like(seen.losses_K)
+        if (above_K := seen.losses_K != 0).any():
+            factors_K[above_K] = super().factors(replace(seen, losses_K=seen.losses_K[above_K]), seed)
+        return factors_K
+
+
 def _torchjd() -> Any:
     import torchjd.scalarization
 
@@ -301,7 +313,7 @@ def _mean() -> Method:
 
 
 def _gls() -> Method:
-    return _Scalarized(lambda tasks: _torchjd().GeometricMean())
+    return _Gls(lambda tasks: _torchjd().GeometricMean())
 
 
 def _stch(*, mu: float) -> Method:

@@ -96,7 +96,7 @@ class Stage1:
         self.partitions = [self._partition(index, names) for index in range(len(self.sizes))]
         dtype = optimizer.bit16_groups_flat[0].dtype
         # a backward adds each gradient once, several would lose small addends in bf16 (embeddings add row by row even
-        # in one backward; accumulation > 1 avoids that, too)
+        # in one backward; with accumulation > 1 only those of positions and types do, within each micro-batch)
         self.grad_dtype = torch.float32 if accumulation > 1 else dtype
         self.device = optimizer.bit16_groups_flat[0].device
         self.shared = sum(self.sizes[: self.shared_groups])
@@ -354,6 +354,8 @@ class Stage3:
         for index, gradient in enumerate(gradients):
             self.optimizer.averaged_gradients[index] = [gradient]
         self.engine.step()
+        if self.optimizer.overflow:  # it says nothing itself, and the run would train nothing
+            raise RuntimeError("DeepSpeed left out a step whose gradients are finite")
 
     def publish_masters(self) -> None:
         # weights gathered for an earlier pass may still be held for the next one

@@ -224,6 +224,22 @@ REGRESSION = "tasks.r={kind: pair_regression, train: a, dev: b, columns: {text: 
         (["optimizer.decay={milestones: [5]}"], "optimizer.decay: expected constant, linear, cosine or steps such as"),
         (["phases=[{epochs: 1, decay: fast}]"], "phases.0.decay: expected constant, linear, cosine or steps such as {"),
         (["phases=[{epochs: 1, trainable: 3}]"], "phases.0.trainable: expected all, heads or a list of parts such as"),
+        (
+            ["phases=[{epochs: 1, trainable: [encoder, heads]}]"],
+            "phases.0.trainable: no 'heads' here; valid: encoder, sst",
+        ),
+        (
+            ["weighting.method=gls", "tasks.sst.weight=0"],
+            "tasks.sst.weight 0: weighting.method gls goes by logarithms of",
+        ),
+        (
+            ["surgery.method=pcd", "schedule.kind=sampled"],
+            "surgery.method pcd: needs all tasks in every step: schedule.ki",
+        ),
+        (
+            ["surgery.method=pcd", "phases=[{epochs: 1, leave_out: [sst]}, {epochs: 1}]"],
+            "surgery.method pcd: needs all tasks in every step, and sst does not reach the encoder in phases.0",
+        ),
         (["optimizer.lr=fast"], "optimizer.lr: input should be a valid number, unable to parse"),
         (["optimizer.lr=[1]"], "optimizer.lr: input should be a valid number"),
         (["seed=1.5"], "seed: input should be a valid integer, got a number with a fractional part (got 1.5)"),

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from mtbert.config import EncoderConfig, HeadKind, SharedLayerConfig, TaskConfig, TaskKind
 from mtbert.encoder import EncoderShape
+from mtbert.errors import UserError
 from mtbert.heads import HEADS, Head, MultiTaskModel
 from mtbert.losses import example_losses
 from mtbert.packing import pack
@@ -177,6 +178,13 @@ def test_cosine_heads_are_torch_s_cosine_up_to_the_highest_label(
     torch.testing.assert_close(answers.double(), wanted, rtol=1e-5, atol=1e-5 * limits[1])
     lowest = 0.0 if kind == "relu_cosine" else -limits[1]
     assert bool(((answers >= lowest * 1.0001) & (answers <= limits[1] * 1.0001)).all())
+
+
+@pytest.mark.parametrize("name", ["train", "training", "values"])
+def test_names_that_modules_have_themselves(name: str) -> None:
+    task = TaskConfig(kind="classification", train="-", dev="-")
+    with pytest.raises(UserError, match=f"^{name}: PyTorch keeps this name for itself"):
+        MultiTaskModel(SHAPE, EncoderConfig(), {name: task}, seed=0)
 
 
 def test_cosine_of_bf16_vectors_is_taken_in_fp32() -> None:

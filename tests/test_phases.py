@@ -125,7 +125,10 @@ def test_trainable_parts(tmp_path: Path) -> None:
     [
         ({"tasks": ["stt"]}, r"phases\.0\.tasks: no 'stt' here; valid: sst, para, sts"),
         ({"leave_out": ["nli"]}, r"phases\.0\.leave_out: no 'nli' here; valid: sst, para, sts"),
-        ({"trainable": ["encodr"]}, r"phases\.0\.trainable: no 'encodr' here; valid: encoder, sst, para, all, heads"),
+        (
+            {"trainable": ["encodr"]},
+            r"phases\.0\.trainable: no 'encodr' here; valid: encoder, sst, para; a list names parts",
+        ),
         ({"trainable": []}, r"phases\.0\.trainable: expected all, heads or a list of parts"),
         ({"trainable": "head"}, r"phases\.0\.trainable: expected all, heads or a list of parts.* \(got 'head'\)"),
         ({"tasks": []}, r"phases\.0\.tasks"),

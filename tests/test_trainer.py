@@ -434,6 +434,8 @@ def test_losses_that_are_not_finite_end_the_run_with_a_clear_message(config: Con
     run = new_run(config, "nan")
     with pytest.raises(UserError, match=r"not finite, 10 steps in a row; lower optimizer\.lr"):
         train(run, Rank(), quiet=True)
+    skipped = [line for line in logged(run) if line.get("skipped_steps")]
+    assert skipped and not any(tag.startswith("gradient/cosine/") for line in skipped for tag in line)
 
 
 def test_groups_of_parameters_may_change_between_attempts(config: Config) -> None:

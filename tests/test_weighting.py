@@ -95,6 +95,19 @@ def test_factors_are_those_of_torchjd(method: str) -> None:
     torch.testing.assert_close(found, torch.tensor(ORACLES[method]()), rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("method", ["gls", "famo"])
+def test_a_loss_of_0_leaves_the_others_their_factors(method: str) -> None:
+    """As a batch has in which no pair was selected. Logarithms of 0 would be the end of all tasks."""
+    learning, without = weighting(method), weighting(method)
+    some = torch.tensor([0.7, 0.0, 0.4], dtype=torch.float64)
+    factors = learning.factors(some, (0, 1, 2), 0, 0)
+    expected = without.factors(some[[0, 2]], (0, 2), 0, 0)
+    assert factors[1] == 0 and torch.equal(factors[[0, 2]], expected)
+    learning.learn(some, (0, 1, 2), 0, 0, 1.0, some * 0.9)
+    assert all(value.isfinite().all() for value in learning.state_dict().values())
+    assert learning.factors(torch.zeros(3, dtype=torch.float64), (0, 1, 2), 1, 0).tolist() == [0, 0, 0]
+
+
 def test_homoscedastic_is_torchjd_s_for_regressions_and_twice_its_precision_for_classifications() -> None:
     """TorchJD's UW is ½·e^(−s)·L + ½·s for every task."""
     method = Weighting("homoscedastic", {"lr": 0.1}, [True] * 3, 0)

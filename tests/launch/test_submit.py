@@ -414,3 +414,12 @@ def test_what_the_ranks_would_refuse_is_refused_before_it_waits(
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith(told) and done.stderr.count("\n") == 1
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(("kind", "barred"), [("round_robin", False), ("adaptive", True)])
+def test_evaluations_that_decide_what_is_drawn_stay_where_they_are(
+    config: Path, tmp_path: Path, kind: str, barred: bool
+) -> None:
+    run = create_run(load_config(config, [f"schedule.kind={kind}", f"run.dir={tmp_path}", "run.name=r"]), None, [])
+    done = submit("--local", "--dry-run", "--resume", run, "--set", "run.evaluate_every=3", cwd=tmp_path)
+    assert (done.returncode == 2, "evaluations decide what an adaptive schedule draws" in done.stderr) == (barred,) * 2
