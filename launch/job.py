@@ -156,14 +156,14 @@ class Attempt:
         self.lock = Lock(run, self.name, place.slurm_job)
         self._record: EndRecord
         self.status = "finished"  # unless `_end` says otherwise
-        self._stop = threading.Event()
+        self._stop = False  # no Event: a second signal may find the first one's handler inside of its lock
         self._over = threading.Event()
         self._ending = threading.RLock()  # held while an end is recorded and what it calls for is done
 
     def run_to_end(self, train: Train) -> str:
         """Trains, records the end, requeues where that is due. Returns the status in the record."""
         for number in STOPS:
-            signal.signal(number, lambda *_: self._stop.set())
+            signal.signal(number, self._ask_for_stop)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a whole terminal; the submitter asks for the stop
         signal.signal(signal.SIGCONT, signal.SIG_DFL)  # Slurm sends it along; submitit would report it in our output
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)  # one that came during the start arrives now
@@ -175,7 +175,7 @@ class Attempt:
                 self.lock.acquire()
                 self._clear_up()
             threading.Thread(target=self._watch, name="watch", daemon=True).start()
-            outcome = train(self.run, self.rank, self._stop.is_set, not self.rank.first)
+            outcome = train(self.run, self.rank, lambda: self._stop, not self.rank.first)
         except UserError as error:
             self._end("mistake", message=str(error))
         except Exception as error:
@@ -197,6 +197,9 @@ class Attempt:
             end = read_end(self.run, self.name)
         self._vanish()
         return end.status if end else self.status
+
+    def _ask_for_stop(self, *_: object) -> None:
+        self._stop = True
 
     def _vanish(self) -> None:
         """Takes away what says that this rank lives. What cannot be taken away goes by the death of its process."""
@@ -235,7 +238,7 @@ class Attempt:
 
     def _look(self) -> None:
         if stop_path(self.run, self.token).exists():
-            self._stop.set()
+            self._stop = True
         end = read_end(self.run, self.name)
         if end is None and (dead := self._dead_peer()) is not None:
             self._end("lost", rank=dead, message=f"rank {dead} was killed")

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -187,15 +186,6 @@ def test_train_then_evaluate(tmp_path: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()} == before
 
 
-@pytest.fixture
-def interruptible() -> Iterator[None]:
-    """A shell starts what it runs in the background, tests too, with SIGINT ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_saves_and_says_how_to_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -250,7 +240,6 @@ def test_an_error_after_a_checkpoint_says_how_to_go_on(
     assert capsys.readouterr().err == told[0]
 
 
-@pytest.mark.usefixtures("interruptible")
 def test_a_second_ctrl_c_ends_at_once(capfd: pytest.CaptureFixture[str]) -> None:
     before = signal.getsignal(signal.SIGINT)
     with _stop_on_signals() as stop:
