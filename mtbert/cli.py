@@ -148,7 +148,7 @@ def _add_data(commands: Any) -> None:
     command = commands.add_parser("data", help="look at data files, or fetch the three of the examples")
     verbs = command.add_subparsers(required=True, metavar="verb")
     verb = verbs.add_parser(
-        "check", help="rows, labels, lengths, duplicates, overlaps, rows left out; exit code 1: wrong labels"
+        "check", help="rows, labels, lengths, duplicates, overlaps, rows left out; exit code 1: training refuses it"
     )
     verb.add_argument("files", metavar="FILE", nargs="*", help="files to look at; or --config")
     verb.add_argument("--text", nargs="+", metavar="COLUMN", help="default: by the usual names")
