@@ -24,14 +24,14 @@ from launch.records import JobNote, Lock, make_job_folder, read_note, write_note
 from launch.submit import DEFAULT_CONFIG, check_resumable
 from mtbert.config import load_config, to_yaml
 from mtbert.errors import UserError
-from mtbert.runs import create_run, independent, write_atomically
+from mtbert.runs import create_run, independent, user_path, write_atomically
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m launch.rank", description="The job without submitit.")
     parser.add_argument("verb", choices=("make", "train"))
-    parser.add_argument("run", type=Path)
-    parser.add_argument("--config", type=Path, help=f"default: {DEFAULT_CONFIG}")
+    parser.add_argument("run", type=user_path)
+    parser.add_argument("--config", type=user_path, help=f"default: {DEFAULT_CONFIG}")
     parser.add_argument("--set", nargs="+", action="extend", default=[], dest="overrides")
     args = parser.parse_args()
     if "SLURM_JOB_ID" not in os.environ:

@@ -39,6 +39,11 @@ PATIENCE_S = 30.0
 """How long slurmctld may be silent, or refuse, before that counts: it restarts, or is busy."""
 
 
+def submit_command(words: str, run: Path) -> str:
+    """The line to type for what `words` ask of a run."""
+    return f"python launch/submit.py {words} {shlex.quote(str(run))}"
+
+
 @dataclass(frozen=True)
 class JobNote:
     """`job.json`: the submission a run folder belongs to."""
@@ -53,12 +58,12 @@ class JobNote:
 
     def again(self, run: Path) -> str:
         """The command that continues the run in the same shape."""
-        words = ["python launch/submit.py", f"--nodes {self.nodes}"]
+        words = [f"--nodes {self.nodes}"]
         if self.gpus or self.ranks_per_node > 1:
             words.append(f"--{'gpus' if self.gpus else 'ranks'}-per-node {self.ranks_per_node}")
         if self.cluster == "local" and shutil.which("sbatch"):
             words.append("--local")
-        return " ".join([*words, f"--resume {shlex.quote(str(run))}"])
+        return submit_command(" ".join([*words, "--resume"]), run)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ from launch.records import (
     slurm_fields,
     snapshot_code,
     stop_path,
+    submit_command,
     writable_by_me_alone,
     write_note,
 )
@@ -245,8 +246,8 @@ def follow(run: Path, note: JobNote, from_start: bool) -> int:
                 break
     except KeyboardInterrupt:
         print(
-            f"\njob {note.id} goes on; watch it again: python launch/submit.py --follow {run}; "
-            f"end it: python launch/submit.py cancel {run}",
+            f"\njob {note.id} goes on; watch it again: {submit_command('--follow', run)}; "
+            f"end it: {submit_command('cancel', run)}",
             file=sys.stderr,
         )
         sys.exit(STOPPED)
@@ -303,8 +304,23 @@ def _lives(run: Path, note: JobNote) -> bool:
     return begun or Lock(run, "-").holder() is not None
 
 
-def status_of(run: Path) -> tuple[str, ...]:
-    """One row of the table `status` prints: run, job, state, step."""
+def standings(runs: Sequence[Path]) -> list[tuple[str, ...]]:
+    """The rows of the table `status` prints: run, job, state, step."""
+    silence: UserError | None = None
+
+    def ask(job: str) -> Standing:
+        nonlocal silence
+        if silence is None:  # else every row would wait for an answer as long as the first
+            try:
+                return standing(job)
+            except UserError as error:
+                silence = error
+        raise silence
+
+    return [_row(run, ask) for run in runs]
+
+
+def _row(run: Path, ask: Callable[[str], Standing]) -> tuple[str, ...]:
     try:
         note = read_note(run)
     except UserError:
@@ -314,7 +330,10 @@ def status_of(run: Path) -> tuple[str, ...]:
     end = last_end(run, note.token)
     step = "-" if end is None or end.step is None else str(end.step)
     if note.cluster == "slurm":
-        now = standing(note.id)
+        try:
+            now = ask(note.id)
+        except UserError as error:
+            return str(run), f"slurm {note.id}", f"unknown: {error}", step
         if now.state not in (*OVER, "UNKNOWN"):
             return str(run), f"slurm {note.id}", _words(note, now).partition(": ")[2], step
         end = _end(run, note, now)

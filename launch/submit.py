@@ -19,7 +19,7 @@ from pathlib import Path
 if not __package__:  # started as a script: the checkout, not launch/, is where imports begin
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from launch.records import ROOT, JobNote, Lock, make_job_folder, read_note, snapshot_code
+from launch.records import ROOT, JobNote, Lock, make_job_folder, read_note, snapshot_code, submit_command
 from mtbert.config import Config, SurgeryConfig, WeightingConfig, load_config, to_yaml
 from mtbert.errors import UserError
 from mtbert.runs import (
@@ -59,12 +59,12 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("verb", nargs="?", default="train", help=argparse.SUPPRESS)  # checked after unknown options
-    parser.add_argument("runs", nargs="*", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("runs", nargs="*", type=user_path, help=argparse.SUPPRESS)
 
     what = parser.add_argument_group("what to train")
-    what.add_argument("--config", type=Path, metavar="YAML", help=f"configuration (default: {DEFAULT_CONFIG})")
+    what.add_argument("--config", type=user_path, metavar="YAML", help=f"configuration (default: {DEFAULT_CONFIG})")
     what.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", dest="overrides")
-    what.add_argument("--resume", type=Path, metavar="RUN", help="continue a run folder from its last checkpoint")
+    what.add_argument("--resume", type=user_path, metavar="RUN", help="continue a run folder from its last checkpoint")
     what.add_argument("--array", metavar="KEY=V1,V2,...", help="one job per value, for example seed=0,1,2")
 
     where = parser.add_argument_group("where")
@@ -84,7 +84,7 @@ def parser() -> argparse.ArgumentParser:
 
     how = parser.add_argument_group("how")
     how.add_argument("--dry-run", action="store_true", help="show the batch script and the configuration and stop")
-    how.add_argument("--follow", nargs="?", type=Path, const=True, metavar="RUN",
+    how.add_argument("--follow", nargs="?", type=user_path, const=True, metavar="RUN",
                      help="show rank 0's log until the job ends and return its exit code")  # fmt: skip
     return parser
 
@@ -328,8 +328,8 @@ def _on_slurm(
         return 0
     if args.resume is not None and (note := read_note(args.resume)) and slurm.queued(note):
         raise UserError(
-            f"--resume {args.resume}: job {note.id} is not over; watch it with --follow {args.resume}, "
-            f"or end it with: python launch/submit.py cancel {args.resume}"
+            f"--resume {args.resume}: job {note.id} is not over; watch it with: "
+            f"{submit_command('--follow', args.resume)}; or end it with: {submit_command('cancel', args.resume)}"
         )
     with _new_folders() as new:
         folder, runs = _folders(args, source, configs, values, command, new)
@@ -337,7 +337,7 @@ def _on_slurm(
     for run, note in zip(runs, notes, strict=True):
         print(f"job {note.id}: {args.nodes} node(s) × {note.ranks_per_node} rank(s), run folder {run}", flush=True)
     if not args.follow:
-        print(f"watch with: python launch/submit.py --follow {runs[0]}")
+        print(f"watch with: {submit_command('--follow', runs[0])}")
         return 0
     codes = []
     for run, note in zip(runs, notes, strict=True):
@@ -367,7 +367,7 @@ def status(runs: list[Path]) -> int:
     found = runs or sorted(path.parent.parent for path in Path("runs").glob("**/job/job.json"))
     for run in runs:
         _note(run)
-    rows = [("run", "job", "state", "step"), *(slurm.status_of(run) for run in found)]
+    rows = [("run", "job", "state", "step"), *slurm.standings(found)]
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

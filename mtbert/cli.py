@@ -174,7 +174,9 @@ def _add_run(commands: Any, name: str, does: str) -> argparse.ArgumentParser:
 
 
 def _add_config(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--config", metavar="FILE", help="YAML; default: the generated three-task quick start")
+    command.add_argument(
+        "--config", type=user_path, metavar="FILE", help="YAML; default: the generated three-task quick start"
+    )
     command.add_argument(
         "--set",
         nargs="+",
@@ -207,8 +209,8 @@ def _train(options: argparse.Namespace) -> int:
     try:
         with RunLock(folder, f"{secrets.token_hex(4)}-0").held(), _stop_on_signals() as stop:
             outcome = train(folder, Rank(), stop, quiet=options.quiet or options.json)
-    except (UserError, KeyboardInterrupt) as error:
-        if not options.resume:
+    except (Exception, KeyboardInterrupt) as error:
+        if not options.resume and isinstance(error, UserError | KeyboardInterrupt):
             discard_unstarted(folder)
         from mtbert.manifest import folders
 

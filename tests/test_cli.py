@@ -240,6 +240,26 @@ def test_an_error_after_a_checkpoint_says_how_to_go_on(
     assert capsys.readouterr().err == told[0]
 
 
+WITH_A_BUG = """
+import sys
+from mtbert import cli, trainer
+stepping = trainer._Run._step
+trainer._Run._step = lambda run, step, *rest, **more: stepping(run, step, *rest, **more) if step < 3 else 1 / 0
+cli.main(sys.argv[1:])
+"""
+"""A trainer that fails at its fourth step."""
+
+
+def test_a_bug_after_a_checkpoint_has_its_traceback_and_says_how_to_go_on(tmp_path: Path) -> None:
+    settings = [*TINY, f"data.cache={tmp_path}", "phases=[{steps: 4}]", "checkpoint.every_steps=1", "run.name=one"]
+    command = [sys.executable, "-c", WITH_A_BUG, "train", "--quiet", "--set", *settings]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("continue with: python -m mtbert train --resume runs/one\n")
+    assert "Traceback" in done.stderr and done.stderr.endswith("ZeroDivisionError: division by zero\n")
+
+
 def test_a_second_ctrl_c_ends_at_once(capfd: pytest.CaptureFixture[str]) -> None:
     before = signal.getsignal(signal.SIGINT)
     with _stop_on_signals() as stop:

@@ -35,7 +35,7 @@ from launch.records import ROOT, snapshot_code
 from launch.show import STOPPED
 from mtbert.config import Config, config_of, load_config, to_yaml
 from mtbert.errors import UserError
-from mtbert.runs import create_run, write_atomically
+from mtbert.runs import create_run, user_path, write_atomically
 from mtbert.stops import stop_requests
 from mtbert.yaml_files import dump_yaml, inline_yaml, read_yaml
 from tune.space import Space, load_space
@@ -79,12 +79,12 @@ def parser() -> argparse.ArgumentParser:
     )
     what = parser.add_argument_group("what to search")
     what.add_argument(
-        "--config", type=Path, metavar="YAML", help="the configuration that is varied (default: quickstart)"
+        "--config", type=user_path, metavar="YAML", help="the configuration that is varied (default: quickstart)"
     )
     what.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", dest="overrides")
     what.add_argument(
         "--space",
-        type=Path,
+        type=user_path,
         metavar="YAML",
         help="the space (default: configs/search/default.yaml, or pretrained.yaml beside it)",
     )
@@ -94,7 +94,7 @@ def parser() -> argparse.ArgumentParser:
     )
     what.add_argument("--metric", nargs="+", metavar="NAME", dest="metrics",
                       help="composite, or tasks; several for a Pareto front (default: composite)")  # fmt: skip
-    what.add_argument("--resume", type=Path, metavar="SEARCH", help="continue a search; --trials may ask for more")
+    what.add_argument("--resume", type=user_path, metavar="SEARCH", help="continue a search; --trials may ask for more")
 
     how = parser.add_argument_group("how")
     how.add_argument("--scheduler", choices=("asha", "pbt", "none"), help="asha stops bad trials early (default)")

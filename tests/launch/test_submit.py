@@ -14,7 +14,9 @@ import pytest
 import yaml
 from fake_slurm import FakeSlurm
 
+from launch import records
 from launch.records import End, EndRecord, JobNote, Lock, stop_path, write_note
+from launch.slurm import standings
 from mtbert.config import load_config
 from mtbert.runs import create_run
 
@@ -208,6 +210,8 @@ def test_a_tilde_is_the_home_folder(
         done = submit("--config", config, "--dry-run", "--set", "run.dir=~/runs", *files, *more, cwd=tmp_path)
         assert (done.returncode, done.stderr) == (0, "")
         assert f"runs=({home}/runs/RUN)" in done.stdout
+    done = submit("--resume=~/runs", cwd=tmp_path)  # which shells leave as it is
+    assert done.stderr == f"error: --resume {home}/runs: no run folder, config.yaml is missing there\n"
     done = submit("--config", config, "--dry-run", "--set", *files, "tasks.sst.dev=~/d.csv", cwd=tmp_path)
     assert done.stderr == f"error: tasks.sst.dev: no file {home}/d.csv\n"
 
@@ -274,6 +278,15 @@ def test_a_value_with_a_slash_makes_one_folder(config: Path, tmp_path: Path, slu
     assert all((run / "code" / "launch").is_dir() for run in runs)
 
 
+def test_a_command_that_is_told_can_be_typed(config: Path, tmp_path: Path, slurm: FakeSlurm) -> None:
+    slurm.does("sbatch", "echo Submitted batch job 7")
+    done = submit("--config", config, "--set", "run.name=my run", cwd=tmp_path)
+    assert done.stdout.splitlines()[-1] == "watch with: python launch/submit.py --follow 'runs/my run'"
+    slurm.does("scontrol", "echo JobState=PENDING")
+    done = submit("--resume", "runs/my run", cwd=tmp_path)
+    assert done.stderr.endswith("or end it with: python launch/submit.py cancel 'runs/my run'\n")
+
+
 def test_ctrl_c_while_an_array_is_watched_leaves_at_once(config: Path, tmp_path: Path, slurm: FakeSlurm) -> None:
     slurm.does("sbatch", "echo Submitted batch job 7")
     slurm.does("scontrol", "echo JobState=RUNNING NodeList=n1")
@@ -329,6 +342,26 @@ def test_a_local_job_that_is_over_is_not_asked_to_stop(run: Path) -> None:
     done = submit("cancel", run, cwd=run.parent)
     assert done.stdout == f"asked local job {job.pid} to save and stop\n"
     assert stop_path(run, "ab12").exists()
+
+
+def test_a_slurm_that_is_silent_is_asked_once_and_hides_no_other_job(
+    tmp_path: Path, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(records, "PATIENCE_S", 2)
+    slurm.does("scontrol", "echo 'slurm_load_jobs error: Unable to contact' >&2; exit 1")
+    runs = [tmp_path / name for name in "abc"]
+    for run, cluster in zip(runs, ("slurm", "local", "slurm"), strict=True):
+        (run / "job").mkdir(parents=True)
+        write_note(run, JobNote(cluster, "7", "ab12", "elsewhere", 2, 1))
+    silent = "unknown: Slurm does not answer: slurm_load_jobs error: Unable to contact"
+    assert standings(runs) == [
+        (str(runs[0]), "slurm 7", silent, "-"),
+        (str(runs[1]), "local 7", "killed", "-"),
+        (str(runs[2]), "slurm 7", silent, "-"),
+    ]
+    asked = len(slurm.calls("scontrol"))
+    standings(runs[:1])
+    assert len(slurm.calls("scontrol")) == 2 * asked, "as often for one as for two"
 
 
 def test_a_damaged_note_hides_no_other_job(tmp_path: Path) -> None:
