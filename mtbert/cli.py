@@ -153,7 +153,7 @@ def _add_data(commands: Any) -> None:
     verb.add_argument("files", metavar="FILE", nargs="*", help="files to look at; or --config")
     verb.add_argument("--text", nargs="+", metavar="COLUMN", help="default: by the usual names")
     verb.add_argument("--label", metavar="COLUMN", help="default: by the usual names")
-    _add_config(verb)
+    _add_config(verb, "YAML; the files of its tasks, and whether their labels are the tasks'")
     verb.add_argument("--json", action="store_true", help="one JSON object instead of text")
     verb.set_defaults(run=_check)
     verb = verbs.add_parser("fetch", help="SST, Quora and STS from the hub, as configs/cs224n.yaml names them")
@@ -173,10 +173,10 @@ def _add_run(commands: Any, name: str, does: str) -> argparse.ArgumentParser:
     return command
 
 
-def _add_config(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--config", type=user_path, metavar="FILE", help="YAML; default: the generated three-task quick start"
-    )
+def _add_config(
+    command: argparse.ArgumentParser, config: str = "YAML; default: the generated three-task quick start"
+) -> None:
+    command.add_argument("--config", type=user_path, metavar="FILE", help=config)
     command.add_argument(
         "--set",
         nargs="+",
@@ -323,7 +323,7 @@ def _serve(options: argparse.Namespace) -> int:
     try:
         from mtbert.serve import Limits, serve
     except ImportError:
-        raise UserError("serve: needs FastAPI and uvicorn: pip install mtbert[serve]") from None
+        raise UserError("serve: needs FastAPI and uvicorn: pip install 'mtbert[serve]'") from None
 
     run = _opened(options)
     serve(run, options.host, options.port, Limits(options.max_body, options.max_batch, options.max_text))
@@ -375,6 +375,12 @@ def _prune(options: argparse.Namespace) -> int:
 def _check(options: argparse.Namespace) -> int:
     if bool(options.files) == bool(options.config):
         raise UserError("data check: name files, or a configuration with --config")
+    if options.files and options.set:
+        raise UserError("--set: changes a configuration, and files are named here; leave it out, or use --config")
+    if options.config and (options.text or options.label):
+        raise UserError(
+            "--text, --label: a configuration says which columns they are; leave them out, or set tasks.NAME.columns"
+        )
     from mtbert.datasets import as_json, as_text, check, wanted_by, wanted_files
 
     wanted = wanted_files(options.files, options.text, options.label) if options.files else wanted_by(_config(options))

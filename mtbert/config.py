@@ -440,13 +440,13 @@ class OptimizerConfig(Section):
 
 class WeightingConfig(Section):
     method: str = Field(
-        "fixed", description="of the losses, after λ: fixed, homoscedastic, dwa, famo, imtl_l, … (mtbert/weighting.py)"
+        "fixed", description="of the losses, after λ: fixed, homoscedastic, dwa, famo, … (all in docs/surgery.md)"
     )
     options: dict[str, Any] = Field({}, description="of the method, e.g. lr: 0.01 for homoscedastic")
 
 
 class SurgeryConfig(Section):
-    method: str = Field("pcgrad", description="sum, mean, pcgrad, or a TorchJD Gramian weighting (mtbert/surgery.py)")
+    method: str = Field("pcgrad", description="sum, mean, pcgrad, gradvac, mgda, … (all in docs/surgery.md)")
     options: dict[str, Any] = Field({}, description="of the method, e.g. reduction: sum | mean for pcgrad")
 
 

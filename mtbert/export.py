@@ -255,7 +255,7 @@ def _export_onnx(
     try:
         import onnxscript  # noqa: F401 - what torch's exporter needs
     except ImportError:
-        raise UserError("--onnx: needs onnx and onnxscript: pip install mtbert[onnx]") from None
+        raise UserError("--onnx: needs onnx and onnxscript: pip install 'mtbert[onnx]'") from None
     chatty = logging.getLogger("torch.onnx")
     level = chatty.level
     chatty.setLevel(logging.ERROR)

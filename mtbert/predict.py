@@ -281,7 +281,7 @@ class _Parquet:
             import pyarrow
             import pyarrow.parquet
         except ImportError:
-            raise UserError("--out: writing Parquet needs pyarrow: pip install mtbert[parquet]") from None
+            raise UserError("--out: writing Parquet needs pyarrow: pip install 'mtbert[parquet]'") from None
         self.arrow, self.column = pyarrow, column
         text, vector = pyarrow.string(), pyarrow.list_(pyarrow.float32(), width)
         self.schema = pyarrow.schema([("id", text), ("text", text), ("vector", vector), ("error", text)])
@@ -319,7 +319,8 @@ def _stream(
         for column in columns:
             if column not in table.columns:
                 raise UserError(
-                    f"{shown}: no column {column!r}; columns present: {', '.join(map(repr, table.columns))}"
+                    f"{shown}: no column {column!r}; columns present: {', '.join(map(repr, table.columns))}; "
+                    "--text names the right one"
                 )
     report, started = Report(), time.monotonic()
     for window in _windows(table.rows):

@@ -405,7 +405,7 @@ def _read_parquet(path: Path, names: Sequence[str], shown: str) -> Iterator[Row 
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise UserError(f"{shown}: reading Parquet needs pyarrow: pip install mtbert[parquet]") from None
+        raise UserError(f"{shown}: reading Parquet needs pyarrow: pip install 'mtbert[parquet]'") from None
     try:
         with pyarrow.parquet.ParquetFile(path) as table:
             _positions(names, table.schema_arrow.names, shown)

@@ -383,7 +383,7 @@ def build_method(section: str, methods: Mapping[str, Callable[..., Any]], method
         return validate_call(factory)(**options)
     except ImportError:
         raise UserError(
-            f'{section}.method {method}: its solver is not installed; pip install "mtbert[surgery]"'
+            f"{section}.method {method}: its solver is not installed: pip install 'mtbert[surgery]'"
         ) from None
     except ValidationError as error:
         raise UserError(_explain(section, method, list(inspect.signature(factory).parameters), error)) from None

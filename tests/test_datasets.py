@@ -83,6 +83,10 @@ def test_the_files_of_a_configuration(corpus: Path, capsys: pytest.CaptureFixtur
         r"ids-sst-train\.csv: 200 rows \(texts sentence; label sentiment\)\n  labels +0: ", capsys.readouterr().out
     )
     assert main(["data", "check"]) == 2
+    for ignored in ([*config, "--text", "sentence"], [*config, "--label", "x"], ["rows.csv", "--set", "seed=1"]):
+        capsys.readouterr()
+        assert main(["data", "check", *ignored]) == 2
+        assert re.fullmatch("mtbert: --(text|set).*leave .* out, or .*\n", capsys.readouterr().err)
     with pytest.raises(UserError, match="the corpus is generated"):
         wanted_by(load_config(ROOT / "configs" / "quickstart.yaml"))
 

@@ -44,7 +44,7 @@ ELSEWHERE = {
     r"make (train|test|check|help)( .*)?": ".ci/run runs check and test; train is `launch/submit.py`, below",
     r"make (slurm-up|slurm-down|test-slurm|test-browser|bench)( .*)?": "needs root, Slurm, Chromium or a quiet machine",
     r"make (soak|fuzz|mutants|audit|papers|test-long|test-again)( .*)?": "minutes to hours",
-    r"pip install --require-hashes .*": "gigabytes",
+    r"pip install (--require-hashes|-c) .*": "gigabytes; packages of an index",
     r"source \.venv/bin/activate": "activates what `make` made",
     r"export SLURM_CONF=\S+": "for the cluster of `make slurm-up`",
     r"slurm/cluster\.sh.*|sbatch .*|MTBERT_SLURM=1 .*": "needs a Slurm cluster: tests/slurm",

@@ -300,7 +300,7 @@ def test_a_pipe_has_answers_before_its_end(trained_run: Path, corpus: Path) -> N
     ("arguments", "told"),
     [
         (["--task", "nli"], r"no task 'nli'; this run has sst, para, sts, joint"),
-        (["--task", "para"], r"no column 'sentence1'; columns present: 'id', 'sentence'"),
+        (["--task", "para"], r"no column 'sentence1'; columns present: 'id', 'sentence'; --text names the right one"),
         (["--task", "sst", "--text", "a", "b"], r"--text: the task takes 1 text column"),
         (["--task", "sst", "--text", "txt"], r"no column 'txt'"),
         (["--task", "sst", "--out", "nowhere/x"], r"--out nowhere/x: its folder does not exist"),

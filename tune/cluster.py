@@ -176,8 +176,12 @@ def check_room(nodes: Sequence[Mapping[str, Any]], ranks: int, cpus: int, gpus: 
     has = {kind: sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU")}
     where = "this machine has" if len(nodes) == 1 else f"the {len(nodes)} nodes have"
     need = f"{ranks} × {cpus} CPU" + (f" and {ranks} × {gpus:g} GPU" if gpus else "")
+    option = f"--ranks-per-trial {ranks}"
+    if not places:  # for a single rank
+        fits = any(node.get("CPU", 0) >= cpus for node in nodes)
+        option = f"--gpus-per-rank {gpus:g}" if fits else f"--cpus-per-rank {cpus}"
     raise UserError(
-        f"--ranks-per-trial {ranks}: a trial needs {need}; {where} {has['CPU']:g} CPU"
+        f"{option}: a trial needs {need}; {where} {has['CPU']:g} CPU"
         + (f" and {has['GPU']:g} GPU" if gpus else "")
         + f", room for {places} rank(s): {ranks - places} short"
     )

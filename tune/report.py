@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import string
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -52,7 +53,7 @@ def write_best(folder: Path, settings: Settings, study: Study) -> Tried | None:
             head += (
                 "# Population-based: these values are the last ones; the weights saw others before (lineage.jsonl).\n"
             )
-        head += f"# Trains again with: python launch/submit.py {ranks} --config {path.name}\n"
+        head += f"# Trains again with: python launch/submit.py {ranks} --config {shlex.quote(str(path))}\n"
         write_atomically(path, head + to_yaml(config.model_copy(update={"run": place})))
     return best
 

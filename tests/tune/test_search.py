@@ -242,7 +242,7 @@ def test_a_search_that_was_stopped_and_killed_ends_as_an_undisturbed_one(place: 
     ended(place.start("--resume", "runs/cut"))
     assert curve(trials[0]) == first, "a finished trial was trained again"
     assert outcome(search) == outcome(whole)[:3]
-    best = [(each / "best.yaml").read_text().partition("\n")[2] for each in (search, whole)]
+    best = [(each / "best.yaml").read_text().split("\n", 2)[2] for each in (search, whole)]
     assert best[0] == best[1]
     place.assert_all_gone(set())
 
@@ -299,7 +299,8 @@ def test_several_metrics_leave_a_front(place: Place) -> None:
             r"--ranks-per-trial 999: a trial needs 999 × 1 CPU; this machine has \d+ CPU, room",
         ),
         (["--ranks-per-trial", "2", "--gpus-per-rank", "0.5"], "only one rank per trial can do with part of a GPU"),
-        (["--gpus-per-rank", "64"], "a trial needs 1 × 1 CPU and 1 × 64 GPU"),
+        (["--gpus-per-rank", "64"], "--gpus-per-rank 64: a trial needs 1 × 1 CPU and 1 × 64 GPU"),
+        (["--cpus-per-rank", "999"], "--cpus-per-rank 999: a trial needs 1 × 999 CPU; this machine has"),
         (["--metric", "accuracy"], "--metric accuracy: no trial reports it; valid: composite, sst, para, sts"),
         (
             [

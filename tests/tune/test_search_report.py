@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import pytest
 
-from mtbert.config import load_config
-from tune.report import write_report
+from launch import submit
+from mtbert.config import load_config, to_yaml
+from tune.report import write_best, write_report
 from tune.search import Settings
 from tune.space import load_space
 from tune.study import Study
@@ -32,3 +34,24 @@ def test_long_options_are_letters_in_pictures(metrics: list[str], tmp_path: Path
     assert "`surgery.method`" not in report
     for picture in ("progress", "curves", "parallel", "sigma", "values", *(["pareto"] if len(metrics) > 1 else [])):
         assert (tmp_path / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_command_in_best_yaml_names_a_file_that_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "a search"
+    base = load_config(ROOT / "configs" / "quickstart.yaml")
+    space = load_space(ROOT / "configs" / "search" / "default.yaml", base)
+    study = Study(space, None, "name", {}, ["composite"], "random", 0, 1)
+    assert study.ask() is not None
+    study.report(0, 100, {"composite": 0.5})
+    study.finish(0, "complete")
+    for path in (folder / "base.yaml", folder / "trials" / "0000" / "config.yaml"):
+        path.parent.mkdir(parents=True)
+        path.write_text(to_yaml(base))
+    settings = Settings(
+        *("quickstart.yaml", 1, 100, 1, ["composite"], "asha", 3, "random", 0, 1, 1, 0.0, None, "", "name"),
+    )
+    assert write_best(folder, settings, study)
+    _, command = (folder / "best.yaml").read_text().splitlines()[:2]
+    monkeypatch.chdir(ROOT)
+    words = shlex.split(command.partition("python launch/submit.py ")[2])
+    assert submit.main([*words, "--local", "--dry-run"]) == 0
