@@ -24,6 +24,8 @@ import yaml
 from mtbert import cli, synthetic
 from mtbert.encoder import Encoder, EncoderShape, initialise
 from mtbert.pretrained import save_pretrained
+from mtbert.surgery import AGGREGATORS
+from mtbert.weighting import WEIGHTINGS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / page for page in ("README.md", "CONTRIBUTING.md", "slurm/README.md")]
@@ -222,6 +224,14 @@ def test_the_index_lists_every_page() -> None:
     index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
     missing = {page.name for page in (ROOT / "docs").glob("*.md")} - set(re.findall(r"[\w-]+\.md", index))
     assert not missing, f"docs/README.md does not list {missing}"
+
+
+def test_the_page_on_surgery_knows_every_method() -> None:
+    page = (ROOT / "docs" / "surgery.md").read_text(encoding="utf-8")
+    table, _, weightings = page.partition("`weighting.method`")
+    listed = [name for row in re.findall(r"^\| (`\w+`.*?) \|", table, re.MULTILINE) for name in re.findall(r"\w+", row)]
+    assert sorted(listed) == sorted(AGGREGATORS)
+    assert {name for name in WEIGHTINGS if f"`{name}`" not in weightings} == set()
 
 
 def test_the_citation_is_complete() -> None:
