@@ -261,7 +261,7 @@ def as_text(found: Iterable[Found], overlaps: Iterable[Overlap]) -> str:
 
 def as_json(found: Iterable[Found], overlaps: Iterable[Overlap]) -> str:
     content = {"files": [asdict(each) for each in found], "overlaps": [asdict(each) for each in overlaps]}
-    return json.dumps(content, ensure_ascii=False, indent=2) + "\n"
+    return json.dumps(content, indent=2) + "\n"
 
 
 # ------------------------------------------------------------------------------------------------ fetch
