@@ -131,7 +131,7 @@ def _read(run: RunRecord, name: str, said: Said, wanted: set[int]) -> tuple[dict
             continue
         del missing[row.line]
         if source:
-            sources[row.line] = str(row.values[-1])
+            sources[row.line] = "" if row.values[-1] is None else str(row.values[-1])
         if row.line in wanted:
             texts[row.line] = tuple(map(str, row.values[: task.texts]))
     if missing:

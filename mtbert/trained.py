@@ -84,8 +84,11 @@ def kept_encoder(run_dir: Path) -> KeptEncoder | None:
     if not isinstance(checksums, dict) or not checksums.keys() <= set(KEPT):
         raise UserError(f"{folder / 'checksums.json'}: not what training wrote; it was damaged")
     for name, wanted in checksums.items():
-        if not (folder / name).is_file() or sha256(folder / name) != wanted:
-            raise UserError(f"{folder / name}: missing or changed since the run started; it was damaged")
+        try:
+            if not (folder / name).is_file() or sha256(folder / name) != wanted:
+                raise UserError(f"{folder / name}: missing or changed since the run started; it was damaged")
+        except OSError as error:
+            raise UserError(f"{folder / name}: cannot be read: {error.strerror}") from None
     try:
         origin = json.loads(read_small(folder / "origin.json"))
         texts = isinstance(origin, dict) and all(isinstance(value, str | None) for value in origin.values())

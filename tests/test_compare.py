@@ -13,8 +13,9 @@ from mtbert.cli import main
 from mtbert.compare import bootstrap, compare, grouped, holm
 from mtbert.config import load_config, to_yaml
 from mtbert.errors import UserError
+from mtbert.figures import panels, svg
 from mtbert.metrics import METRICS
-from mtbert.record import RunRecord, Said, write_predictions
+from mtbert.record import Curve, RunRecord, Said, write_predictions
 from mtbert.runs import Rank
 from mtbert.tracking import Tracker
 
@@ -196,3 +197,13 @@ def test_an_unfinished_run_is_no_crash(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(to_yaml(load_config(QUICKSTART)))
     with pytest.raises(UserError, match="nothing was evaluated yet"):
         compare([tmp_path], "latest", 100)
+
+
+def test_labels_are_drawn_as_they_are() -> None:
+    """What begins with an underscore would be left out, and dollars be taken for a formula."""
+    curve = Curve(np.arange(2), np.ones(2))
+    figure = panels({"loss": [("_first", curve), (r"$\frac$", curve)]})
+    legend = figure.axes[0].get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()] == [" _first", r"\$\frac\$"]
+    assert svg(figure)
