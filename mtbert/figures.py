@@ -233,7 +233,7 @@ def panels(drawn: Mapping[str, Lines], zero: bool = False, ylabel: str = "") -> 
 
 
 def _literal(label: str) -> str:
-    """What a legend shows as this label: it takes dollars for formulas and leaves out what begins with an underscore."""
+    """What a legend shows as this label: dollars are formulas to it, and what begins with an underscore is left out."""
     return label.replace("$", r"\$") if not label.startswith("_") else " " + label.replace("$", r"\$")
 
 

@@ -32,8 +32,10 @@ def render(template: str, **values: Any) -> str:
 
 
 def write_page_at(path: Path, page: str) -> None:
-    """Half a surrogate pair, of a file's name or out of JSON, comes out escaped. Raises `UserError` where nothing can be
-    written."""
+    """Half a surrogate pair, of a file's name or out of JSON, comes out escaped.
+
+    Raises `UserError` where nothing can be written.
+    """
     try:
         write_atomically(path, page.encode(errors="backslashreplace"))
     except OSError as error:

@@ -389,6 +389,23 @@ def unfit(usable: int, malformed: int, first: str) -> str:
     return "" if rows else "no rows; a task needs at least one example"
 
 
+def no_text(value: Any) -> str:
+    """Why a row with this as its text is set aside; empty if it is not."""
+    if not isinstance(value, str):
+        return f"{'nothing' if value is None else type(value).__name__} instead of a text"
+    return "" if value.strip() else "the text is empty"
+
+
+_NO_CHARACTER = re.compile("[\0\ud800-\udfff]")
+
+
+def no_character(text: str) -> str:
+    """What only JSON and Parquet can smuggle into a text, NUL and half a surrogate pair, at which training stops; empty
+    if there is none."""
+    bad = _NO_CHARACTER.search(text)
+    return f"the character U+{ord(bad[0]):04X} is no text" if bad else ""
+
+
 def form_of(path: Path) -> str:
     """What a file's name says of its form, as `read_table` takes it: .csv and .tsv tell nothing, as in `read_rows`.
 

@@ -55,6 +55,16 @@ def test_a_label_too_large_for_a_number_is_a_label(tmp_path: Path) -> None:
     assert (found.rows, found.labels) == (2, {"1": 1, "inf": 1})
 
 
+def test_labels_are_told_apart_and_counted(tmp_path: Path) -> None:
+    rows = ["a,1234567", "a,1234568", "b,0", "b,-0", "b,-0.0"]
+    [found], _ = check(wanted_files([write(tmp_path / "few.csv", "text,label", *rows)], None, None))
+    assert found.labels == {"0": 3, "1234567": 1, "1234568": 1}
+    assert (found.duplicates, found.conflicting) == (3, 1)
+    rows = [f"w{n},{n / 8}" for n in range(1, 100)] + ["x,nan", "y,NaN", "z,-inf"]
+    [found], _ = check(wanted_files([write(tmp_path / "many.csv", "text,label", *rows)], None, None))
+    assert found.labels == {"lowest": 0.125, "mean": 6.25, "highest": 12.375, "nan": 2, "-inf": 1}
+
+
 def test_overlaps_between_files_and_columns_by_their_names(tmp_path: Path) -> None:
     first = write(tmp_path / "one.csv", "question1,question2,is_duplicate", "a,b,1", "c,d,0", "c,d,0")
     second = write(
@@ -154,6 +164,46 @@ def test_labels_are_held_to_the_task_as_training_holds_them(
         with pytest.raises(UserError) as error:
             load_dataset(task, "t", "train", DataConfig(cache=str(tmp_path)), load_tokenizer(vocabulary))
         assert str(error.value) == f"{file} " + re.sub(r"^line \d+", "line 2", told)
+
+
+@pytest.mark.parametrize(
+    ("bad", "told"),
+    [
+        ('{"text": "x\\u0000", "label": 1, "id": "a"}', " line 2, column 'text': the character U+0000 is no text"),
+        ('{"text": "x\\ud800", "label": 1, "id": "a"}', " line 2, column 'text': the character U+D800 is no text"),
+        ('{"text": "", "label": 9, "id": "a"}', " line 2, column 'label': 9 is not a class from 0 to 1"),
+        ('{"text": "", "label": "", "id": "a"}', ""),
+        ('{"text": "b", "label": 1}', ""),
+    ],
+)
+def test_what_training_stops_at_is_no_row_left_out(tmp_path: Path, bad: str, told: str) -> None:
+    """And what is left out is the same here and there."""
+    file = write(tmp_path / "rows.jsonl", '{"text": "a", "label": 1, "id": "r"}', bad)
+    config = tmp_path / "config.yaml"
+    columns = "columns: {text: [text], id: id}"
+    config.write_text(f"tasks:\n  t: {{kind: classification, train: {file}, dev: {file}, {columns}}}\n")
+    vocabulary = tmp_path / "vocab.txt"
+    vocabulary.write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\n")
+    loaded = load_config(config).tasks["t"], "t", "train", DataConfig(cache=str(tmp_path)), load_tokenizer(vocabulary)
+    found = check(wanted_by(load_config(config)))[0][0]
+    if told:
+        with pytest.raises(UserError) as error:
+            load_dataset(*loaded)
+        assert (found.left_out, found.refused) == (0, 1)
+        assert str(error.value) == f"{file} {found.refusals[0]}" and told in str(error.value)
+    else:
+        [left] = load_dataset(*loaded).quarantined
+        assert (found.left_out, found.refused) == (1, 0)
+        assert found.reasons == [f"line {left.line}: {left.reason}"]
+
+
+def test_an_id_column_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write(tmp_path / "rows.csv", "text,label", "a,1")
+    config = tmp_path / "config.yaml"
+    columns = "columns: {text: [text], id: name}"
+    config.write_text(f"tasks:\n  t: {{kind: classification, train: {file}, dev: {file}, {columns}}}\n")
+    assert main(["data", "check", "--config", str(config)]) == 2
+    assert "no column 'name'; columns present" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
