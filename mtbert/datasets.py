@@ -5,7 +5,6 @@ Shapes: N rows.
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import io
 import json
@@ -22,7 +21,7 @@ from mtbert.config import Config, TaskConfig
 from mtbert.data import locate_file
 from mtbert.errors import UserError
 from mtbert.pretrained import hub_errors, refuse_damaged
-from mtbert.readers import Quarantined, Row, form_of, no_character, no_text, read_rows, read_table, unfit
+from mtbert.readers import Quarantined, Row, csv_writer, form_of, no_character, no_text, read_rows, read_table, unfit
 from mtbert.runs import read_small, user_path, write_atomically
 from mtbert.token_cache import wanted_columns
 
@@ -361,7 +360,7 @@ def _download(source: Source) -> Path:
 def _rewritten(path: Path, source: Source) -> tuple[str, int]:
     """As the CS224N files are: tab-separated, with ids."""
     out = io.StringIO()
-    writer = csv.writer(out, delimiter="\t", lineterminator="\n")
+    writer = csv_writer(out, "\t")
     writer.writerow(["id", *source.columns.values()])
     count = 0
     stem = source.target.removesuffix(".csv")

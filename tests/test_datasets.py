@@ -18,7 +18,7 @@ from huggingface_hub import close_session
 from mtbert.cli import main
 from mtbert.config import DataConfig, load_config
 from mtbert.data import load_dataset, load_tokenizer, locate_file
-from mtbert.datasets import SOURCES, check, fetch, wanted_by, wanted_files
+from mtbert.datasets import SOURCES, Source, _rewritten, check, fetch, wanted_by, wanted_files
 from mtbert.errors import UserError
 from mtbert.pretrained import load_pretrained
 from mtbert.readers import Row, read_rows
@@ -291,6 +291,18 @@ def test_the_three_data_sets_come_as_the_configuration_names_them(
     origins = json.loads((folder / "sources.json").read_text())
     assert set(origins) == {source.target for sources in SOURCES.values() for source in sources} == set(rows)
     assert {origin["commit"] for origin in origins.values()} == {COMMIT}
+
+
+def test_a_carriage_return_in_a_text_comes_back(tmp_path: Path) -> None:
+    """Unquoted, it would make a row with a quote malformed."""
+    text = {"text": 'he said "hi"', "more": "a\rb"}
+    (tmp_path / "theirs.jsonl").write_text(json.dumps(text) + "\n")
+    source = Source("some-org/some", "theirs.jsonl", "ours.csv", {"text": "sentence1", "more": "sentence2"})
+    content, rows = _rewritten(tmp_path / "theirs.jsonl", source)
+    (tmp_path / "ours.csv").write_text(content, newline="")
+    assert rows == 1 and [*read_rows(tmp_path / "ours.csv", ["sentence1", "sentence2"])] == [
+        Row(2, tuple(text.values()), None)
+    ]
 
 
 def test_a_hub_without_the_files_leaves_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
