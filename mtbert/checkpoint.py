@@ -361,7 +361,10 @@ def _make_empty(folder: Path) -> None:
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> File:
+    path.touch()  # who may read it is as for every other file of the run; `save_file` closes its own to others
+    mode = path.stat().st_mode
     save_file(tensors, path)
+    path.chmod(mode)
     with path.open("rb") as file:
         os.fsync(file.fileno())
     return File(size=path.stat().st_size, sha256=sha256(path))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
+import math
 import os
 import secrets
 import shlex
@@ -30,20 +32,47 @@ if TYPE_CHECKING:
 
 STOPPED = 130
 """Exit code after Ctrl-C or SIGTERM, as shells have it."""
+UNREAD = 128 + signal.SIGPIPE
+"""Exit code where the reader of stdout has enough (`| head`): what shells say of a process that SIGPIPE ended."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 2 a user's mistake (one line on stderr), 130 stopped; our own bug raises."""
+    """Exit code: 0 done, 2 a user's mistake (one line on stderr), 130 stopped, 141 nobody reads stdout any more; our
+    own bug raises."""
     options = _parser().parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # terminals without UTF-8, and half surrogate pairs that JSON let in
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status: int = options.run(options)
+        with _told_of_stdout():
+            sys.stdout.flush()
     except UserError as error:
         print(f"mtbert: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("mtbert: interrupted", file=sys.stderr)
         return STOPPED
+    except BrokenPipeError:
+        _give_up_stdout()
+        return UNREAD
     return status
+
+
+@contextlib.contextmanager
+def _told_of_stdout() -> Iterator[None]:
+    """For what writes on stdout, and tells of other files itself. Raises `UserError`, and `BrokenPipeError`."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _give_up_stdout()
+        raise UserError(f"stdout: cannot be written: {error.strerror}") from None
+
+
+def _give_up_stdout() -> None:
+    """What is still in its buffer would be written, and fail again, when Python ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -218,7 +247,8 @@ def _train(options: argparse.Namespace) -> int:
             print(_continue(folder), file=sys.stderr)
         raise
     if options.json:
-        record = {"run": str(folder), "status": outcome.status, "step": outcome.step, "scores": outcome.metrics}
+        scores = {name: _finite(score) for name, score in outcome.metrics.items()}
+        record = {"run": str(folder), "status": outcome.status, "step": outcome.step, "scores": scores}
         print(json.dumps(record))
     if outcome.status == "stopped":
         print(f"stopped after step {outcome.step}; {_continue(folder)}", file=sys.stderr)
@@ -259,14 +289,12 @@ def _evaluate(options: argparse.Namespace) -> int:
 
     step, results, composite = evaluate_run(folder, options.checkpoint)
     if options.json:
-        print(json.dumps({"step": step, "composite": composite, "tasks": _as_records(results)}))
+        print(json.dumps({"step": step, "composite": _finite(composite), "tasks": _as_records(results)}))
     else:
-        from mtbert.tracking import print_table
-
         rows: list[list[str | float | None]] = [[r.task, r.metric, r.score, r.loss] for r in results]
         rows.append(["composite", None, composite, None])
         title = f"Development scores after step {step} ({options.checkpoint} checkpoint)"
-        print_table(title, ["task", "metric", "score", "loss"], rows)
+        _print_table(title, ["task", "metric", "score", "loss"], rows)
     return 0
 
 
@@ -281,15 +309,10 @@ def _predict(options: argparse.Namespace) -> int:
     run = _opened(options)
     from mtbert.predict import predict_file
 
-    try:
+    with _told_of_stdout():
         report = predict_file(
             run, options.task, options.file, options.out, options.text, options.format, options.submission
         )
-    except OSError as error:  # stdout's; what is wrong with a file is told where it arises
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still in its buffer
-        if isinstance(error, BrokenPipeError):  # `| head`: the reader has enough
-            return 128 + 13  # what a shell says of a process that SIGPIPE ended
-        raise UserError(f"stdout: cannot be written: {error.strerror}") from None
     _tell(report, "their error says why")
     return 0
 
@@ -340,8 +363,6 @@ def _survey(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps({"run": str(folder), "checkpoints": [state.record() for state in states]}))
     else:
-        from mtbert.tracking import print_table
-
         rows: list[list[str | float | None]] = []
         for state in states:
             record = state.record()
@@ -355,7 +376,7 @@ def _survey(options: argparse.Namespace) -> int:
                     ", ".join(notes),
                 ]
             )
-        print_table("", ["step", "saved", "MB", "ranks", "state"], rows)
+        _print_table("", ["step", "saved", "MB", "ranks", "state"], rows)
     for state in states:
         if state.trouble:
             print(f"mtbert: {state.trouble}", file=sys.stderr)
@@ -385,7 +406,8 @@ def _check(options: argparse.Namespace) -> int:
 
     wanted = wanted_files(options.files, options.text, options.label) if options.files else wanted_by(_config(options))
     found, overlaps = check(wanted)
-    print((as_json if options.json else as_text)(found, overlaps), end="")
+    with _told_of_stdout():
+        print((as_json if options.json else as_text)(found, overlaps), end="")
     refused = [f"{each.file}: {each.unfit}" for each in found if each.unfit]
     refused += [f"{each.file} {each.refusals[0]}" for each in found if each.refused]
     for first in refused:
@@ -413,7 +435,15 @@ def _tell(report: Report, instead: str) -> None:
 
 
 def _as_records(results: Sequence[Evaluation]) -> dict[str, dict[str, str | float | None]]:
-    return {result.task: {"metric": result.metric, "score": result.score, "loss": result.loss} for result in results}
+    return {
+        result.task: {"metric": result.metric, "score": _finite(result.score), "loss": _finite(result.loss)}
+        for result in results
+    }
+
+
+def _finite(value: float | None) -> float | None:
+    """JSON knows no NaN."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _compare(options: argparse.Namespace) -> int:
@@ -421,18 +451,17 @@ def _compare(options: argparse.Namespace) -> int:
         raise UserError(f"--resamples {options.resamples}: an interval takes at least 100; 1000 is usual")
     folders = [existing_run(name) for name in options.folders]
     from mtbert import compare
-    from mtbert.tracking import print_table
 
     comparison = compare.compare(folders, options.checkpoint, options.resamples)
     if options.html:
-        compare.write_page(comparison, Path(options.html))
+        compare.write_page(comparison, user_path(options.html))
     if options.json:
         print(json.dumps(compare.as_json(comparison)))
         return 0
-    print_table(f"Development scores ({options.checkpoint} evaluation)", *compare.score_table(comparison))
+    _print_table(f"Development scores ({options.checkpoint} evaluation)", *compare.score_table(comparison))
     if comparison.differences:
         title = f"\nDifferences to {comparison.groups[0].label} (paired bootstrap, p Holm-adjusted)"
-        print_table(title, *compare.difference_table(comparison))
+        _print_table(title, *compare.difference_table(comparison))
     for note in comparison.notes:
         print(note)
     if options.html:
@@ -444,13 +473,20 @@ def _report(options: argparse.Namespace) -> int:
     folder = existing_run(options.folder)
     from mtbert.report import write_report
 
-    print(f"page: {write_report(folder, options.checkpoint, Path(options.output) if options.output else None)}")
+    print(f"page: {write_report(folder, options.checkpoint, user_path(options.output) if options.output else None)}")
     return 0
 
 
 def _show_config(options: argparse.Namespace) -> int:
-    if options.schema:
-        print(json.dumps(schema(), indent=2))
-    else:
-        print(reference() if options.reference else to_yaml(_config(options)), end="")
+    told = json.dumps(schema(), indent=2) + "\n" if options.schema else ""
+    told = told or (reference() if options.reference else to_yaml(_config(options)))
+    with _told_of_stdout():
+        print(told, end="")
     return 0
+
+
+def _print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str | float | None]]) -> None:
+    from mtbert.tracking import print_table
+
+    with _told_of_stdout():
+        print_table(title, columns, rows)

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mtbert.errors import UserError
-from mtbert.metrics import METRICS, composite
+from mtbert.metrics import composite, metric_of
 from mtbert.pages import Table, render, run_pictures, write_page_at
 from mtbert.randomness import addressed_rng
 from mtbert.record import RunRecord, Said, Which, settings
@@ -213,7 +213,9 @@ def bootstrap(
 def _scores(said: dict[str, Said], metrics: dict[str, str], rows: dict[str, NDArray[np.int64]]) -> dict[str, float]:
     scores = {}
     for name, metric in metrics.items():
-        scores[name] = METRICS[metric](said[name].predictions_N[rows[name]], said[name].labels_N[rows[name]])
+        one = said[name]
+        classes = max(int(one.labels_N.max()) + 1, one.probabilities_NC.shape[1])  # a resample may lack some
+        scores[name] = metric_of(metric, classes)(one.predictions_N[rows[name]], one.labels_N[rows[name]])
     return {**scores, "composite": composite({name: (metrics[name], score) for name, score in scores.items()})}
 
 

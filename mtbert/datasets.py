@@ -5,7 +5,6 @@ Shapes: N rows.
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import io
 import json
@@ -22,10 +21,9 @@ from mtbert.config import Config, TaskConfig
 from mtbert.data import locate_file
 from mtbert.errors import UserError
 from mtbert.pretrained import hub_errors, refuse_damaged
-from mtbert.readers import Quarantined, Row, form_of, read_rows, read_table, unfit
+from mtbert.readers import Quarantined, Row, csv_writer, form_of, no_character, no_text, read_rows, read_table, unfit
 from mtbert.runs import read_small, user_path, write_atomically
 from mtbert.token_cache import wanted_columns
-from mtbert.trained import unusable
 
 TEXTS = [
     ("sentence1", "sentence2"),
@@ -52,6 +50,7 @@ class Wanted(NamedTuple):
     label: str | None
     group: str
     task: TaskConfig | None = None  # that its labels must be of
+    id: str | None = None  # column that names a row
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ class Found:
     rows: int  # usable ones
     left_out: int
     reasons: list[str]  # of the first rows left out
-    refused: int  # rows with a label that is none of the task's: training stops at the first
+    refused: int  # rows with a label that is none of the task's, or no text: training stops at the first
     refusals: list[str]  # of the first of them
     unfit: str  # why training takes none of its rows
     labels: dict[str, float]  # of few: label → rows; of many: lowest, mean, highest
@@ -109,12 +108,12 @@ def wanted_by(config: Config) -> list[Wanted]:
         raise UserError("data.generate: the corpus is generated; there are no files to check")
     wanted = []
     for name, task in config.tasks.items():
-        columns, _ = wanted_columns(task)
+        columns, id_column = wanted_columns(task)
         label = next(iter(columns[task.texts :]), None)
         for split, file in (("train", task.train), ("dev", task.dev)):
             if file is not None:
                 shown, path = locate_file(file, f"tasks.{name}.{split}", config.data)
-                wanted.append(Wanted(path, shown, columns[: task.texts], label, name, task))
+                wanted.append(Wanted(path, shown, columns[: task.texts], label, name, task, id_column))
     return wanted
 
 
@@ -151,17 +150,17 @@ def _check_file(wanted: Wanted) -> tuple[Found, Counter[bytes]]:
     reasons: list[str] = []
     refusals: list[str] = []
     left_out = refused = conflicting = 0
-    for row in read_rows(wanted.path, columns, shown=wanted.shown):
-        why = row.reason if isinstance(row, Quarantined) else _why_not(row, wanted)
+    for row in read_rows(wanted.path, columns, wanted.id, wanted.shown):
+        why, stops = (row.reason, False) if isinstance(row, Quarantined) else _judged(row, wanted)
+        if stops:
+            refused += 1
+            if len(refusals) < SHOWN:
+                refusals.append(f"line {row.line}, {why}")
+            continue
         if why or isinstance(row, Quarantined):
             left_out += 1
             if len(reasons) < SHOWN:
                 reasons.append(f"line {row.line}: {why}")
-            continue
-        if why := _refusal(row, wanted):
-            refused += 1
-            if len(refusals) < SHOWN:
-                refusals.append(f"line {row.line}, {why}")
             continue
         texts = row.values[: len(wanted.texts)]
         label = _label(row.values[-1]) if wanted.label else ""
@@ -189,31 +188,34 @@ def _check_file(wanted: Wanted) -> tuple[Found, Counter[bytes]]:
     return report, keys
 
 
-def _why_not(row: Row, wanted: Wanted) -> str:
-    for column, text in zip(wanted.texts, row.values, strict=False):
-        if why := unusable(text):
-            return f"column {column!r}: {why}"
-    if wanted.label and (row.values[-1] is None or not str(row.values[-1]).strip()):
-        return f"column {wanted.label!r}: no label"
-    return ""
-
-
-def _refusal(row: Row, wanted: Wanted) -> str:
-    """What training says of a label that is none of the task's."""
-    try:
-        if wanted.task and wanted.label:
-            wanted.task.number_of(row.values[-1])
-    except ValueError as error:
-        return f"column {wanted.label!r}: {error}"
-    return ""
+def _judged(row: Row, wanted: Wanted) -> tuple[str, bool]:
+    """Why training does not take a row, empty if it does, and whether it stops there; in the order that it looks."""
+    if wanted.label:
+        value = row.values[-1]
+        if value is None or not str(value).strip():
+            return f"column {wanted.label!r}: no label", False
+        try:
+            if wanted.task:
+                wanted.task.number_of(value)
+        except ValueError as error:
+            return f"column {wanted.label!r}: {error}", True
+    texts = dict(zip(wanted.texts, row.values, strict=False))
+    for column, text in texts.items():
+        if why := no_text(text):
+            return f"column {column!r}: {why}", False
+    for column, text in texts.items():
+        if why := no_character(text):
+            return f"column {column!r}: {why}; remove it", True
+    return "", False
 
 
 def _label(value: Any) -> str:
     """1, 1.0 and "1.0" are one label."""
     try:
-        return f"{float(value):g}"
+        number = float(value)
     except (TypeError, ValueError, OverflowError):  # OverflowError: of an integer that is no float
         return str(value)
+    return str(int(number)) if number.is_integer() and abs(number) < 2**53 else f"{number:g}"
 
 
 def _spread(labels: Counter[str]) -> dict[str, float]:
@@ -221,10 +223,12 @@ def _spread(labels: Counter[str]) -> dict[str, float]:
         numbers = {float(label): count for label, count in labels.items()}
     except ValueError:
         return dict(labels.most_common(CLASSES_SHOWN))
-    if len(numbers) <= CLASSES_SHOWN or not all(map(math.isfinite, numbers)):
-        return {f"{number:g}": numbers[number] for number in sorted(numbers)}
-    mean = sum(number * count for number, count in numbers.items()) / sum(numbers.values())
-    return {"lowest": min(numbers), "mean": round(mean, 4), "highest": max(numbers)}
+    finite = {number: count for number, count in numbers.items() if math.isfinite(number)}
+    if len(numbers) <= CLASSES_SHOWN:
+        return {_label(number): numbers[number] for number in sorted(numbers)}
+    mean = sum(number * count for number, count in finite.items()) / sum(finite.values())
+    broken = {_label(number): count for number, count in numbers.items() if number not in finite}
+    return {"lowest": min(finite), "mean": round(mean, 4), "highest": max(finite), **broken}
 
 
 def _lengths(words: Sequence[int]) -> dict[str, float]:
@@ -261,7 +265,7 @@ def as_text(found: Iterable[Found], overlaps: Iterable[Overlap]) -> str:
 
 def as_json(found: Iterable[Found], overlaps: Iterable[Overlap]) -> str:
     content = {"files": [asdict(each) for each in found], "overlaps": [asdict(each) for each in overlaps]}
-    return json.dumps(content, ensure_ascii=False, indent=2) + "\n"
+    return json.dumps(content, indent=2) + "\n"
 
 
 # ------------------------------------------------------------------------------------------------ fetch
@@ -356,7 +360,7 @@ def _download(source: Source) -> Path:
 def _rewritten(path: Path, source: Source) -> tuple[str, int]:
     """As the CS224N files are: tab-separated, with ids."""
     out = io.StringIO()
-    writer = csv.writer(out, delimiter="\t", lineterminator="\n")
+    writer = csv_writer(out, "\t")
     writer.writerow(["id", *source.columns.values()])
     count = 0
     stem = source.target.removesuffix(".csv")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mtbert.heads import MultiTaskModel
 from mtbert.losses import predict, probabilities
-from mtbert.metrics import METRICS, composite
+from mtbert.metrics import composite, metric_of
 from mtbert.packing import batches_by_length
 from mtbert.runs import Rank
 from mtbert.tasks import Task
@@ -59,7 +59,7 @@ def evaluate(model: MultiTaskModel, task: Task, rank: Rank, device: torch.device
         said_NA[:, 1] = torch.nan
     predictions_N, losses_N = said_NA[:, 0].numpy(), said_NA[:, 1].numpy()
     metric = task.config.metric_kind
-    score = METRICS[metric](predictions_N, task.dataset("dev").labels_N)
+    score = metric_of(metric, task.config.classes)(predictions_N, task.dataset("dev").labels_N)
     loss = float(losses_N.mean()) if task.config.loss_kind != "mnrl" else None
     return Evaluation(task.name, metric, score, loss, predictions_N, losses_N, said_NA[:, 3:].numpy())
 

@@ -51,23 +51,24 @@ def export(run: Trained, folder: Path, onnx: bool = False) -> None:
     """
     assert run.dtype == torch.float32, "load_run(…, precision='fp32')"
     folder = user_path(folder)
-    new = aside(folder.with_name(f"exporting-{uuid.uuid4().hex}"))  # not mkdtemp: its folders are closed to others
-    sweep(folder.parent, "exporting-*")
     try:
-        if folder.exists():
+        if folder.exists():  # also . and /, beside which no name can be
             raise UserError(f"{folder}: exists already; name a new folder")
-        new.mkdir(parents=True)
-        _encoder(run, new)
-        _sentence_transformers(run, new)
-        _heads(run, new)
-        if onnx:
-            _onnx(run, new / "onnx")
-        _write(new / "README.md", model_card(run))
-        new.rename(folder)
+        new = aside(folder.with_name(f"exporting-{uuid.uuid4().hex}"))  # not mkdtemp: its folders are closed to others
+        sweep(folder.parent, "exporting-*")
+        try:
+            new.mkdir(parents=True)
+            _encoder(run, new)
+            _sentence_transformers(run, new)
+            _heads(run, new)
+            if onnx:
+                _onnx(run, new / "onnx")
+            _write(new / "README.md", model_card(run))
+            new.rename(folder)
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error.strerror}") from None
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
 
 
 def _write(path: Path, content: str | dict[str, Any] | list[Any]) -> None:

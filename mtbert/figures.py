@@ -213,6 +213,7 @@ def panels(drawn: Mapping[str, Lines], zero: bool = False, ylabel: str = "") -> 
     down = -(-len(drawn) // across)
     figure = Figure(figsize=(0.4 + 3.1 * across, 0.2 + 2.5 * down), dpi=DOTS_PER_INCH, layout="constrained")
     grid = figure.subplots(down, across, squeeze=False).ravel()
+    drawn = {title: [(_literal(label), curve) for label, curve in lines] for title, lines in drawn.items()}
     labels = list(dict.fromkeys(label for lines in drawn.values() for label, _ in lines))
     colours = {label: f"C{number % 10}" for number, label in enumerate(labels)}
     for axes, (title, lines) in zip(grid, drawn.items(), strict=False):
@@ -229,6 +230,11 @@ def panels(drawn: Mapping[str, Lines], zero: bool = False, ylabel: str = "") -> 
     for axes in grid[len(drawn) :]:
         axes.set_axis_off()
     return figure
+
+
+def _literal(label: str) -> str:
+    """What a legend shows as this label: dollars are formulas to it, and what begins with an underscore is left out."""
+    return label.replace("$", r"\$") if not label.startswith("_") else " " + label.replace("$", r"\$")
 
 
 def _draw(axes: Axes, curve: Curve, colour: str) -> None:

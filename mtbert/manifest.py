@@ -41,6 +41,10 @@ class NewerFormat(UserError):
     """What was written by a newer mtbert. Not passed over like a damaged checkpoint: an older one would undo work."""
 
 
+class Unreadable(UserError):
+    """What the disk, a file server or a permission did not give: it may well be whole."""
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
@@ -131,8 +135,9 @@ def folder_of(run_dir: Path, step: int) -> Path:
 def read_manifest(folder: Path) -> Checkpoint:
     """A checkpoint's manifest, its files not looked at.
 
-    Raises `UserError` where it is missing or damaged, `NewerFormat` where a newer mtbert wrote it: a format is believed
-    only where the checksum is right, which every manifest has from the first newer one on.
+    Raises `UserError` where it is missing or damaged, `Unreadable` where it cannot be read, `NewerFormat` where a newer
+    mtbert wrote it: a format is believed only where the checksum is right, which every manifest has from the first
+    newer one on.
     """
     path = folder / "manifest.json"
     try:
@@ -147,8 +152,10 @@ def read_manifest(folder: Path) -> Checkpoint:
         whole = seal is None or seal == _checksum(values)
     except UserError:
         raise
-    except (OSError, ValueError, RecursionError):
-        raise UserError(f"{path}: missing or not readable; the checkpoint is not complete") from None
+    except (OSError, ValueError, RecursionError) as error:
+        there = isinstance(error, OSError) and not isinstance(error, (FileNotFoundError, NotADirectoryError))
+        told = f"{path}: missing or not readable; the checkpoint is not complete"
+        raise (Unreadable if there else UserError)(told) from None
     if not whole:
         raise UserError(f"{path}: its checksum is not the one it holds; it was damaged")
     if seal and isinstance(written := values.get("format"), int) and written > FORMAT:
@@ -167,7 +174,8 @@ def read_manifest(folder: Path) -> Checkpoint:
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Read a checkpoint's manifest and check its files against it.
 
-    Raises `UserError` naming the file that is missing, cut short, changed, a link or from a newer mtbert.
+    Raises `UserError` naming the file that is missing, cut short, changed, a link or from a newer mtbert, `Unreadable`
+    naming one that cannot be read.
     """
     checkpoint = read_manifest(folder)
     with ThreadPoolExecutor() as pool:  # hashing releases the GIL
@@ -188,7 +196,7 @@ def _verify(folder: Path, entry: tuple[str, File]) -> None:
         if sha256(path) != wanted.sha256:
             raise UserError(f"{path}: its checksum is not the one in manifest.json; it was damaged")
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+        raise Unreadable(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def intact(run_dir: Path, message: Callable[[str], None]) -> Iterator[Checkpoint]:
@@ -226,12 +234,14 @@ class State:
     folder: Path
     checkpoint: Checkpoint | None  # None where it is damaged
     trouble: str  # why it is; empty where nothing was found
+    unreadable: bool  # whether that is only because it cannot be read
+    saved: float  # seconds since 1970
     thorough: bool  # whether its files were read
     notes: list[str]  # of: newest, best
 
     def record(self) -> dict[str, Any]:
         found = self.checkpoint
-        saved = datetime.datetime.fromtimestamp(self.folder.stat().st_mtime).isoformat(" ", "seconds")
+        saved = datetime.datetime.fromtimestamp(self.saved).isoformat(" ", "seconds")
         return {
             "step": found.step if found else int(self.folder.name.removeprefix("step-")),
             "saved": saved,
@@ -243,45 +253,65 @@ class State:
 
 
 def survey(run_dir: Path, thorough: bool) -> list[State]:
-    """Every checkpoint of a run, oldest first. Raises `NewerFormat`.
+    """Every checkpoint of a run, oldest first, but those that training removes meanwhile. Raises `NewerFormat`.
 
     Args:
         thorough: whether all files are read and held to their checksums, not only the manifest.
     """
     read = open_checkpoint if thorough else read_manifest
-    found: list[tuple[Path, Checkpoint | None, str]] = []
+    found: list[tuple[Path, float, Checkpoint | UserError]] = []
     for folder in folders(run_dir):
         try:
-            found.append((folder, read(folder), ""))
+            saved = folder.stat().st_mtime
+        except FileNotFoundError:
+            continue
+        try:
+            found.append((folder, saved, read(folder)))
         except NewerFormat:
             raise
         except UserError as error:
-            found.append((folder, None, str(error)))
-    newest = next((checkpoint for _, checkpoint, _ in found if checkpoint), None)
+            if folder.exists():
+                found.append((folder, saved, error))
+    newest = next((what for _, _, what in found if isinstance(what, Checkpoint)), None)
     best = newest.manifest.best.step if newest and newest.manifest.best else None
     states = []
-    for folder, checkpoint, trouble in reversed(found):
-        marks = {"newest": checkpoint is newest, "best": checkpoint is not None and checkpoint.step == best}
-        notes = [mark for mark, true in marks.items() if checkpoint and true]
-        states.append(State(folder, checkpoint, trouble, thorough, notes))
+    for folder, saved, what in reversed(found):
+        if isinstance(what, Checkpoint):
+            marks = {"newest": what is newest, "best": what.step == best}
+            notes = [mark for mark, true in marks.items() if true]
+            states.append(State(folder, what, "", False, saved, thorough, notes))
+        else:
+            states.append(State(folder, None, str(what), isinstance(what, Unreadable), saved, thorough, []))
     return states
 
 
 def prune(run_dir: Path, keep: int) -> list[Path]:
     """Remove all checkpoints but the newest `keep` intact ones and the best at each of them; returns what was removed.
 
-    Damaged ones go, too. Raises `UserError`, and removes nothing, where none is intact or one is of a newer mtbert.
+    Damaged ones go, too. Raises `UserError`, and removes nothing, where none is intact, one cannot be read or is of a
+    newer mtbert; and where one cannot be removed.
     """
     assert keep >= 1
     states = survey(run_dir, thorough=True)
+    if not states:
+        raise UserError(f"{run_dir}: has no checkpoint yet")
+    if trouble := next((state.trouble for state in states if state.unreadable), ""):
+        raise UserError(f"{trouble}; nothing was removed")
     whole = [state for state in states if not state.trouble]
     if not whole:
         raise UserError(f"{run_dir}: none of its {len(states)} checkpoints is intact; nothing was removed")
     kept = with_the_best([state.folder for state in whole[-keep:]])
     doomed = [state.folder for state in states if state.folder not in kept]
+    removed = []
     for folder in doomed:
-        discard(folder)
-    return doomed
+        try:
+            discard(folder)
+        except FileNotFoundError:  # training goes on, and was faster
+            continue
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be removed: {error.strerror}") from None
+        removed.append(folder)
+    return removed
 
 
 def with_the_best(kept: Sequence[Path]) -> set[Path]:

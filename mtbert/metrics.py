@@ -5,6 +5,7 @@ N examples. Predictions and labels are class numbers for accuracy, f1 and matthe
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -20,15 +21,19 @@ def accuracy(predictions_N: NDArray[Any], labels_N: NDArray[Any]) -> float:
     return float(np.mean(predictions_N == labels_N))
 
 
-def f1(predictions_N: NDArray[Any], labels_N: NDArray[Any]) -> float:
+def f1(predictions_N: NDArray[Any], labels_N: NDArray[Any], classes: int | None = None) -> float:
     """F1 of class 1 where labels are 0 and 1; with more classes the unweighted mean of each one's F1 (macro).
 
-    Its classes are those of the labels, so that what is predicted does not change the definition. 0 where it is 0/0.
+    Averaged are the classes of the labels, so that what is predicted does not change the definition. 0 where it is 0/0.
+
+    Args:
+        classes: of the task, where these may be a part of its examples that has not got all; default: as the labels
+            have it.
     """
     from sklearn.metrics import f1_score
 
-    classes = [1] if labels_N.max() <= 1 else np.unique(labels_N)
-    return float(f1_score(labels_N, predictions_N, labels=classes, average="macro", zero_division=0.0))
+    averaged = [1] if (classes or labels_N.max() + 1) <= 2 else np.unique(labels_N)
+    return float(f1_score(labels_N, predictions_N, labels=averaged, average="macro", zero_division=0.0))
 
 
 def matthews(predictions_N: NDArray[Any], labels_N: NDArray[Any]) -> float:
@@ -79,6 +84,12 @@ METRICS: dict[str, Metric] = {
     "pearson": pearson,
     "spearman": spearman,
 }
+
+
+def metric_of(kind: str, classes: int) -> Metric:
+    """The metric of that name, for any part of the examples of a task with so many classes."""
+    return functools.partial(f1, classes=classes) if kind == "f1" else METRICS[kind]
+
 
 CORRELATIONS = frozenset({"matthews", "pearson", "spearman"})
 """Metrics that run from −1 to 1; the others run from 0 to 1."""

@@ -32,9 +32,12 @@ def render(template: str, **values: Any) -> str:
 
 
 def write_page_at(path: Path, page: str) -> None:
-    """Raises `UserError` where nothing can be written."""
+    """Half a surrogate pair, of a file's name or out of JSON, comes out escaped.
+
+    Raises `UserError` where nothing can be written.
+    """
     try:
-        write_atomically(path, page)
+        write_atomically(path, page.encode(errors="backslashreplace"))
     except OSError as error:
         raise UserError(f"{path}: cannot write it: {error.strerror}") from None
 
@@ -60,9 +63,9 @@ def run_pictures(runs: Sequence[RunRecord], labels: Sequence[str]) -> Iterator[t
             yield title, data_uri(panels(drawn))
 
 
-def _numeric(rows: Sequence[Sequence[str | float | None]]) -> list[bool]:
-    """Of each column whether it holds numbers, which stand to the right."""
-    return [any(isinstance(cell, (int, float)) for cell in column) for column in zip(*rows, strict=True)]
+def _numeric(rows: Sequence[Sequence[str | float | None]], columns: Sequence[str]) -> list[bool]:
+    """Of each column whether it holds numbers, which stand to the right; there may be no row."""
+    return [any(isinstance(row[at], (int, float)) for row in rows) for at in range(len(columns))]
 
 
 def _shown(value: str | float | None) -> str:

@@ -10,14 +10,13 @@ Shapes: N rows, D width of the encoder.
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import math
 import sys
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TextIO
@@ -27,7 +26,7 @@ from numpy.typing import NDArray
 
 from mtbert.config import TaskConfig
 from mtbert.errors import UserError
-from mtbert.readers import Quarantined, Record, Table, form_of, read_table
+from mtbert.readers import Quarantined, Record, Table, csv_writer, form_of, read_table
 from mtbert.runs import user_path, written_aside
 from mtbert.trained import Trained, unusable
 
@@ -94,6 +93,7 @@ def predict_file(
     """
     config = run.task(task)
     columns = _text_columns(config, text)
+    _refuse_source(source, target)
     with opened_source(source, form) as table, opened_target(target) as out:
         sink = _submission_sink(config, table, out, source) if submission else _row_sink(table, out, source)
 
@@ -135,7 +135,7 @@ def answer_texts(run: Trained, task: str, texts: Sequence[Sequence[str]]) -> lis
 def _row_sink(table: Table, out: TextIO, source: str) -> Callable[[Iterable[Answered]], None]:
     if table.delimiter:
         _refuse_taken(table.columns, "column", shown_name(source))
-        writer = csv.writer(_Lines(out), delimiter=table.delimiter, lineterminator=_Lines.END)
+        writer = csv_writer(out, table.delimiter)
         writer.writerow([*table.columns, *ADDED])
 
         def write(answered: Iterable[Answered]) -> None:
@@ -160,19 +160,6 @@ def _row_sink(table: Table, out: TextIO, source: str) -> Callable[[Iterable[Answ
 def _refuse_taken(names: Container[str], what: str, where: str) -> None:
     if taken := [name for name in ADDED if name in names]:
         raise UserError(f"{where}: has a {what} {taken[0]!r} already; rename it first")
-
-
-class _Lines:
-    """Ends lines with a line feed. csv.writer is told otherwise: up to Python 3.12 it leaves a carriage return within
-    a field unquoted, unless lines end with one."""
-
-    END = "\r\n"
-
-    def __init__(self, out: TextIO) -> None:
-        self.out = out
-
-    def write(self, line: str) -> None:
-        self.out.write(line.removesuffix(self.END) + "\n")
 
 
 def _fields(row: Record | Quarantined, columns: list[str]) -> list[str]:
@@ -220,6 +207,7 @@ def embed_file(run: Trained, source: str, target: Path, text: str | None = None,
     """
     if target.suffix not in (".npy", ".parquet"):
         raise UserError(f"--out {target}: vectors go into a .npy or a .parquet file")
+    _refuse_source(source, str(target))
     with opened_source(source, form) as table, told_target(target) as aside:
         columns = [text or _only_text(table, shown_name(source))]
         writer = (
@@ -295,9 +283,9 @@ class _Parquet:
         for row, vector, error in answered:
             values = row.values if isinstance(row, Record) else {"id": row.id}
             name, text = values.get("id"), values.get(self.column) if not error else None
-            rows.append(
-                {"id": None if name is None else str(name), "text": text, "vector": vector, "error": error or None}
-            )
+            if name is not None:  # half a surrogate pair, which JSON lets in, is no text to Parquet
+                name = str(name).encode(errors="backslashreplace").decode()
+            rows.append({"id": name, "text": text, "vector": vector, "error": error or None})
         self.writer.write_table(self.arrow.Table.from_pylist(rows, self.schema))
 
     def __exit__(self, *_: object) -> None:
@@ -374,6 +362,14 @@ def _why_not(row: Record | Quarantined, columns: list[str]) -> str:
 
 def shown_name(source: str) -> str:
     return "stdin" if source == "-" else source
+
+
+def _refuse_source(source: str, target: str) -> None:
+    """Raises `UserError` where the answers would take the place of what they are answers to."""
+    path = user_path(target)
+    with suppress(OSError):  # which whoever opens them tells
+        if "-" not in (source, target) and path.is_file() and path.samefile(user_path(source)):
+            raise UserError(f"--out {target}: is the file that is read; name another")
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, TextIO
 
 from mtbert.errors import UserError
 
@@ -306,6 +306,24 @@ def _id_of(line: str, table: _Delimited, header: list[str], id_column: str | Non
     return before[at] if at < whole else None
 
 
+def csv_writer(out: TextIO, delimiter: str) -> Any:
+    """A `csv.writer` of what is read back here as it was, with a line feed after each row."""
+    return csv.writer(_LineFeeds(out), delimiter=delimiter, lineterminator=_LineFeeds.END)
+
+
+class _LineFeeds:
+    """csv.writer is told another end of line: up to Python 3.12 it leaves a carriage return within a field unquoted,
+    unless lines end with one."""
+
+    END = "\r\n"
+
+    def __init__(self, out: TextIO) -> None:
+        self.out = out
+
+    def write(self, line: str) -> None:
+        self.out.write(line.removesuffix(self.END) + "\n")
+
+
 # ------------------------------------------------------------------------------------------------ JSON, Parquet
 
 
@@ -387,6 +405,23 @@ def unfit(usable: int, malformed: int, first: str) -> str:
     if malformed > max(5, rows / 100) or (malformed and not usable):
         return f"{malformed} of {rows} rows are malformed, more than 1 %: is this the right file? The first is {first}"
     return "" if rows else "no rows; a task needs at least one example"
+
+
+def no_text(value: Any) -> str:
+    """Why a row with this as its text is set aside; empty if it is not."""
+    if not isinstance(value, str):
+        return f"{'nothing' if value is None else type(value).__name__} instead of a text"
+    return "" if value.strip() else "the text is empty"
+
+
+_NO_CHARACTER = re.compile("[\0\ud800-\udfff]")
+
+
+def no_character(text: str) -> str:
+    """What only JSON and Parquet can smuggle into a text, NUL and half a surrogate pair, at which training stops; empty
+    if there is none."""
+    bad = _NO_CHARACTER.search(text)
+    return f"the character U+{ord(bad[0]):04X} is no text" if bad else ""
 
 
 def form_of(path: Path) -> str:

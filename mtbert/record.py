@@ -231,6 +231,8 @@ class RunRecord:
             return kind.model_validate_json(read_small(path))
         except ValidationError:
             raise UserError(f"{path}: not what training wrote; it was damaged") from None
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def _plausible(said: Said, task: TaskConfig) -> bool:
@@ -259,11 +261,14 @@ def _plausible(said: Said, task: TaskConfig) -> bool:
 
 
 def _lines(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        while line := file.readline(MAX_LINE):
-            if len(line) == MAX_LINE:
-                raise UserError(f"{path}: a line of more than {MAX_LINE:,} bytes; it was damaged")
-            yield line
+    try:
+        with path.open("rb") as file:
+            while line := file.readline(MAX_LINE):
+                if len(line) == MAX_LINE:
+                    raise UserError(f"{path}: a line of more than {MAX_LINE:,} bytes; it was damaged")
+                yield line
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def settings(config: Config) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from mtbert.config import TaskConfig, to_yaml
 from mtbert.data import locate_file
 from mtbert.errors import UserError
 from mtbert.figures import data_uri, evaluation_figures
-from mtbert.metrics import METRICS
+from mtbert.metrics import metric_of
 from mtbert.pages import Table, render, run_pictures, write_page_at
 from mtbert.readers import Row, read_rows
 from mtbert.record import RunRecord, Said, TaskResult, Which, kept_id
@@ -131,7 +131,7 @@ def _read(run: RunRecord, name: str, said: Said, wanted: set[int]) -> tuple[dict
             continue
         del missing[row.line]
         if source:
-            sources[row.line] = str(row.values[-1])
+            sources[row.line] = "" if row.values[-1] is None else str(row.values[-1])
         if row.line in wanted:
             texts[row.line] = tuple(map(str, row.values[: task.texts]))
     if missing:
@@ -153,7 +153,7 @@ def _slice(title: str, task: TaskConfig, said: Said, rows: NDArray[np.intp]) -> 
     """Score and mean loss of some examples; a correlation of fewer than three says nothing."""
     predictions, labels = said.predictions_N[rows], said.labels_N[rows]
     enough = len(rows) > (2 if task.kind == "pair_regression" else 0)
-    score = METRICS[task.metric_kind](predictions, labels) if enough else None
+    score = metric_of(task.metric_kind, task.classes)(predictions, labels) if enough else None
     return [title, len(rows), score, float(said.losses_N[rows].mean())]
 
 

@@ -213,6 +213,23 @@ def _absolute(path: str) -> str:
 def check_run(folder: Path) -> None:
     """Raises `UserError` for a folder that is no run's, for one of a newer mtbert, whose settings this one might read
     as something else, and for one in which a link leads out of it: what training writes there would land elsewhere."""
+    try:
+        _check_files(folder)
+    except OSError as error:
+        raise UserError(f"{error.filename or folder}: cannot be read: {error.strerror}") from None
+    try:
+        made_by = json.loads(read_small(folder / "environment.json"))
+    except (OSError, ValueError, RecursionError):
+        return
+    written = made_by.get("format", FORMAT) if isinstance(made_by, dict) else FORMAT
+    if isinstance(written, int) and written > FORMAT:
+        raise UserError(
+            f"{folder}: run folder of format {written}, from a newer mtbert; this one reads up to {FORMAT}; update it"
+        )
+
+
+def _check_files(folder: Path) -> None:
+    """What `check_run` refuses of a folder's files. Raises `OSError` where they cannot be looked at."""
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{folder}: no run folder (it holds no config.yaml); give one that training made")
     shared = folder / "code"  # of an array, a link to the copy that its jobs share; training writes nothing there
@@ -226,15 +243,6 @@ def check_run(folder: Path) -> None:
                 raise UserError(f"{path}: is a link out of the run folder; put there what it leads to")
             if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or stat.S_ISLNK(mode)):
                 raise UserError(f"{path}: is neither a file nor a folder, and has no place in a run folder; remove it")
-    try:
-        made_by = json.loads(read_small(folder / "environment.json"))
-    except (OSError, ValueError, RecursionError):
-        return
-    written = made_by.get("format", FORMAT) if isinstance(made_by, dict) else FORMAT
-    if isinstance(written, int) and written > FORMAT:
-        raise UserError(
-            f"{folder}: run folder of format {written}, from a newer mtbert; this one reads up to {FORMAT}; update it"
-        )
 
 
 def read_small(path: Path) -> bytes:

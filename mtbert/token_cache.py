@@ -27,7 +27,7 @@ from tokenizers import Tokenizer
 from mtbert.config import TaskConfig
 from mtbert.errors import UserError
 from mtbert.manifest import sha256
-from mtbert.readers import Quarantined, Row, read_rows, unfit
+from mtbert.readers import Quarantined, Row, no_character, no_text, read_rows, unfit
 from mtbert.runs import aside, sweep, write_atomically
 
 Progress = Callable[[int, int | None], None]
@@ -227,10 +227,8 @@ class _Writer:
     def _unusable(self, texts: Sequence[Any]) -> str:
         """Why a row with these texts is set aside; empty if it is not."""
         for column, text in zip(self._task.columns.text, texts, strict=True):
-            if not isinstance(text, str):
-                return f"column {column!r}: {'nothing' if text is None else type(text).__name__} instead of a text"
-            if not text.strip():
-                return f"column {column!r}: the text is empty"
+            if why := no_text(text):
+                return f"column {column!r}: {why}"
         return ""
 
     def _flush(self) -> None:
@@ -262,16 +260,10 @@ class _Writer:
         self._examples += len(kept)
 
     def _utf8(self, text: str, line: int, column: int) -> bytes:
-        """Raises `UserError` for what only JSON and Parquet can smuggle in: NUL, and half a surrogate pair."""
-        bad = "\0" if "\0" in text else ""
-        try:
-            encoded = text.encode()
-        except UnicodeEncodeError as error:
-            bad = text[error.start]
-        if bad:
-            where = f"{self._shown} line {line}, column {self._task.columns.text[column]!r}"
-            raise UserError(f"{where}: the character U+{ord(bad):04X} is no text; remove it")
-        return encoded
+        """Raises `UserError` for a text with something that is no character."""
+        if why := no_character(text):
+            raise UserError(f"{self._shown} line {line}, column {self._task.columns.text[column]!r}: {why}; remove it")
+        return text.encode()
 
     def _append(self, name: str, values: np.ndarray) -> None:
         self._write(name, np.ascontiguousarray(values).tobytes())

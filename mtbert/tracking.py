@@ -304,11 +304,11 @@ def print_table(
 
 
 def _console() -> Console:
-    # not Console.is_terminal, which FORCE_COLOR turns on in log files
+    # not Console.is_terminal, which FORCE_COLOR turns on in log files; what is in brackets or between colons is text
     return (
-        Console(file=sys.stdout)
+        Console(file=sys.stdout, markup=False, emoji=False)
         if sys.stdout.isatty()
-        else Console(file=sys.stdout, width=PLAIN_WIDTH, force_terminal=False)
+        else Console(file=sys.stdout, markup=False, emoji=False, width=PLAIN_WIDTH, force_terminal=False)
     )
 
 
@@ -331,7 +331,7 @@ class _Bar:
     def __init__(self, first_step: int) -> None:
         self.console = _console()
         self._bar = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
             TextColumn("{task.fields[losses]}"),

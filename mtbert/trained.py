@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +35,7 @@ from mtbert.manifest import find_checkpoint, sha256
 from mtbert.packing import batches_by_length, pack
 from mtbert.pretrained import read_shape, write_shape
 from mtbert.ranks import choose_precision, local_device
+from mtbert.readers import no_character, no_text
 from mtbert.runs import Rank, check_run, read_small, write_atomically
 
 Origin = dict[str, str | None]
@@ -84,8 +84,11 @@ def kept_encoder(run_dir: Path) -> KeptEncoder | None:
     if not isinstance(checksums, dict) or not checksums.keys() <= set(KEPT):
         raise UserError(f"{folder / 'checksums.json'}: not what training wrote; it was damaged")
     for name, wanted in checksums.items():
-        if not (folder / name).is_file() or sha256(folder / name) != wanted:
-            raise UserError(f"{folder / name}: missing or changed since the run started; it was damaged")
+        try:
+            if not (folder / name).is_file() or sha256(folder / name) != wanted:
+                raise UserError(f"{folder / name}: missing or changed since the run started; it was damaged")
+        except OSError as error:
+            raise UserError(f"{folder / name}: cannot be read: {error.strerror}") from None
     try:
         origin = json.loads(read_small(folder / "origin.json"))
         texts = isinstance(origin, dict) and all(isinstance(value, str | None) for value in origin.values())
@@ -185,17 +188,9 @@ def _read_out(task: TaskConfig, answers: Tensor) -> tuple[Tensor, Tensor, Tensor
     return predict(task, answers), scores_B, probabilities_BC.amax(dim=-1) if probabilities_BC.shape[-1] else nothing_B
 
 
-_NO_TEXT = re.compile("[\0\ud800-\udfff]")
-
-
 def unusable(text: Any) -> str:
-    """Why this is no text that a model can answer to; empty if it is one. As rows of training data are judged."""
-    if not isinstance(text, str):
-        return f"{'nothing' if text is None else type(text).__name__} instead of a text"
-    if not text.strip():
-        return "the text is empty"
-    bad = _NO_TEXT.search(text)
-    return f"the character U+{ord(bad[0]):04X} is no text" if bad else ""
+    """Why this is no text that a model can answer to; empty if it is one."""
+    return no_text(text) or no_character(text)
 
 
 def load_run(

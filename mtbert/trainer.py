@@ -38,7 +38,7 @@ from mtbert.figures import cosine_map, evaluation_figures
 from mtbert.flops import encoder_flops, peak_flops
 from mtbert.heads import MultiTaskModel
 from mtbert.manifest import Checkpoint, Course
-from mtbert.metrics import METRICS
+from mtbert.metrics import metric_of
 from mtbert.phases import Phase, plan
 from mtbert.pretrained import load_pretrained
 from mtbert.pretrained import origin as pretrained_origin
@@ -610,7 +610,7 @@ def _baselines(task: Task, result: Evaluation) -> tuple[float, float]:
     from mtbert.baselines import bag_of_words_baseline, training_rows, trivial_baseline
 
     train, dev, kind = task.train, task.dataset("dev"), task.config.kind
-    metric = METRICS[result.metric]
+    metric = metric_of(result.metric, task.config.classes)
     trivial = trivial_baseline(kind, train.labels_N, dev.labels_N)
     rows = training_rows(len(train))
     words = bag_of_words_baseline(kind, train.raw(rows), train.labels_N[rows], dev.raw(np.arange(len(dev))))

@@ -9,6 +9,7 @@ import importlib
 import json
 import os
 import resource
+import stat
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -156,6 +157,17 @@ def test_what_is_saved_comes_back_bit_for_bit(run: Path) -> None:
     keeper.load(resumed, found)
     assert numbers(resumed) == before and keeper.best == {"step": 2, "score": 0.5}
     assert numbers(go_on(resumed, range(3, 5))) == numbers(go_on(engine, range(3, 5)))
+
+
+def test_who_may_read_a_checkpoint_is_as_for_other_files(run: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        with Checkpointer(run, Rank(), keep=2) as keeper:
+            save(keeper, 3, go_on(make_engine(), range(3)))
+    finally:
+        os.umask(before)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in folder_of(run, 3).iterdir()}
+    assert set(modes.values()) == {0o640}, modes
 
 
 def test_a_method_that_learns_nothing_has_no_file(run: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shlex
@@ -13,6 +14,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -123,6 +125,48 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert printed.out == ""
     assert re.fullmatch(f"mtbert: .*{told}.*\n", printed.err)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("options", [["--reference"], []], ids=["more than is buffered", "less"])
+def test_a_stdout_that_takes_nothing(options: list[str]) -> None:
+    command = [sys.executable, "-m", "mtbert", "show-config", *options]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, env=environment, stdout=full, stderr=-1, text=True)
+    assert (done.returncode, done.stderr) == (2, "mtbert: stdout: cannot be written: No space left on device\n")
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(command, env=environment, stdout=writer, stderr=-1, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
+
+
+def test_a_terminal_without_utf_8(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "a", "label": "caf\\u00e9"}\n{"text": "b", "label": "\\ud800"}\n')
+    command = [sys.executable, "-m", "mtbert", "data", "check", str(tmp_path / "rows.jsonl")]
+    for encoding, shown in (("ascii", r"caf\xe9"), ("utf-8", "café")):
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": encoding}
+        for more in ([], ["--json"]):
+            done = subprocess.run([*command, *more], env=environment, capture_output=True, encoding="utf-8")
+            assert (done.returncode, done.stderr) == (0, "")
+            if more:
+                assert json.loads(done.stdout)["files"][0]["labels"] == {"café": 1, "\ud800": 1}
+            else:
+                assert f"  labels      {shown}: 1  \\ud800: 1\n" in done.stdout
+
+
+def test_json_holds_no_nan(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Which a model that broke scores."""
+    from mtbert import trainer
+    from mtbert.evaluate import Evaluation
+
+    nothing = np.full((1, 1), math.nan)
+    broken = Evaluation("sts", "pearson", math.nan, math.inf, nothing[0], nothing[0], nothing)
+    monkeypatch.setattr(trainer, "evaluate_run", lambda folder, which: (3, [broken], math.nan))
+    (tmp_path / "config.yaml").touch()
+    assert main(["evaluate", str(tmp_path), "--json"]) == 0
+    told = {"step": 3, "composite": None, "tasks": {"sts": {"metric": "pearson", "score": None, "loss": None}}}
+    assert json.loads(capsys.readouterr().out) == told
 
 
 @pytest.mark.parametrize("arguments", [[], ["trian"], ["train", "--stet", "a=1"], ["evaluate"]], ids=str)

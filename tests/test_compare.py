@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -13,8 +14,9 @@ from mtbert.cli import main
 from mtbert.compare import bootstrap, compare, grouped, holm
 from mtbert.config import load_config, to_yaml
 from mtbert.errors import UserError
+from mtbert.figures import panels, svg
 from mtbert.metrics import METRICS
-from mtbert.record import RunRecord, Said, write_predictions
+from mtbert.record import Curve, RunRecord, Said, write_predictions
 from mtbert.runs import Rank
 from mtbert.tracking import Tracker
 
@@ -196,3 +198,26 @@ def test_an_unfinished_run_is_no_crash(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(to_yaml(load_config(QUICKSTART)))
     with pytest.raises(UserError, match="nothing was evaluated yet"):
         compare([tmp_path], "latest", 100)
+
+
+def test_a_resample_without_a_class_has_the_metric_of_the_others() -> None:
+    """F1 of three classes, of which the third is rare, by a model that never says it: two thirds at best."""
+    one = said(0, 1.0)["sst"]
+    labels_N = np.arange(N) % 2.0
+    labels_N[0] = 2
+    three = dataclasses.replace(one, labels_N=labels_N, predictions_N=np.arange(N) % 2.0)
+    [resampled] = bootstrap([[{"sst": three}]], {"sst": "f1"}, 100)
+    assert set(np.round(resampled["sst"], 1)) == {0.7, 1.0}  # with the rare one and without
+    wrong = dataclasses.replace(three, predictions_N=np.where(labels_N == 0, 2.0, labels_N))
+    [resampled] = bootstrap([[{"sst": wrong}]], {"sst": "f1"}, 100)
+    assert resampled["sst"].max() < 0.6, "nothing is right of class 0"
+
+
+def test_labels_are_drawn_as_they_are() -> None:
+    """What begins with an underscore would be left out, and dollars be taken for a formula."""
+    curve = Curve(np.arange(2), np.ones(2))
+    figure = panels({"loss": [("_first", curve), (r"$\frac$", curve)]})
+    legend = figure.axes[0].get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()] == [" _first", r"\$\frac\$"]
+    assert svg(figure)

@@ -18,7 +18,7 @@ from huggingface_hub import close_session
 from mtbert.cli import main
 from mtbert.config import DataConfig, load_config
 from mtbert.data import load_dataset, load_tokenizer, locate_file
-from mtbert.datasets import SOURCES, check, fetch, wanted_by, wanted_files
+from mtbert.datasets import SOURCES, Source, _rewritten, check, fetch, wanted_by, wanted_files
 from mtbert.errors import UserError
 from mtbert.pretrained import load_pretrained
 from mtbert.readers import Row, read_rows
@@ -53,6 +53,16 @@ def test_a_label_too_large_for_a_number_is_a_label(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", f'{{"text": "a", "label": {huge}}}', '{"text": "b", "label": 1}')
     [found], _ = check(wanted_files([path], None, None))
     assert (found.rows, found.labels) == (2, {"1": 1, "inf": 1})
+
+
+def test_labels_are_told_apart_and_counted(tmp_path: Path) -> None:
+    rows = ["a,1234567", "a,1234568", "b,0", "b,-0", "b,-0.0"]
+    [found], _ = check(wanted_files([write(tmp_path / "few.csv", "text,label", *rows)], None, None))
+    assert found.labels == {"0": 3, "1234567": 1, "1234568": 1}
+    assert (found.duplicates, found.conflicting) == (3, 1)
+    rows = [f"w{n},{n / 8}" for n in range(1, 100)] + ["x,nan", "y,NaN", "z,-inf"]
+    [found], _ = check(wanted_files([write(tmp_path / "many.csv", "text,label", *rows)], None, None))
+    assert found.labels == {"lowest": 0.125, "mean": 6.25, "highest": 12.375, "nan": 2, "-inf": 1}
 
 
 def test_overlaps_between_files_and_columns_by_their_names(tmp_path: Path) -> None:
@@ -161,6 +171,46 @@ def test_labels_are_held_to_the_task_as_training_holds_them(
 
 
 @pytest.mark.parametrize(
+    ("bad", "told"),
+    [
+        ('{"text": "x\\u0000", "label": 1, "id": "a"}', " line 2, column 'text': the character U+0000 is no text"),
+        ('{"text": "x\\ud800", "label": 1, "id": "a"}', " line 2, column 'text': the character U+D800 is no text"),
+        ('{"text": "", "label": 9, "id": "a"}', " line 2, column 'label': 9 is not a class from 0 to 1"),
+        ('{"text": "", "label": "", "id": "a"}', ""),
+        ('{"text": "b", "label": 1}', ""),
+    ],
+)
+def test_what_training_stops_at_is_no_row_left_out(tmp_path: Path, bad: str, told: str) -> None:
+    """And what is left out is the same here and there."""
+    file = write(tmp_path / "rows.jsonl", '{"text": "a", "label": 1, "id": "r"}', bad)
+    config = tmp_path / "config.yaml"
+    columns = "columns: {text: [text], id: id}"
+    config.write_text(f"tasks:\n  t: {{kind: classification, train: {file}, dev: {file}, {columns}}}\n")
+    vocabulary = tmp_path / "vocab.txt"
+    vocabulary.write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\n")
+    loaded = load_config(config).tasks["t"], "t", "train", DataConfig(cache=str(tmp_path)), load_tokenizer(vocabulary)
+    found = check(wanted_by(load_config(config)))[0][0]
+    if told:
+        with pytest.raises(UserError) as error:
+            load_dataset(*loaded)
+        assert (found.left_out, found.refused) == (0, 1)
+        assert str(error.value) == f"{file} {found.refusals[0]}" and told in str(error.value)
+    else:
+        [left] = load_dataset(*loaded).quarantined
+        assert (found.left_out, found.refused) == (1, 0)
+        assert found.reasons == [f"line {left.line}: {left.reason}"]
+
+
+def test_an_id_column_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write(tmp_path / "rows.csv", "text,label", "a,1")
+    config = tmp_path / "config.yaml"
+    columns = "columns: {text: [text], id: name}"
+    config.write_text(f"tasks:\n  t: {{kind: classification, train: {file}, dev: {file}, {columns}}}\n")
+    assert main(["data", "check", "--config", str(config)]) == 2
+    assert "no column 'name'; columns present" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("rows", "told"),
     [
         ([], "no rows; a task needs at least one example"),
@@ -245,6 +295,18 @@ def test_the_three_data_sets_come_as_the_configuration_names_them(
     origins = json.loads((folder / "sources.json").read_text())
     assert set(origins) == {source.target for sources in SOURCES.values() for source in sources} == set(rows)
     assert {origin["commit"] for origin in origins.values()} == {COMMIT}
+
+
+def test_a_carriage_return_in_a_text_comes_back(tmp_path: Path) -> None:
+    """Unquoted, it would make a row with a quote malformed."""
+    text = {"text": 'he said "hi"', "more": "a\rb"}
+    (tmp_path / "theirs.jsonl").write_text(json.dumps(text) + "\n")
+    source = Source("some-org/some", "theirs.jsonl", "ours.csv", {"text": "sentence1", "more": "sentence2"})
+    content, rows = _rewritten(tmp_path / "theirs.jsonl", source)
+    (tmp_path / "ours.csv").write_text(content, newline="")
+    assert rows == 1 and [*read_rows(tmp_path / "ours.csv", ["sentence1", "sentence2"])] == [
+        Row(2, tuple(text.values()), None)
+    ]
 
 
 def test_a_hub_without_the_files_leaves_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

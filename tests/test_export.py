@@ -232,6 +232,9 @@ def test_the_model_card_says_what_the_run_recorded(trained_run: Path, tmp_path: 
 def test_nothing_is_overwritten_and_nothing_half_written(trained_run: Path, tmp_path: Path) -> None:
     run = load_run(trained_run, "latest", "fp32")
     (tmp_path / "mine").mkdir()
+    for taken in (".", "/", ""):
+        with pytest.raises(UserError, match="exists already"):
+            export(run, Path(taken))
     with pytest.raises(UserError, match="exists already"):
         export(run, tmp_path / "mine")
     (tmp_path / "file").touch()

@@ -103,6 +103,7 @@ def test_list_and_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     [
         (["list", "RUN"], "RUN: has no checkpoint yet"),
         (["verify", "RUN"], "RUN: has no checkpoint yet"),
+        (["prune", "RUN", "--keep", "1"], "RUN: has no checkpoint yet"),
         (["prune", "RUN", "--keep", "0"], "--keep 0: the newest one always stays; give 1 or more"),
     ],
     ids=itertools.count(),
@@ -201,6 +202,45 @@ def test_what_the_disk_does_not_give_back_is_passed_over(
     assert [checkpoint.step for checkpoint in intact(run, told.append)] == [10]
     assert len(told) == 1 and name in told[0]
     assert [not state.trouble for state in survey(run, thorough=True)] == [True, False]
+    with pytest.raises(UserError, match=f"{name}.*; nothing was removed"):
+        prune(run, keep=1)
+    assert steps(run) == [10, 20]
+
+
+def test_training_that_goes_on_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It removes 10 while that is looked at, 20 when it has been."""
+    run = make(tmp_path / "run", 10, 20, 30)
+    opened = manifest.open_checkpoint
+
+    def slow(folder: Path) -> manifest.Checkpoint:
+        if folder == folder_of(run, 10):
+            discard(folder)
+            discard(folder_of(run, 20))
+        return opened(folder)
+
+    monkeypatch.setattr(manifest, "open_checkpoint", slow)
+    assert [(each.record()["step"], each.trouble) for each in survey(run, thorough=True)] == [(20, ""), (30, "")]
+    monkeypatch.undo()
+    other = make(tmp_path / "other", 10, 20)
+
+    def late(folder: Path) -> None:
+        shutil.rmtree(folder)
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory")
+
+    monkeypatch.setattr(manifest, "discard", late)
+    assert prune(other, keep=1) == []
+    assert steps(other) == [20]
+
+
+def test_a_folder_that_cannot_be_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make(tmp_path / "run", 10, 20)
+
+    def refused(folder: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(manifest, "discard", refused)
+    with pytest.raises(UserError, match=r"step-00000010: cannot be removed: Permission denied$"):
+        prune(run, keep=1)
 
 
 def test_what_is_told_of_a_checkpoint(tmp_path: Path) -> None:

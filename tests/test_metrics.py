@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as arrays
 from numpy.typing import NDArray
 
 from mtbert.config import MetricKind
-from mtbert.metrics import CORRELATIONS, METRICS, composite
+from mtbert.metrics import CORRELATIONS, METRICS, composite, metric_of
 
 CLASSES = ("accuracy", "f1", "matthews")
 
@@ -72,6 +72,15 @@ def test_f1_of_more_classes_is_the_mean_over_those_of_the_labels(pair: tuple[NDA
         assert METRICS["f1"](*pair) == pytest.approx(np.mean([f1_of(klass, *pair) for klass in classes]))
     else:
         assert METRICS["f1"](*pair) == pytest.approx(f1_of(1, *pair))
+
+
+def test_f1_of_a_part_is_that_of_the_task() -> None:
+    """As of a slice in a report or a resample of a comparison that holds nothing of the third class."""
+    predictions, labels = np.array([2, 2, 1, 0]), np.array([0, 0, 1, 0])
+    assert metric_of("f1", 3)(predictions, labels) == pytest.approx((f1_of(0, predictions, labels) + 1) / 2)
+    assert metric_of("f1", 2)(labels, labels) == metric_of("accuracy", 3)(labels, labels) == 1.0
+    assert metric_of("f1", 3)(labels[:2], labels[:2]) == 1.0
+    assert metric_of("f1", 2)(labels[:2], labels[:2]) == 0.0, "0/0"
 
 
 @given(BINARY)

@@ -359,6 +359,23 @@ def test_keys_that_the_answer_needs_are_not_overwritten(run: Trained, tmp_path: 
     assert list(tmp_path.iterdir()) == [tmp_path / "in.jsonl"]
 
 
+def test_answers_do_not_replace_what_they_answer(run: Trained, tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("sentence\na\n")
+    (tmp_path / "link.npy").symlink_to("rows.csv")
+    rows = str(tmp_path / "rows.csv")
+    for answer, out in ((lambda out: predict_file(run, "sst", rows, out), rows),
+                        (lambda out: embed_file(run, rows, Path(out)), str(tmp_path / "link.npy"))):  # fmt: skip
+        with pytest.raises(UserError, match=f"--out {out}: is the file that is read; name another"):
+            answer(out)
+    assert (tmp_path / "rows.csv").read_text() == "sentence\na\n"
+
+
+def test_an_id_that_is_no_text_to_parquet(run: Trained, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"id": "x\\ud800", "sentence": "a"}\n{"id": 7, "sentence": "a"}\n')
+    assert embed_file(run, str(tmp_path / "rows.jsonl"), tmp_path / "v.parquet").unanswered == 0
+    assert pyarrow.parquet.read_table(tmp_path / "v.parquet")["id"].to_pylist() == ["x\\ud800", "7"]
+
+
 def test_a_link_stays_one_and_a_pipe_is_written_to(run: Trained, tmp_path: Path) -> None:
     (tmp_path / "in.tsv").write_text("id\tsentence\n1\tgood\n")
     (tmp_path / "deep").mkdir()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import math
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -61,6 +63,23 @@ def test_a_line_in_the_writing_is_left_out(run: Path) -> None:
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 40, "time": 1.0, "loss/s')
     assert RunRecord(run).curves["loss/sst"].steps[-1] == 39
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "result.json", "environment.json"])
+def test_a_file_that_cannot_be_read(run: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where its owner keeps it from others, which cannot be had as root."""
+    opened = Path.open
+
+    def refused(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path == run / name:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return opened(path, *arguments, **options)
+
+    (run / name).touch()
+    monkeypatch.setattr(Path, "open", refused)
+    record = RunRecord(run)
+    with pytest.raises(UserError, match=f"{name}: cannot be read: Permission denied"):
+        _ = record.curves, record.result, record.environment
 
 
 def test_mistakes(run: Path, tmp_path: Path) -> None:

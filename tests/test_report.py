@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import html.parser
+import json
+import os
 import re
 from pathlib import Path
 
@@ -151,10 +153,27 @@ def test_texts_of_other_rows_are_not_shown(run: Path, tmp_path: Path, named: boo
     assert page.table("id", "true") and not [rows for rows in page.tables if rows[0][0] == "source"]
 
 
+def test_what_a_run_need_not_hold(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No record of its environment, sources that are not said or no text, a name that is not UTF-8; ~ after a `=`."""
+    (run / "environment.json").unlink()
+    overrides = ["data.generate=null", f"data.dir={tmp_path}", "tasks.para=null", "tasks.sts=null"]
+    overrides += ["tasks.sst.dev=dev.jsonl", "tasks.sst.classes=2", "tasks.sst.columns.source=source"]
+    (run / "config.yaml").write_text(to_yaml(load_config(QUICKSTART, overrides)))
+    rows = [{"id": f"r{n}", "sentence": "a", "sentiment": 1, "source": "\ud800" if n else None} for n in range(N)]
+    (tmp_path / "dev.jsonl").write_text("\n\n" + "".join(json.dumps(row) + "\n" for row in rows))
+    named = run.rename(run.with_name(os.fsdecode(b"caf\xe9")))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert main(["report", str(named), "--output=~/page.html"]) == 0
+    page = Page(tmp_path / "page.html")
+    assert [row[:2] for row in page.table("source")] == [[r"\ud800", str(N - 1)], ["(empty)", "1"]]
+    assert r"<title>caf\udce9</title>" in (tmp_path / "page.html").read_text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
         (["nowhere"], "nowhere: no run folder"),
+        (["n" * 300], "cannot be read: File name too long"),
         (["RUN", "--output", "/proc/nothing/page.html"], "/proc/nothing/page.html: cannot write it"),
         (["EMPTY"], "nothing was evaluated yet"),
     ],

@@ -255,6 +255,14 @@ def test_no_number_of_a_table_is_cut(width: int, folded: int) -> None:
     assert len(lines) == 1 + folded and (max(map(len, lines)) <= width) == (width > 20)
 
 
+def test_brackets_and_colons_are_text(capsys: pytest.CaptureFixture[str]) -> None:
+    """Such as lists of settings, by which `compare` calls its groups, and their paths."""
+    cells = ["trainable=[pooler, heads]", "dir=[/data/x]", ":car:"]
+    tracking.print_table("to [pooler] and [/x]", ["run"], [[cell] for cell in cells])
+    told = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert told == ["to [pooler] and [/x]", "run", *cells]
+
+
 def test_plain_lines_come_by_the_clock(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
