@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from harness import PATIENCE_S
 from PIL import Image
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -286,7 +287,7 @@ use_everything(Tracker(Path({str(tmp_path)!r}), Rank(), 0, 10))
     while chunk := _read(leader):
         shown += chunk
     os.close(leader)
-    assert process.communicate(timeout=60)[1] == b""
+    assert process.communicate(timeout=PATIENCE_S)[1] == b""
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
     assert re.search(r"probe .*10/10 sst 0\.600 255 examples/s", text)
     assert text.index("loaded [bold] 3 tasks") < text.rindex("probe")
