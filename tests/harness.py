@@ -21,7 +21,7 @@ from torch import distributed as dist
 
 from mtbert.runs import Rank
 
-PATIENCE_S = 300.0
+PATIENCE_S = 900.0
 """How long a test waits for what must come: far more than a busy machine takes, less than torch waits for a rank."""
 
 
