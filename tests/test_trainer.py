@@ -265,6 +265,27 @@ def test_steps_of_one_task_give_surgery_nothing_to_do(config: Config, capsys: py
         assert any("gradient/conflict_rate" in line for line in logged(run)) == (draws == 2)
 
 
+def test_an_adaptive_run_goes_by_its_scores_and_resumes_alike(config: Config) -> None:
+    """Stopped between two evaluations, after the first of which other chances hold."""
+    targets = {"sst": 0.01, "para": 0.02}  # so that sts is drawn nearly always
+    settings = [f"schedule.targets={json.dumps(targets)}", "schedule.kind=adaptive", "run.evaluate_every=4"]
+    adaptive = config_of(config.model_dump(mode="json"), settings)
+    straight, resumed = new_run(adaptive, "straight"), new_run(adaptive, "resumed")
+    train(straight, Rank(), quiet=True)
+    polls = iter(range(STEPS))
+    assert train(resumed, Rank(), lambda: next(polls) == 4, quiet=True).step == 5
+    train(resumed, Rank(), quiet=True)
+    assert digests(resumed) == digests(straight) and logged(resumed) == logged(straight)
+    lines = logged(straight)
+    for step in (3, 7, 11):
+        said = {tag: value for line in lines if line["step"] == step for tag, value in line.items()}
+        scores = [said["metric/sst/accuracy"] / 0.01, said["metric/para/accuracy"] / 0.02, said["metric/sts/pearson"]]
+        weights = 1 / (np.clip(scores, 0, 1) ** adaptive.schedule.alpha + 0.1)
+        found = [said[f"sampling/{name}"] for name in targets | {"sts": 1.0}]
+        assert found == pytest.approx((weights / weights.sum()).tolist())
+        assert found[2] > 0.5
+
+
 def _leave() -> None:
     """The harness's group, once all are in it: gloo fails where a peer goes while another still connects."""
     dist.barrier()
