@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from harness import Ranks, run_ranks
+from harness import PATIENCE_S, Ranks, run_ranks
 from hypothesis import settings
 
 from mtbert import synthetic
@@ -98,7 +98,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
     """
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
-    def run(world: int, function: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
+    def run(world: int, function: Callable[..., Any], *args: Any, timeout: float = PATIENCE_S) -> list[Any]:
         return run_ranks(tmp_path_factory.mktemp("ranks"), world, function, *args, timeout=timeout)
 
     return run

@@ -21,11 +21,16 @@ from torch import distributed as dist
 
 from mtbert.runs import Rank
 
+PATIENCE_S = 900.0
+"""How long a test waits for what must come: far more than a busy machine takes, less than torch waits for a rank."""
+
 
 class Ranks(Protocol):
     """`ranks(world, function, *args)`: what `function(rank, *args)` returned on each rank, in rank order."""
 
-    def __call__(self, world: int, function: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]: ...
+    def __call__(
+        self, world: int, function: Callable[..., Any], *args: Any, timeout: float = PATIENCE_S
+    ) -> list[Any]: ...
 
 
 def forking_context() -> Any:
@@ -40,7 +45,9 @@ def forking_context() -> Any:
     return context
 
 
-def run_ranks(folder: Path, world: int, function: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
+def run_ranks(
+    folder: Path, world: int, function: Callable[..., Any], *args: Any, timeout: float = PATIENCE_S
+) -> list[Any]:
     """What `function(rank: Rank, *args)` returned on each of `world` processes, in rank order.
 
     They talk through files in `folder`, which is empty. If one of them fails, the test does.

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from harness import PATIENCE_S
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -188,7 +189,7 @@ def test_training_goes_on_while_a_copy_is_written(run: Path, monkeypatch: pytest
     write, gate = checkpoint._save, threading.Event()
 
     def slow(tensors: dict[str, Tensor], path: Path) -> File:
-        assert gate.wait(60)
+        assert gate.wait(PATIENCE_S)
         return write(tensors, path)
 
     monkeypatch.setattr(checkpoint, "_save", slow)
@@ -215,7 +216,7 @@ def test_leaving_waits_unless_other_ranks_may_be_gone(
     write, gate = checkpoint._save, threading.Event()
 
     def slow(tensors: dict[str, Tensor], path: Path) -> File:
-        gate.wait(0.5 if waits else 10)
+        gate.wait(0.5 if waits else PATIENCE_S)
         return write(tensors, path)
 
     monkeypatch.setattr(checkpoint, "_save", slow)

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from harness import PATIENCE_S
 
 from launch.submit import main as submit
 from mtbert import __version__
@@ -49,7 +50,7 @@ def mtbert(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str
     command = [sys.executable, "-m", "mtbert", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(
-        command, cwd=cwd, env=environment, capture_output=True, text=True, encoding="utf-8", timeout=300
+        command, cwd=cwd, env=environment, capture_output=True, text=True, encoding="utf-8", timeout=PATIENCE_S
     )
 
 
@@ -239,7 +240,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
 
     def interrupt() -> None:
         lines = tmp_path / "runs" / "first run" / "metrics.jsonl"
-        until = time.monotonic() + 60
+        until = time.monotonic() + PATIENCE_S
         while not lines.exists() or len(lines.read_text().splitlines()) < 5:
             time.sleep(0.002)
             if time.monotonic() > until:

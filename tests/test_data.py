@@ -12,7 +12,6 @@ import re
 import subprocess
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +21,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
+from harness import PATIENCE_S
 from hub import stand_in_hub
 from hypothesis import HealthCheck, given, settings
 from tokenizers import BertWordPieceTokenizer, Tokenizer
@@ -366,10 +366,12 @@ def test_what_the_arrays_depend_on_makes_another_key(home: Home, vocab: Path) ->
 def test_an_untouched_file_is_not_hashed_again(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     load = functools.partial(load_dataset, make_task(), "sst", "train", home.config, home.tokenizer)
     path = home.folder / "rows.tsv"
-    home.load(ROWS)
+    path.write_text(ROWS)
+    age = 1.9
+    monkeypatch.setattr("mtbert.token_cache.time.time", lambda: path.stat().st_ctime + age)
+    load()
     assert not list(home.cache.rglob("*.seen"))  # so young a file may still change unseen
-    now = time.time()
-    monkeypatch.setattr("mtbert.token_cache.time.time", lambda: now + 10)
+    age = 2.1
     load()
     [seen] = home.cache.rglob("*.seen")
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -444,7 +446,7 @@ def test_processes_at_once_make_one_folder(tmp_path: Path, tokenizer: Tokenizer)
         assert process.stdin
         process.stdin.write("go\n")
         process.stdin.flush()
-    folders = {process.communicate(timeout=60)[0].strip() for process in processes}
+    folders = {process.communicate(timeout=PATIENCE_S)[0].strip() for process in processes}
     assert [process.returncode for process in processes] == [0, 0, 0]
     [folder] = folders
     assert intact(Path(folder))
@@ -629,7 +631,7 @@ def test_prefetch_works_in_the_background() -> None:
     second_made = threading.Event()
     items = prefetch(lambda step: second_made.set() if step == 1 else None, 0, 10)
     next(items)
-    assert second_made.wait(timeout=10)
+    assert second_made.wait(PATIENCE_S)
     items.close()
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from harness import PATIENCE_S
 from hub import stand_in_hub, use_hub
 from torch import Generator, Tensor
 from transformers import BertConfig, BertModel
@@ -507,7 +508,7 @@ def load_elsewhere(names: Sequence[str], endpoint: str, home: Path) -> list[list
     )
     environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(home), "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, "-c", program, *names], env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", program, *names], env=environment, capture_output=True, text=True, timeout=PATIENCE_S
     )
     assert done.returncode == 0, done.stderr
     return [line.split("\t") for line in done.stdout.splitlines()]

@@ -292,7 +292,7 @@ def all_cases(rank: Rank) -> list[tuple[list[tuple[Span, dict[str, Tensor]]], Te
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_parameters_equal_the_plain_reference(ranks: Ranks, world: int) -> None:
     """20 AdamW steps; with dropout off the reference sees the global batch at once, so all numbers of ranks agree."""
-    found = ranks(world, all_cases, timeout=400)  # one start of DeepSpeed for all cases
+    found = ranks(world, all_cases)  # one start of DeepSpeed for all cases
     worst = {}
     for number, case in enumerate(CASES):
         expected = reference(case, world)

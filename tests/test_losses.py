@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from mtbert.config import LossKind, TaskConfig
 from mtbert.heads import Head
-from mtbert.losses import LOSSES, example_losses, predict
+from mtbert.losses import LOSSES, example_losses, predict, probabilities
 
 COUNT = 64
 
@@ -149,6 +149,22 @@ def test_a_cosine_counts_as_a_paraphrase_from_one_half_on() -> None:
     for loss in ("cosine_embedding", "mnrl"):
         task = make_task("pair_classification", head={"kind": "cosine"}, loss=loss)
         assert predict(task, torch.tensor([-1.0, 0.0, 0.499, 0.5, 1.0])).tolist() == [0, 0, 0, 1, 1]
+
+
+def test_a_triplet_s_match_is_the_nearer_one_above_zero() -> None:
+    task = make_task("triplets", head={"kind": "cosine"}, columns={"text": ["a", "b", "c"]})
+    assert predict(task, torch.tensor([-1.5, -1e-6, 0.0, 1e-6, 1.5])).tolist() == [0, 0, 0, 1, 1]
+
+
+def test_probabilities_are_there_where_a_loss_pulls_towards_them() -> None:
+    scores, logits = draw(COUNT, 5).double(), draw(COUNT).double()
+    shares = np.exp(scores.numpy()) / np.exp(scores.numpy()).sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(probabilities(make_task("classification", classes=5), scores), shares)
+    positive = 1 / (1 + np.exp(-logits.numpy()))
+    np.testing.assert_allclose(probabilities(make_task("pair_classification"), logits), np.c_[1 - positive, positive])
+    cosines = make_task("pair_classification", head={"kind": "cosine"}, loss="cosine_embedding")
+    for task in (cosines, make_task("pair_regression")):
+        assert probabilities(task, logits).shape == (COUNT, 0)
 
 
 @given(st.floats(-1e6, 1e6, width=32))

@@ -280,7 +280,7 @@ def all_cases(rank: Rank) -> list[Any]:
 @pytest.mark.ranks
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_any_number_of_ranks_trains_what_one_process_does(ranks: Ranks, world: int) -> None:
-    results = ranks(world, all_cases, timeout=400)
+    results = ranks(world, all_cases)
     for number, (zero, accumulation) in enumerate(CASES):
         expected, losses = reference([range(cut, 8, accumulation) for cut in range(accumulation)])
         worst, seen = 0.0, dict.fromkeys(expected, 0)

@@ -39,10 +39,10 @@ def test_ranks_talk_and_return_in_order(ranks: Ranks) -> None:
 
 
 def test_a_failing_rank_is_told_and_the_others_end(ranks: Ranks) -> None:
-    started = time.monotonic()
+    """What is told is an exit code, not that time ran out."""
     with pytest.raises(pytest.fail.Exception, match=r"(?s)by rank: .*1: 1\}.*rank 1:.*rank 1 has had enough"):
         ranks(2, fail_on_one)
-    assert time.monotonic() - started < 60
+    assert not multiprocessing.active_children()
 
 
 def test_time_runs_out(ranks: Ranks) -> None:

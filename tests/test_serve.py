@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from harness import PATIENCE_S
 
 from mtbert import serve
 from mtbert.cli import main
@@ -47,13 +48,13 @@ def service(trained_run: Path) -> Iterator[Address]:
     yield told[1], int(told[2])
     assert process.poll() is None  # whatever was sent, it stayed up
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=20)
+    _, errors = process.communicate(timeout=PATIENCE_S)
     assert "Traceback" not in errors, errors
 
 
 def ask(address: Address, path: str, body: Any = None, **headers: str) -> tuple[int, Any]:
     """GET without a body; bytes go out as they are, anything else as JSON."""
-    connection = http.client.HTTPConnection(*address, timeout=30)
+    connection = http.client.HTTPConnection(*address, timeout=PATIENCE_S)
     try:
         content = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
         connection.request(
@@ -147,7 +148,7 @@ def test_a_bad_request_has_a_reason_and_the_service_stays_up(
 
 
 def test_a_body_without_a_length_is_measured(service: Address) -> None:
-    with socket.create_connection(service, timeout=30) as connection:
+    with socket.create_connection(service, timeout=PATIENCE_S) as connection:
         head = (
             "POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
         )
@@ -224,13 +225,13 @@ class Held:
 
     def _hold(self, _: Any, arguments: tuple[Any, ...]) -> None:
         self.sizes.append(len(arguments[1].lengths_B))
-        assert self.gate.wait(60)
+        assert self.gate.wait(PATIENCE_S)
 
     def waiting(self) -> int:
         return int(ask(self.address, "/healthz")[1]["waiting"])
 
     def sent(self, *texts: str) -> http.client.HTTPConnection:
-        connection = http.client.HTTPConnection(*self.address, timeout=30)
+        connection = http.client.HTTPConnection(*self.address, timeout=PATIENCE_S)
         connection.request("POST", "/predict", json.dumps(sst(*texts)), {"Content-Type": "application/json"})
         return connection
 
@@ -242,7 +243,7 @@ class Held:
 
 
 def until(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE_S
     while not true():
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -257,7 +258,7 @@ def held(trained_run: Path, limits: Limits) -> Iterator[Held]:
     finally:
         service.gate.set()
         service.server.should_exit = True
-        service.thread.join(60)
+        service.thread.join(PATIENCE_S)
     assert not service.thread.is_alive()
 
 
@@ -296,12 +297,16 @@ def test_who_has_gone_waits_no_longer(trained_run: Path) -> None:
 
 def test_a_body_that_does_not_come(trained_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve, "BODY_SECONDS", 0.2)
-    with held(trained_run, Limits()) as service, socket.create_connection(service.address, timeout=30) as connection:
+    with (
+        held(trained_run, Limits()) as service,
+        socket.create_connection(service.address, timeout=PATIENCE_S) as connection,
+    ):
         connection.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n")
         assert connection.recv(1000).startswith(b"HTTP/1.1 408 ")
 
 
-def test_a_stop_waits_for_what_is_in_flight(trained_run: Path) -> None:
+def test_a_stop_waits_for_what_is_in_flight(trained_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "STOP_SECONDS", int(PATIENCE_S))
     with held(trained_run, Limits()) as service:
         connections = [service.busy(), service.sent("good", "bad")]
         until(lambda: service.waiting() == 2)
@@ -315,7 +320,10 @@ def test_a_stop_does_not_wait_for_ever(
     trained_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(serve, "STOP_SECONDS", 0.5)
-    with held(trained_run, Limits()) as service, socket.create_connection(service.address, timeout=30) as stalled:
+    with (
+        held(trained_run, Limits()) as service,
+        socket.create_connection(service.address, timeout=PATIENCE_S) as stalled,
+    ):
         stalled.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n")
         connections = [service.busy(), service.sent("good", "bad")]
         until(lambda: service.waiting() == 2)

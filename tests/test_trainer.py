@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -18,7 +19,7 @@ import pytest
 import torch
 import torch.multiprocessing
 import yaml
-from harness import Ranks, forking_context
+from harness import PATIENCE_S, Ranks, forking_context
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import distributed as dist
 
@@ -37,7 +38,6 @@ from mtbert.config import (
 from mtbert.errors import UserError
 from mtbert.manifest import find_checkpoint, folder_of, open_checkpoint, sealed
 from mtbert.metrics import METRICS
-from mtbert.randomness import addressed_rng
 from mtbert.ranks import close_ranks, join_ranks
 from mtbert.record import RunRecord, Said
 from mtbert.runs import Rank, create_run
@@ -73,19 +73,26 @@ def config(corpus: Path, tmp_path: Path) -> Config:
     return Config.model_validate(values)
 
 
-def started(run_dir: Path, world: int, stop_after: int | None = None) -> list[BaseProcess]:
-    """The run on `world` real ranks; `stop_after`: the last rank, and only that one, asks to stop once so far."""
+def started(
+    run_dir: Path, world: int, stop_after: int | None = None, dies_before: int | None = None
+) -> list[BaseProcess]:
+    """The run on `world` real ranks; `stop_after`: the last rank, and only that one, asks to stop once so far;
+    `dies_before`: the first rank kills itself before that step, whatever its threads are at."""
     context = forking_context()
     rendezvous = f"file://{run_dir}/rendezvous-{time.monotonic_ns()}"
     ranks = [Rank(rank, world, rank, world, rendezvous if world > 1 else "") for rank in range(world)]
-    processes = [context.Process(target=_rank, args=(run_dir, rank, stop_after)) for rank in ranks]
+    processes = [context.Process(target=_rank, args=(run_dir, rank, stop_after, dies_before)) for rank in ranks]
     for process in processes:
         process.start()
     return processes
 
 
-def _rank(run_dir: Path, rank: Rank, stop_after: int | None) -> None:
+def _rank(run_dir: Path, rank: Rank, stop_after: int | None, dies_before: int | None) -> None:
+    steps = itertools.count()
+
     def stop() -> bool:
+        if next(steps) == dies_before and rank.first:
+            os.kill(os.getpid(), signal.SIGKILL)
         lines = run_dir / "metrics.jsonl"
         wanted = stop_after is not None and rank.rank == rank.world - 1 and lines.exists()
         return wanted and any(json.loads(line)["step"] >= stop_after for line in lines.read_text().splitlines())
@@ -97,7 +104,7 @@ def _rank(run_dir: Path, rank: Rank, stop_after: int | None) -> None:
 
 def finished(run_dir: Path, world: int, stop_after: int | None = None) -> tuple[str, int]:
     for process in started(run_dir, world, stop_after):
-        process.join(300)
+        process.join(PATIENCE_S)
         assert process.exitcode == 0
     status, step = json.loads((run_dir / "outcome.json").read_text())
     return status, step
@@ -130,9 +137,12 @@ def equal(some: dict[str, Said], others: dict[str, Said]) -> bool:
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize(("world", "zero", "log_every"), [(1, 1, 3), (2, 1, 1), (2, 3, 1)])
-def test_killed_and_resumed_ends_with_the_same_bits(config: Config, world: int, zero: int, log_every: int) -> None:
-    """And with the same log, also where a line sums up steps from before and after a save (every second step)."""
+@pytest.mark.parametrize(("world", "zero", "log_every", "kill_at"), [(1, 1, 3, 5), (2, 1, 1, 4), (2, 3, 1, 7)])
+def test_killed_and_resumed_ends_with_the_same_bits(
+    config: Config, world: int, zero: int, log_every: int, kill_at: int
+) -> None:
+    """And with the same log, also where a line sums up steps from before and after a save (every second step), and
+    where the kill comes right after a save was begun, before step 4."""
     engine, run = {"zero": zero}, {"log_every": log_every}
     config = config.model_copy(
         update={"engine": config.engine.model_copy(update=engine), "run": config.run.model_copy(update=run)}
@@ -140,17 +150,14 @@ def test_killed_and_resumed_ends_with_the_same_bits(config: Config, world: int, 
     undisturbed = new_run(config, "undisturbed")
     assert finished(undisturbed, world) == ("finished", STEPS)
     killed = new_run(config, "killed")
-    kill_at = int(addressed_rng(0, "kill", os.getpid(), world).integers(1, (STEPS - 1) // log_every))
-    processes = started(killed, world)
-    while not (killed / "metrics.jsonl").exists() or len((killed / "metrics.jsonl").read_text().splitlines()) < kill_at:
-        time.sleep(0.005)
-        assert all(process.is_alive() for process in processes)
-    for process in processes:
-        assert process.pid is not None
-        os.kill(process.pid, signal.SIGKILL)
+    processes = started(killed, world, dies_before=kill_at)
+    processes[0].join(PATIENCE_S)
+    assert processes[0].exitcode == -signal.SIGKILL
+    for process in processes[1:]:  # without the first one they get no further
+        process.kill()
         process.join()
     assert finished(killed, world) == ("finished", STEPS)
-    assert digests(killed) == digests(undisturbed), f"killed after {kill_at} lines"
+    assert digests(killed) == digests(undisturbed)
     assert logged(killed) == logged(undisturbed)
     for which in ("best", "latest"):
         assert equal(RunRecord(killed).said(which), RunRecord(undisturbed).said(which))
@@ -256,6 +263,27 @@ def test_steps_of_one_task_give_surgery_nothing_to_do(config: Config, capsys: py
             alone = sum(tag.startswith("gradient/weight/") for tag in line) == 1
             assert not (alone and "gradient/conflict_rate" in line)
         assert any("gradient/conflict_rate" in line for line in logged(run)) == (draws == 2)
+
+
+def test_an_adaptive_run_goes_by_its_scores_and_resumes_alike(config: Config) -> None:
+    """Stopped between two evaluations, after the first of which other chances hold."""
+    targets = {"sst": 0.01, "para": 0.02}  # so that sts is drawn nearly always
+    settings = [f"schedule.targets={json.dumps(targets)}", "schedule.kind=adaptive", "run.evaluate_every=4"]
+    adaptive = config_of(config.model_dump(mode="json"), settings)
+    straight, resumed = new_run(adaptive, "straight"), new_run(adaptive, "resumed")
+    train(straight, Rank(), quiet=True)
+    polls = iter(range(STEPS))
+    assert train(resumed, Rank(), lambda: next(polls) == 4, quiet=True).step == 5
+    train(resumed, Rank(), quiet=True)
+    assert digests(resumed) == digests(straight) and logged(resumed) == logged(straight)
+    lines = logged(straight)
+    for step in (3, 7, 11):
+        said = {tag: value for line in lines if line["step"] == step for tag, value in line.items()}
+        scores = [said["metric/sst/accuracy"] / 0.01, said["metric/para/accuracy"] / 0.02, said["metric/sts/pearson"]]
+        weights = 1 / (np.clip(scores, 0, 1) ** adaptive.schedule.alpha + 0.1)
+        found = [said[f"sampling/{name}"] for name in targets | {"sts": 1.0}]
+        assert found == pytest.approx((weights / weights.sum()).tolist())
+        assert found[2] > 0.5
 
 
 def _leave() -> None:
@@ -390,7 +418,7 @@ def test_training_goes_on_while_a_save_is_written(config: Config, monkeypatch: p
     write, polls = checkpoint._save, list[None]()
 
     def slow_write(tensors: dict[str, torch.Tensor], path: Path) -> Any:
-        wanted, deadline = len(polls) + 2, time.monotonic() + 60
+        wanted, deadline = len(polls) + 2, time.monotonic() + PATIENCE_S
         while len(polls) < wanted and path.parent.name != f".step-{STEPS:08d}.tmp":
             assert time.monotonic() < deadline, "training waits for the disk"
             time.sleep(0.001)

@@ -8,7 +8,9 @@ import mutants
 
 
 def test_the_record_adds_up() -> None:
-    for module, told in mutants.read_record().items():
+    record = mutants.read_record()
+    assert record
+    for module, told in record.items():
         assert told["mutants"] == told["tried"] == sum(told["states"].values())
         assert told["killed"] == sum(told["states"].get(state, 0) for state in mutants.NOTICED)
         assert len(told["survived"]) == told["tried"] - told["killed"]

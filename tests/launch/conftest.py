@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -45,8 +48,12 @@ def run(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def launch(run: Path) -> Launch:
-    """`launch("tell")`: two ranks of that duty in the folder `run`, output captured; perhaps as `timeout 600 make`."""
+def launch(run: Path) -> Iterator[Launch]:
+    """`launch("tell")`: two ranks of that duty in the folder `run`, output captured; perhaps as `timeout 3600 make`.
+
+    Of a test that fails no process is left.
+    """
+    started: list[subprocess.Popen[str]] = []
 
     def start(duty: str, by_make: bool = False) -> subprocess.Popen[str]:
         driver = run.parent / "driver.py"
@@ -55,7 +62,16 @@ def launch(run: Path) -> Launch:
         if by_make:
             makefile = run.parent / "Makefile"
             makefile.write_text(f"all:\n\t@{shlex.join(command)}\n")
-            command = ["timeout", "600", "make", "-f", str(makefile)]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=run.parent)
+            command = ["timeout", "3600", "make", "-f", str(makefile)]
+        started.append(
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=run.parent)
+        )
+        return started[-1]
 
-    return start
+    yield start
+    left = [job for job in started if job.poll() is None]
+    for job in left:
+        job.kill()
+    for presence in (run / "job").glob("*.rank*") if left else ():  # each rank that lives has one
+        with contextlib.suppress(ProcessLookupError, ValueError, IndexError):
+            os.kill(int(presence.read_text().split()[1]), signal.SIGKILL)

@@ -32,14 +32,14 @@ def tell(run: Path, rank: Rank, stop: Stop, quiet: bool) -> Outcome:
 def rank_1_fails(run: Path, rank: Rank, stop: Stop, quiet: bool) -> Outcome:
     if rank.rank == 1:
         raise ZeroDivisionError("the flaw in rank 1")
-    time.sleep(600)
+    time.sleep(3600)
     raise AssertionError("nobody ended this rank")
 
 
 def rank_1_is_killed(run: Path, rank: Rank, stop: Stop, quiet: bool) -> Outcome:
     if rank.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(600)
+    time.sleep(3600)
     raise AssertionError("nobody ended this rank")
 
 
@@ -47,7 +47,7 @@ def rank_1_is_killed_when_the_disk_is_full(run: Path, rank: Rank, stop: Stop, qu
     if rank.first:
         resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # no file takes a byte
         (run / "full").touch()
-        time.sleep(600)
+        time.sleep(3600)
         raise AssertionError("nobody ended this rank")
     while not (run / "full").exists():
         time.sleep(0.01)
@@ -70,7 +70,7 @@ def killed_inside_a_collective(run: Path, rank: Rank, stop: Stop, quiet: bool) -
 def rank_1_finds_a_mistake(run: Path, rank: Rank, stop: Stop, quiet: bool) -> Outcome:
     if rank.rank == 1:
         raise UserError("train.csv line 3: label 7 is not in 0 … 4")
-    time.sleep(600)
+    time.sleep(3600)
     raise AssertionError("nobody ended this rank")
 
 
@@ -87,5 +87,5 @@ def until_stopped(run: Path, rank: Rank, stop: Stop, quiet: bool) -> Outcome:
 
 def never_stops(run: Path, rank: Rank, stop: Stop, quiet: bool) -> Outcome:
     (run / f"pid{rank.rank}").write_text(str(os.getpid()))
-    time.sleep(600)
+    time.sleep(3600)
     raise AssertionError("nobody ended this rank")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from fake_slurm import FakeSlurm
+from harness import PATIENCE_S
 
 from launch.job import KILLED_RESTARTS, Attempt, Place
 from launch.slurm import minutes, script
@@ -62,7 +63,7 @@ def run_script(runs: list[Path], attempt: int) -> subprocess.CompletedProcess[st
     text = script(parser().parse_args(["--nodes", "2"]), "mtbert-array", runs[0].parent, runs)
     task = {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1"}
     variables = {**os.environ, **task, "SLURM_RESTART_COUNT": str(attempt)}
-    return subprocess.run(["bash"], input=text, env=variables, capture_output=True, text=True, timeout=60)
+    return subprocess.run(["bash"], input=text, env=variables, capture_output=True, text=True, timeout=PATIENCE_S)
 
 
 KILLED = "case $* in *--overlap*) exit 0 ;; *) exit 137 ;; esac"

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from duties import Launch
 from fake_slurm import FakeSlurm
+from harness import PATIENCE_S
 
 from launch import records
 from launch.records import ROOT, read_end, read_note, slurm_state
@@ -56,12 +57,12 @@ def test_a_stopped_task_of_an_array_goes_back_into_the_queue_alone_and_while_slu
     array = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "0"}
     words = [sys.executable, "-c", DRIVER, run, "until_stopped"]
     rank = subprocess.Popen(words, env={**os.environ, **VARIABLES, **array})
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + PATIENCE_S
     while not (run / "step0").exists():
         assert time.monotonic() < deadline
         time.sleep(0.02)
     rank.send_signal(signal.SIGUSR2)
-    assert rank.wait(60) == 0
+    assert rank.wait(PATIENCE_S) == 0
     assert [call for call in slurm.calls("scontrol") if "hostnames" not in call] == [
         "show job -o 7_0",
         "show job -o 7_0",
@@ -116,7 +117,7 @@ def early_signal(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: py
 @pytest.mark.usefixtures("early_signal")
 def test_a_signal_during_the_imports_stops_the_job_when_it_has_begun(launch: Launch, run: Path) -> None:
     job = launch("until_stopped")
-    job.communicate(timeout=60)
+    job.communicate(timeout=PATIENCE_S)
     assert job.returncode == 130
     assert (run / "saved0").exists() and (run / "saved1").exists()
 

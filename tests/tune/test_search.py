@@ -18,6 +18,7 @@ from typing import Any
 import optuna
 import pytest
 import yaml
+from harness import PATIENCE_S
 
 from mtbert.config import load_config, to_yaml
 from mtbert.errors import UserError
@@ -78,7 +79,7 @@ class Place:
 
     def assert_all_gone(self, processes: set[int]) -> None:
         """Of a search that has ended: these processes, and every temporary file."""
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE_S
         while left := [*map(command, filter(alive, processes)), *map(str, self.tmp.iterdir())]:
             assert time.monotonic() < deadline, left
             time.sleep(0.05)
