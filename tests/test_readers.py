@@ -254,5 +254,5 @@ def test_a_damaged_parquet_file(tmp_path: Path) -> None:
 
 def test_parquet_without_pyarrow_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(UserError, match=r"pip install mtbert\[parquet\]"):
+    with pytest.raises(UserError, match=r"pip install 'mtbert\[parquet\]'"):
         rows(write(tmp_path, b"PAR1", "rows.parquet"), "text")

@@ -564,7 +564,7 @@ def test_mistakes_are_told_in_one_line(method: str, options: dict[str, object], 
 def test_a_missing_solver_names_the_extra(method: str, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
     surgery(method)  # with the solver there
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(UserError, match=rf'surgery.method {method}: .*pip install "mtbert\[surgery\]"'):
+    with pytest.raises(UserError, match=rf"surgery.method {method}: .*pip install 'mtbert\[surgery\]'"):
         surgery(method)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -247,6 +247,12 @@ def config_path(row: Row) -> Path:
     return CONFIGS / f"{row.name}.yaml"
 
 
+@cache
+def _loaded(path: Path, settings: tuple[str, ...]) -> Config:
+    """Each is asked for several times: for the runs, for the page, and to see what was changed."""
+    return load_config(path, settings)
+
+
 def shortened(config: Config, steps: int) -> str:
     """The phases as an override, `steps` in all, each at least one."""
     lengths = [phase.steps or (phase.epochs or 0) * 100 for phase in config.phases]
@@ -266,10 +272,12 @@ def recipes(
         for row in rows:
             if seed and not row.finding and not any(c.than == row.name for other in ROWS for c in other.claims):
                 continue
-            overrides = [*settings, f"seed={seed}"]
+            overrides = [*settings]
             if steps:
-                overrides.append(shortened(load_config(config_path(row), [*settings]), steps))
-            found.append(Recipe(row, seed, overrides, load_config(config_path(row), overrides)))
+                overrides.append(shortened(_loaded(config_path(row), tuple(settings)), steps))
+            config = _loaded(config_path(row), tuple(overrides))
+            overrides.insert(len(settings), f"seed={seed}")
+            found.append(Recipe(row, seed, overrides, config.model_copy(update={"seed": seed})))
     return found
 
 
