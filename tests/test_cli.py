@@ -91,7 +91,7 @@ def test_help_configuration_and_typos_come_without_torch(arguments: list[str]) -
     assert imported(*arguments) == set()
 
 
-def test_help_names_the_commands() -> None:
+def test_help_names_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     done = mtbert("--help")
     assert done.returncode == 0
     for command in (
@@ -99,7 +99,9 @@ def test_help_names_the_commands() -> None:
         *("predict", "embed", "export", "serve", "data", "checkpoint"),
     ):
         assert command in done.stdout
-        assert mtbert(command, "--help").returncode == 0
+        with pytest.raises(SystemExit) as ended:
+            main([command, "--help"])
+        assert ended.value.code == 0 and f"usage: python -m mtbert {command}" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------- mistakes

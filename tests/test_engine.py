@@ -150,11 +150,12 @@ class Fixed:
 
 @dataclass
 class Trained:
-    """The weights and their average after `STEPS` steps, and the answers of the average."""
+    """The weights and their average after `STEPS` steps, the answers of the average, and what each step tells."""
 
     last: dict[str, Tensor]
     average: dict[str, Tensor]
     answers: Tensor
+    told: list[dict[str, Tensor]]
 
 
 def reference(case: Case, world: int) -> Trained:
@@ -170,6 +171,7 @@ def reference(case: Case, world: int) -> Trained:
     surgery = Surgery(case.method, {}, 0)
     weighting = {"fixed": Fixed, "homoscedastic": Homoscedastic, "famo": Famo}[case.weighting]()
     course: list[dict[str, Tensor]] = []  # the weights after every step
+    told: list[dict[str, Tensor]] = []
     placement = PLACEMENT[world] if case.dropout else [range(8)]
 
     def losses(step: int) -> dict[int, Tensor]:
@@ -186,7 +188,8 @@ def reference(case: Case, world: int) -> Trained:
         values = losses(step)
         known = {task: value.detach().clone() for task, value in values.items()}
         rows, through = [], []
-        for (task, value), factor in zip(values.items(), weighting.factors(known), strict=True):
+        factors = weighting.factors(known)
+        for (task, value), factor in zip(values.items(), factors, strict=True):
             (factor * value).backward()
             if not frozen and task not in case.heads_only:
                 rows.append(torch.cat([parameters[n].grad.flatten() for n in shared]))
@@ -195,17 +198,28 @@ def reference(case: Case, world: int) -> Trained:
                 parameters[n].grad = None
         moving = {n for group, rate in zip(groups, rates, strict=True) if rate is not None for n in group.names}
         heads = [p.grad for n, p in parameters.items() if n in moving.difference(shared) and p.grad is not None]
-        combined = torch.zeros(0)
+        combined, gram_MM = torch.zeros(0), torch.zeros(0, 0)
         if rows:
             rows_KP = torch.stack(rows)
+            gram_MM = rows_KP @ rows_KP.T
             if case.method == "pcgrad":
                 combined = pcgrad_vectors(rows_KP, task_orders(0, step, len(rows)), "sum")
             else:
-                combined = surgery.weights(rows_KP @ rows_KP.T, step, through) @ rows_KP
+                combined = surgery.weights(gram_MM, step, through) @ rows_KP
             pieces = combined.split([parameters[n].numel() for n in shared])
             for n, piece in zip(shared, pieces, strict=True):
                 parameters[n].grad = piece.view_as(parameters[n]).clone()
         norm = torch.cat([combined, *[g.flatten() for g in heads]]).norm()
+        weights_K = torch.tensor([list(TASKS.values())[task].weight for task in values])
+        told.append(
+            {
+                "losses_K": torch.stack(list(known.values())) / weights_K,
+                "factors_K": torch.tensor(factors) * weights_K,
+                "gram_MM": gram_MM,
+                "head_norm": torch.cat([torch.zeros(0), *[g.flatten() for g in heads]]).norm(),
+                "norm": norm.clone(),
+            }
+        )
         for parameter in parameters.values():
             if parameter.grad is not None:
                 parameter.grad.mul_(min(1.0, case.clip / float(norm)))
@@ -223,14 +237,18 @@ def reference(case: Case, world: int) -> Trained:
         name: sum(share * weights[name] for share, weights in zip(shares, course, strict=True)) for name in parameters
     }
     built.load_state_dict(average)
-    return Trained(course[-1], average, answers(built))
+    return Trained(course[-1], average, answers(built), told)
 
 
 OPTIONS = {"homoscedastic": {"lr": 0.05}}
 
 
-def trained(rank: Rank, case: Case) -> tuple[list[tuple[Span, dict[str, Tensor]]], Tensor]:
-    """What one rank's shards hold after the same steps through the engine, and the average's answers.
+Found = tuple[list[tuple[Span, dict[str, Tensor]]], Tensor, list[StepResult]]
+
+
+def trained(rank: Rank, case: Case) -> Found:
+    """What one rank's shards hold after the same steps through the engine, the average's answers, and what the steps
+    told.
 
     In the middle the average answers, too, which must leave no trace.
     """
@@ -241,6 +259,7 @@ def trained(rank: Rank, case: Case) -> tuple[list[tuple[Span, dict[str, Tensor]]
     engine = Engine(built, groups, TASKS, config, OPTIMIZER, Surgery(case.method, {}, 0), rank, weighting)
     mine = PLACEMENT[rank.world][rank.rank]
     parts = [part.tolist() for part in np.array_split(np.array(mine, dtype=int), case.accumulation)]
+    told = []
     for step in range(STEPS):
         losses = {
             task: [
@@ -251,10 +270,12 @@ def trained(rank: Rank, case: Case) -> tuple[list[tuple[Span, dict[str, Tensor]]
         }
         result = engine.step(step, losses, rates=case.rates(groups, step), heads_only=case.heads_only)
         assert not result.skipped
+        told.append(result)
         if step in (STEPS // 2, STEPS - 1):
             with engine.averaged():
                 said = answers(engine.model)
-    return [(span, {name: state.clone() for name, state in states.items()}) for span, states in engine.state()], said
+    shards = [(span, {name: state.clone() for name, state in states.items()}) for span, states in engine.state()]
+    return shards, said, told
 
 
 def worst_difference(expected: dict[str, Tensor], shards: list[list[tuple[Span, Tensor]]]) -> float:
@@ -284,7 +305,7 @@ CASES = [
 ]
 
 
-def all_cases(rank: Rank) -> list[tuple[list[tuple[Span, dict[str, Tensor]]], Tensor]]:
+def all_cases(rank: Rank) -> list[Found]:
     return [trained(rank, case) for case in CASES]
 
 
@@ -296,11 +317,16 @@ def test_parameters_equal_the_plain_reference(ranks: Ranks, world: int) -> None:
     worst = {}
     for number, case in enumerate(CASES):
         expected = reference(case, world)
-        shards, said = zip(*[cases[number] for cases in found], strict=True)
+        shards, said, told = zip(*[cases[number] for cases in found], strict=True)
         for state, weights in (("master", expected.last), ("average", expected.average)):
             pieces = [[(span, states[state]) for span, states in shard] for shard in shards]
             worst[state, case] = worst_difference(weights, pieces)
         worst["answers", case] = max(float((each - expected.answers).abs().max()) for each in said)
+        for results in told:
+            for step, (result, wanted) in enumerate(zip(results, expected.told, strict=True)):
+                for name, value in wanted.items():
+                    ours = torch.as_tensor(getattr(result, name)).float()
+                    assert torch.allclose(ours, value.float(), rtol=1e-4, atol=1e-6), (case, step, name)
     assert max(worst.values()) < 2e-6, {key: value for key, value in worst.items() if value >= 2e-6}
 
 

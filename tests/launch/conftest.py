@@ -32,6 +32,13 @@ sys.exit(report(run, note, end))
 """
 
 
+@pytest.fixture(autouse=True)
+def outside_of_any_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The suite may itself run in a job of Slurm's; what a test wants of one it sets."""
+    for name in [name for name in os.environ if name.startswith(("SLURM_", "SUBMITIT_", "MTBERT_"))]:
+        monkeypatch.delenv(name)
+
+
 @pytest.fixture
 def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
     """First in the PATH of the test and of what it starts."""
