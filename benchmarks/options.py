@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mtbert.errors import UserError
+from mtbert.errors import CommandLine, UserError
 from mtbert.runs import write_atomically
 
 
@@ -36,7 +36,7 @@ def amount(text: str) -> float:
 
 
 def parser(module: str, usage: str | None) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(
+    return CommandLine(
         f"python -m benchmarks{module and '.' + module}",
         description=usage,
         formatter_class=argparse.RawDescriptionHelpFormatter,

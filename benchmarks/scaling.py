@@ -45,6 +45,7 @@ from benchmarks.ours import OPTIMIZER
 from benchmarks.workload import SHAPES, TASKS, draw, loss_of
 from mtbert.config import EncoderConfig, EngineConfig
 from mtbert.engine import Engine, combine, gram, parameter_groups
+from mtbert.errors import CommandLine
 from mtbert.heads import MultiTaskModel
 from mtbert.packing import pack
 from mtbert.ranks import close_ranks, join_ranks
@@ -336,7 +337,7 @@ def _travel(numbers: int, dtype: torch.dtype, rounds: int = 4) -> dict[str, floa
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--compute", type=amount, help="seconds of a rank's forwards and backwards, all tasks")
     parser.add_argument("--finish", type=amount, help="seconds of Gram, combination, optimizer on one rank")
     parser.add_argument("--parameters", type=amount, default=22.7e6)

@@ -8,7 +8,6 @@ Signals, records, the lock and requeueing are those of `launch.job`.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import signal
@@ -23,12 +22,12 @@ from launch.job import Job
 from launch.records import JobNote, Lock, make_job_folder, read_note, write_note
 from launch.submit import DEFAULT_CONFIG, check_resumable
 from mtbert.config import load_config, to_yaml
-from mtbert.errors import UserError
+from mtbert.errors import CommandLine, UserError
 from mtbert.runs import create_run, independent, user_path, write_atomically
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m launch.rank", description="The job without submitit.")
+    parser = CommandLine(prog="python -m launch.rank", description="The job without submitit.")
     parser.add_argument("verb", choices=("make", "train"))
     parser.add_argument("run", type=user_path)
     parser.add_argument("--config", type=user_path, help=f"default: {DEFAULT_CONFIG}")

@@ -21,7 +21,7 @@ if not __package__:  # started as a script: the checkout, not launch/, is where 
 
 from launch.records import ROOT, JobNote, Lock, make_job_folder, read_note, snapshot_code, submit_command
 from mtbert.config import Config, SurgeryConfig, WeightingConfig, load_config, to_yaml
-from mtbert.errors import UserError
+from mtbert.errors import CommandLine, UserError
 from mtbert.runs import (
     check_encoder,
     check_run,
@@ -50,7 +50,7 @@ cancel RUN ...     save and end
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandLine(
         prog="python launch/submit.py",
         usage="%(prog)s [--nodes N] [options]\n       %(prog)s status [RUN ...]\n       %(prog)s cancel RUN ...",
         description="Train on a Slurm cluster where sbatch exists, otherwise on this machine.",
@@ -210,6 +210,15 @@ def _check_files(config: Config) -> None:
                 raise UserError(f"tasks.{name}.{key}: no file {path}{unset}")
 
 
+def _check_methods(configs: list[Config]) -> None:
+    """Raises `UserError` for an option that the method of weighting or surgery does not take, or a missing package."""
+    for config in configs:
+        if config.surgery != SurgeryConfig() or config.weighting != WeightingConfig():
+            from mtbert.trainer import methods_of
+
+            methods_of(config)
+
+
 # ----------------------------------------------------------------------------------------- run folders
 
 
@@ -291,6 +300,7 @@ def _here(
     device = "GPU" if gpus else "CPU"
     print(f"{why}running on this machine: {args.nodes} node(s) × {ranks} {device} rank(s)", flush=True)
     if args.dry_run:
+        _check_methods(configs)  # the ranks would, in a moment
         _show_configurations(configs, values)
         return 0
     with _new_folders() as new:
@@ -315,11 +325,7 @@ def _on_slurm(
 ) -> int:
     from launch import slurm
 
-    for config in configs:
-        if config.surgery != SurgeryConfig() or config.weighting != WeightingConfig():
-            from mtbert.trainer import methods_of
-
-            methods_of(config)
+    _check_methods(configs)
     if args.dry_run:
         folder = args.resume or user_path(configs[0].run.dir) / (configs[0].run.name or "RUN")
         runs = [folder / _folder_name(value) for value in values if value] or [folder]

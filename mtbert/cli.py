@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mtbert.config import Config, load_config, schema, to_yaml
-from mtbert.errors import UserError
+from mtbert.errors import CommandLine, UserError
 from mtbert.lock import RunLock
 from mtbert.reference import reference
 from mtbert.runs import Rank, check_run, create_run, discard_unstarted, user_path
@@ -40,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 2 a user's mistake (one line on stderr), 130 stopped, 141 nobody reads stdout any more; our
     own bug raises."""
     options = _parser().parse_args(arguments)
+    if sys.stdout is None:  # `>&-`
+        sys.stdout = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
     if isinstance(sys.stdout, io.TextIOWrapper):  # terminals without UTF-8, and half surrogate pairs that JSON let in
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -76,7 +78,7 @@ def _give_up_stdout() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m mtbert", description="Multi-task BERT with sharded surgery.")
+    parser = CommandLine(prog="python -m mtbert", description="Multi-task BERT with sharded surgery.")
     commands = parser.add_subparsers(required=True, metavar="command")
 
     command = commands.add_parser("train", help="train in this process (several ranks: launch/submit.py)")

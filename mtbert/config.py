@@ -438,15 +438,23 @@ class OptimizerConfig(Section):
     )
 
 
+WeightingMethod = Literal[
+    "fixed", "homoscedastic", "imtl_l", "dwa", "famo", "mean", "gls", "stch", "random", "cosmos", "pbi"
+]
+SurgeryMethod = Literal[
+    "sum", "mean", "pcgrad", "gradvac", "upgrad", "dualproj", "mgda", "cagrad", "aligned_mtl", "imtl_g", "krum",
+    "fairgrad", "pcd",
+]  # fmt: skip
+"""Those of `mtbert.weighting` and `mtbert.surgery`, which take torch to import."""
+
+
 class WeightingConfig(Section):
-    method: str = Field(
-        "fixed", description="of the losses, after λ: fixed, homoscedastic, dwa, famo, … (all in docs/surgery.md)"
-    )
+    method: WeightingMethod = Field("fixed", description="of the losses, after λ (docs/surgery.md)")
     options: dict[str, Any] = Field({}, description="of the method, e.g. lr: 0.01 for homoscedastic")
 
 
 class SurgeryConfig(Section):
-    method: str = Field("pcgrad", description="sum, mean, pcgrad, gradvac, mgda, … (all in docs/surgery.md)")
+    method: SurgeryMethod = Field("pcgrad", description="how task gradients become one (docs/surgery.md)")
     options: dict[str, Any] = Field({}, description="of the method, e.g. reduction: sum | mean for pcgrad")
 
 
@@ -727,6 +735,10 @@ def _explain(error: ValidationError) -> str:
         return f"{key}: missing; it has no default"
     if first["type"] == "boolean":
         return f"{key}.{message}" if key else message
+    if first["type"] == "literal_error":
+        choices = re.findall(r"'([^']+)'", first["ctx"]["expected"])
+        near = difflib.get_close_matches(str(given), choices, n=1)
+        message += f"; did you mean {near[0]!r}?" if near else ""
     message = message[0].lower() + message[1:]
     return f"{key}: {message}{shown}" if key else message
 

@@ -1,5 +1,8 @@
 """What a user did wrong, as opposed to what we did."""
 
+import argparse
+from typing import NoReturn
+
 
 class UserError(ValueError):
     """A mistake of the user's, told in one line: what, where, what would be right. Exit code 2.
@@ -9,3 +12,10 @@ class UserError(ValueError):
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.splitlines()))
+
+
+class CommandLine(argparse.ArgumentParser):
+    """A parser that tells its mistakes in one line as well: argparse puts the usage before, thirty lines for some."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (--help shows what there is)\n")

@@ -306,14 +306,19 @@ def _environment(command: list[str]) -> dict[str, Any]:
     }
     return {
         "format": FORMAT,
-        "command": redacted_command(command),
-        "directory": str(Path.cwd()),
+        "command": [_legible(word) for word in redacted_command(command)],
+        "directory": _legible(str(Path.cwd())),
         "python": sys.version.split()[0],
         "platform": platform.platform(),
         "host": platform.node(),
         "cpus": os.cpu_count(),
         "packages": packages,
     }
+
+
+def _legible(text: str) -> str:
+    """With all that is not UTF-8 escaped: JSON's readers refuse the half surrogate pair that Python makes of it."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _installed(name: str) -> bool:

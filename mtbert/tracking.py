@@ -9,6 +9,7 @@ This is the only file that knows TensorBoard.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -303,12 +304,19 @@ def print_table(
     console.print(table, markup=False, highlight=False, crop=False)
 
 
+class _Console(Console):
+    """Leaves it to the command what becomes of it when nobody reads stdout any more; rich ends with exit code 1."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+
 def _console() -> Console:
     # not Console.is_terminal, which FORCE_COLOR turns on in log files; what is in brackets or between colons is text
     return (
-        Console(file=sys.stdout, markup=False, emoji=False)
+        _Console(file=sys.stdout, markup=False, emoji=False)
         if sys.stdout.isatty()
-        else Console(file=sys.stdout, markup=False, emoji=False, width=PLAIN_WIDTH, force_terminal=False)
+        else _Console(file=sys.stdout, markup=False, emoji=False, width=PLAIN_WIDTH, force_terminal=False)
     )
 
 

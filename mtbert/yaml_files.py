@@ -105,9 +105,9 @@ def read_layers(path: Path, seen: tuple[Path, ...] = ()) -> list[dict[str, Any]]
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot read the configuration: {error.strerror}") from None
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     if len(content) > MAX_YAML:
-        raise UserError(f"{path}: more than {MAX_YAML:,} bytes, which is no configuration")
+        raise UserError(f"{path}: more than {MAX_YAML:,} bytes, which no configuration or search space needs")
     values = parse_yaml(text, str(path))
     if values is None:
         values = {}

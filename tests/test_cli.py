@@ -112,7 +112,7 @@ def test_help_names_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["train", "--set", "optimiser.lr=3"], r"optimiser: unknown key; did you mean 'optimizer'\?"),
         (["show-config", "--set", "seed=x"], r"seed: input should be a valid integer"),
-        (["train", "--config", "nowhere.yaml"], r"nowhere\.yaml: cannot read the configuration: No such file"),
+        (["train", "--config", "nowhere.yaml"], r"nowhere\.yaml: cannot be read: No such file"),
         (["train", "--resume", "nowhere"], r"nowhere: no run folder \(it holds no config\.yaml\); give one that"),
         (["train", "--resume", "r", "--set", "seed=1"], r"--resume: a run continues with the configuration in its"),
         (["evaluate", "nowhere"], r"nowhere: no run folder"),
@@ -142,6 +142,8 @@ def test_a_stdout_that_takes_nothing(options: list[str]) -> None:
     done = subprocess.run(command, env=environment, stdout=writer, stderr=-1, text=True)
     os.close(writer)
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
+    done = subprocess.run(["sh", "-c", '"$@" >&-', "sh", *command], env=environment, stderr=-1, text=True)
+    assert (done.returncode, done.stderr) == (0, ""), "who closes it wants to see nothing"
 
 
 def test_a_terminal_without_utf_8(tmp_path: Path) -> None:
@@ -177,7 +179,8 @@ def test_a_command_line_that_is_none(arguments: list[str], capsys: pytest.Captur
     with pytest.raises(SystemExit) as ended:
         main(arguments)
     assert ended.value.code == 2
-    assert "usage: python -m mtbert" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert told.startswith("python -m mtbert") and ": error: " in told and told.count("\n") == 1
 
 
 # ------------------------------------------------------------------------------------------- show-config

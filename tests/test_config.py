@@ -262,7 +262,11 @@ REGRESSION = "tasks.r={kind: pair_regression, train: a, dev: b, columns: {text: 
         (["optimizer.lr=.inf"], "optimizer.lr: input should be a finite number (got inf)"),
         (["optimizer.lr=.nan"], "optimizer.lr: input should be a finite number (got nan)"),
         (["optimizer.betas=[0.9, 1.0]"], "optimizer.betas.1: input should be less than 1 (got 1.0)"),
-        (["engine.precision=fp16"], "engine.precision: input should be 'auto', 'fp32' or 'bf16' (got 'fp16')"),
+        (["surgery.method=pcgard"], "or 'pcd'; did you mean 'pcgrad'? (got 'pcgard')"),
+        (
+            ["engine.precision=fp16"],
+            "engine.precision: input should be 'auto', 'fp32' or 'bf16'; did you mean 'bf16'? (got",
+        ),
         (["engine.zero=2"], "engine.zero: stages 0 and 2 are not offered: 0 shards nothing, and 2 adds nothing"),
         (["engine.zero=0"], "engine.zero: stages 0 and 2 are not offered"),
         (["engine.zero=5"], "engine.zero: input should be 1 or 3 (got 5)"),
@@ -414,7 +418,7 @@ LAUGHS = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" fo
         ("seed: !!int ''\n", ": not valid YAML: a value is not what its tag says; leave tags (!!…) out"),
         ("seed: !!bool maybe\n", ": not valid YAML: a value is not what its tag says; leave tags (!!…) out"),
         ("seed: !!binary aGk=\n", " line 1: not valid YAML: could not determine a constructor"),
-        ("#" * 2**20 + "\n", ": more than 1,048,576 bytes, which is no configuration"),
+        ("#" * 2**20 + "\n", ": more than 1,048,576 bytes, which no configuration or search space needs"),
         ("run: {name: ../x}\ntasks: {}\n", ": run.name: expected a name that stays inside of run.dir"),
         ("run: {name: /etc/x}\ntasks: {}\n", ": run.name: expected a name that stays inside of run.dir"),
         ("1: 2\n", ": 1: a key must be text; put it in quotes"),
@@ -439,8 +443,8 @@ def test_a_bad_file_is_named_with_the_line(tmp_path: Path, text: str | bytes, to
 
 
 def test_a_missing_file_a_folder_and_a_longer_circle(tmp_path: Path) -> None:
-    assert error(tmp_path / "no.yaml").endswith("no.yaml: cannot read the configuration: No such file or directory")
-    assert error(tmp_path).endswith("cannot read the configuration: Is a directory")
+    assert error(tmp_path / "no.yaml").endswith("no.yaml: cannot be read: No such file or directory")
+    assert error(tmp_path).endswith("cannot be read: Is a directory")
     write(tmp_path / "a.yaml", {"base": "b.yaml"})
     write(tmp_path / "b.yaml", {"base": "c.yaml"})
     write(tmp_path / "c.yaml", {"base": "a.yaml"})

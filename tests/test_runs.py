@@ -17,6 +17,7 @@ import pytest
 
 from mtbert.config import Config, DataConfig, EncoderConfig, load_config
 from mtbert.errors import UserError
+from mtbert.record import RunRecord
 from mtbert.runs import Outcome, Rank, create_run, discard_unstarted, sweep, write_atomically
 
 ROOT = Path(__file__).parent.parent
@@ -50,6 +51,11 @@ def test_the_folder_holds_config_and_environment(tmp_path: Path) -> None:
     assert environment["python"] == ".".join(map(str, sys.version_info[:3]))
     assert environment["cpus"] == os.cpu_count()
     assert {"torch", "deepspeed", "numpy"} <= set(environment["packages"])
+
+
+def test_a_command_line_that_is_not_utf_8(tmp_path: Path) -> None:
+    folder = create_run(make_config(tmp_path), None, ["mtbert", os.fsdecode(b"--config=caf\xe9.yaml")])
+    assert RunRecord(folder).environment.command == ["mtbert", r"--config=caf\udce9.yaml"]
 
 
 def test_no_environment_variable_gets_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ Gradients that the tests compare are measured in Gram space too: ‖Σ (v_k - w_
 import random
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torchjd.aggregation import GradVacWeighting, PCDWeighting, PCGradWeighting
 
+from mtbert.config import SurgeryMethod
 from mtbert.errors import UserError
 from mtbert.surgery import AGGREGATORS, Reduction, Surgery, conflicts, pcgrad, pcgrad_vectors, task_orders
 
@@ -533,6 +534,10 @@ def test_conflicts() -> None:
 
 
 # ------------------------------------------------------------------------------------------ user's mistakes
+
+
+def test_configurations_know_the_methods() -> None:
+    assert list(get_args(SurgeryMethod)) == list(AGGREGATORS)
 
 
 @pytest.mark.parametrize(

@@ -267,6 +267,14 @@ def test_brackets_and_colons_are_text(capsys: pytest.CaptureFixture[str]) -> Non
     assert told == ["to [pooler] and [/x]", "run", *cells]
 
 
+def test_a_table_that_nobody_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with pytest.raises(BrokenPipeError), os.fdopen(writer, "w") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        tracking.print_table("", ["run"], [["first"]])
+
+
 def test_plain_lines_come_by_the_clock(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

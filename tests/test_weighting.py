@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -12,6 +12,7 @@ import torch
 import torchjd.scalarization as torchjd
 from torch import Tensor
 
+from mtbert.config import WeightingMethod
 from mtbert.errors import UserError
 from mtbert.weighting import WEIGHTINGS, Weighting
 
@@ -164,6 +165,10 @@ def test_random_draws_follow_seed_and_step() -> None:
     assert one.factors(losses(0), (0, 1, 2), 5, 0).equal(same.factors(losses(3), (0, 1, 2), 5, 0))
     assert not one.factors(losses(0), (0, 1, 2), 5, 0).equal(one.factors(losses(0), (0, 1, 2), 6, 0))
     assert not one.factors(losses(0), (0, 1, 2), 5, 0).equal(other.factors(losses(0), (0, 1, 2), 5, 0))
+
+
+def test_configurations_know_the_methods() -> None:
+    assert list(get_args(WeightingMethod)) == list(WEIGHTINGS)
 
 
 @pytest.mark.parametrize(

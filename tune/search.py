@@ -34,7 +34,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from launch.records import ROOT, snapshot_code
 from launch.show import STOPPED
 from mtbert.config import Config, config_of, load_config, to_yaml
-from mtbert.errors import UserError
+from mtbert.errors import CommandLine, UserError
 from mtbert.runs import create_run, user_path, write_atomically
 from mtbert.stops import stop_requests
 from mtbert.yaml_files import dump_yaml, inline_yaml, read_yaml
@@ -71,7 +71,7 @@ class Settings:
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandLine(
         prog="python -m tune",
         description="Search for learning rates, loss weights, σ and anything else that a configuration says.",
         epilog="All trials train on the same number of examples, whatever their σ, and are compared at equal numbers.",

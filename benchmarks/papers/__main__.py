@@ -25,7 +25,7 @@ from benchmarks.papers.record import RECORD, SEARCH, Line, Record, outdated
 from benchmarks.papers.rows import ROOT, ROWS, SEEDS, Recipe, changed, recipes
 from benchmarks.papers.running import Runner, contents, search_of
 from mtbert.config import Config
-from mtbert.errors import UserError
+from mtbert.errors import CommandLine, UserError
 
 DATA = ROOT.parent / "shared" / "data"
 ENCODER = ROOT / "runs" / "minilm"
@@ -33,7 +33,7 @@ ENCODER = ROOT / "runs" / "minilm"
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandLine(
         "python -m benchmarks.papers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", help="folder with the CS224N files (default: ../shared/data beside the checkout)")

@@ -315,7 +315,7 @@ def test_several_metrics_leave_a_front(place: Place) -> None:
         (["--space", str(ROOT / "configs/search/c7.yaml"), "--trials", "7"], "the stages of the space have 6 trials"),
         (["--nodes", "2"], "--nodes: of which cluster"),
         (["--resume", "nowhere"], "--resume nowhere: no search folder"),
-        (["--config", "nothing.yaml"], "cannot read the configuration"),
+        (["--config", "nothing.yaml"], "nothing.yaml: cannot be read: No such file"),
         (
             ["--name", "../elsewhere"],
             r"^error: --name ../elsewhere: run.name: expected a name that stays inside of run.dir",
