@@ -380,9 +380,9 @@ def _trainer(launch: Stopwatch) -> Train:
 
 def _set_variables(place: Place) -> None:
     """What libraries read when they are imported. The user's own settings win."""
-    rank = place.rank
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // rank.local_world)))
+    # a rank on Slurm may be bound to what it was granted, and then sees nothing of the others' part
+    granted = os.environ.get("SLURM_CPUS_PER_TASK") if place.slurm_job else None
+    os.environ.setdefault("OMP_NUM_THREADS", granted or str(place.rank.cores))
     if interface := _interface(place):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)

@@ -476,7 +476,9 @@ class EngineConfig(Section):
         description="the same bits from the same seed on GPUs too, at a cost in speed (docs/reliability.md); CPUs give "
         "them anyway",
     )
-    threads: int | None = Field(None, ge=1, description="torch threads per rank; default: cores / ranks on the host")
+    threads: int | None = Field(
+        None, ge=1, description="torch threads per rank; default: OMP_NUM_THREADS, or else cores / ranks on the host"
+    )
 
     @field_validator("zero", mode="before")
     @classmethod

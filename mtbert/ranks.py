@@ -28,7 +28,7 @@ def join_ranks(rank: Rank, config: EngineConfig, timeout_s: float = 1800) -> Non
     if config.deterministic:  # torch then refuses what it cannot compute so; cuBLAS reads the variable when it starts
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(config.deterministic)
-    torch.set_num_threads(config.threads or max(1, _cores() // rank.local_world))
+    torch.set_num_threads(config.threads or _threads_told() or rank.cores)
     rendezvous = rank.rendezvous
     if not rendezvous:
         assert rank.world == 1, "several ranks need a rendezvous"
@@ -53,9 +53,10 @@ def patient_group() -> dist.ProcessGroup:
     return group
 
 
-def _cores() -> int:
-    """Those this process may use; a scheduler often grants a part of the machine."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _threads_told() -> int:
+    """As the environment has it for every program on OpenMP; 0 where it says nothing."""
+    told = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+    return int(told) if told.isdecimal() else 0
 
 
 def close_ranks() -> None:

@@ -53,6 +53,12 @@ class Rank:
     def first(self) -> bool:
         return self.rank == 0
 
+    @property
+    def cores(self) -> int:
+        """Its part of those that this process may use; a scheduler often grants a part of the machine."""
+        granted = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return max(1, granted // self.local_world)
+
 
 @dataclass(frozen=True)
 class Outcome:

@@ -11,6 +11,8 @@ import torch
 from harness import Ranks
 from torch import distributed as dist
 
+from mtbert.config import EngineConfig
+from mtbert.ranks import close_ranks, join_ranks
 from mtbert.runs import Rank
 
 pytestmark = pytest.mark.ranks
@@ -49,3 +51,22 @@ def test_time_runs_out(ranks: Ranks) -> None:
     with pytest.raises(pytest.fail.Exception, match=r"after 2 s these ranks were still running .*: \[0, 1\]"):
         ranks(2, hang, timeout=2)
     assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize(
+    ("environment", "configured", "expected"),
+    [(None, None, Rank().cores), ("3", None, 3), ("3,2", None, 3), ("3", 5, 5), ("many", None, Rank().cores)],
+)
+def test_threads_are_those_configured_or_those_of_openmp_or_the_rank_s_cores(
+    environment: str | None, configured: int | None, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = torch.get_num_threads()
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if environment:
+        monkeypatch.setenv("OMP_NUM_THREADS", environment)
+    try:
+        join_ranks(Rank(), EngineConfig(threads=configured))
+        assert torch.get_num_threads() == expected
+    finally:
+        close_ranks()
+        torch.set_num_threads(before)
