@@ -297,27 +297,30 @@ CASES = [
     Case(1, weighting="homoscedastic", heads_only=(1,), phases=True),
     Case(1, clip=0.1, phases=True),
     Case(1, weighting="famo"),
-    Case(3, "mgda"),
     Case(3, dropout=0.1),
-    Case(3, accumulation=3, clip=1e9),
-    Case(3, weighting="homoscedastic", heads_only=(1,), phases=True),
     Case(3, heads_only=(2,)),  # the last of the step, whose backward is the last that DeepSpeed sees
+    Case(3, "mgda"),
+    Case(3, accumulation=2, clip=1e9),
+    Case(3, weighting="homoscedastic", heads_only=(1,), phases=True),
 ]
+FOR_FOUR_RANKS = CASES[:-3]
+"""ZeRO-3 gathers weights layer by layer, which takes four ranks on two cores half a minute a case: two of them do."""
 
 
-def all_cases(rank: Rank) -> list[Found]:
-    return [trained(rank, case) for case in CASES]
+def all_cases(rank: Rank, cases: list[Case]) -> list[Found]:
+    return [trained(rank, case) for case in cases]
 
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_parameters_equal_the_plain_reference(ranks: Ranks, world: int) -> None:
     """20 AdamW steps; with dropout off the reference sees the global batch at once, so all numbers of ranks agree."""
-    found = ranks(world, all_cases)  # one start of DeepSpeed for all cases
+    cases = FOR_FOUR_RANKS if world == 4 else CASES
+    found = ranks(world, all_cases, cases)  # one start of DeepSpeed for all
     worst = {}
-    for number, case in enumerate(CASES):
+    for number, case in enumerate(cases):
         expected = reference(case, world)
-        shards, said, told = zip(*[cases[number] for cases in found], strict=True)
+        shards, said, told = zip(*[each[number] for each in found], strict=True)
         for state, weights in (("master", expected.last), ("average", expected.average)):
             pieces = [[(span, states[state]) for span, states in shard] for shard in shards]
             worst[state, case] = worst_difference(weights, pieces)
