@@ -99,7 +99,9 @@ def _parser() -> argparse.ArgumentParser:
         "folders", metavar="RUN", nargs="+", help="run folders; the first is what others are held against"
     )
     command.add_argument("--checkpoint", choices=["best", "latest"], default="latest", help="which evaluation counts")
-    command.add_argument("--resamples", type=int, default=1000, metavar="N", help="of the paired bootstrap (1000)")
+    command.add_argument(
+        "--resamples", type=int, default=1000, metavar="N", help="of the paired bootstrap, at least (1000)"
+    )
     command.add_argument("--html", metavar="FILE", help="also write a page with the tables and overlaid curves")
     command.add_argument("--json", action="store_true", help="one JSON object instead of tables")
     command.set_defaults(run=_compare)

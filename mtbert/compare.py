@@ -26,6 +26,8 @@ from mtbert.randomness import addressed_rng
 from mtbert.record import RunRecord, Said, Which, settings
 
 LEVEL = 0.05
+FINENESS = 4
+"""So many times finer than `LEVEL` / 2 is what resamples can tell of a p, after Holm's adjustment."""
 LONGEST_LABEL = 70
 
 
@@ -78,19 +80,22 @@ class Comparison:
 def compare(folders: Sequence[Path], which: Which, resamples: int) -> Comparison:
     """Read, group and judge. The first folder's group is what the others are held against.
 
+    `resamples` is what there is at least: many differences need more to be told at all. Of runs that have their seed in
+    common, too, the first counts.
+
     Raises `UserError` for a folder that is no run's, was not evaluated, or is named twice.
     """
     runs = [RunRecord(folder) for folder in folders]
     if len({run.folder.resolve() for run in runs}) < len(runs):
         raise UserError("compare: a run folder is named twice; name each once")
-    groups = grouped(runs)
+    groups, repeats = _without_repeats(grouped(runs))
     found = [[run.scores(which) for run in group.runs] for group in groups]
     scores = [
         {name: _score([scores[name] for _, scores in own]) for name in own[0][1] if all(name in s for _, s in own)}
         for own in found
     ]
     differences, notes = _differences(groups, which, resamples) if len(groups) > 1 else ([], [])
-    return Comparison(groups, [[step for step, _ in own] for own in found], scores, differences, notes)
+    return Comparison(groups, [[step for step, _ in own] for own in found], scores, differences, repeats + notes)
 
 
 def _score(values: Sequence[float]) -> Score:
@@ -121,6 +126,19 @@ def grouped(runs: Sequence[RunRecord]) -> list[Group]:
     return groups
 
 
+def _without_repeats(groups: Sequence[Group]) -> tuple[list[Group], list[str]]:
+    """Without runs that say nothing of the spread over seeds, and what is said of them."""
+    kept, notes = [], []
+    for group in groups:
+        of_seed: dict[int, RunRecord] = {}
+        for run in group.runs:
+            first = of_seed.setdefault(run.config.seed, run)
+            if first is not run:
+                notes.append(f"{run.name}: has the settings and the seed of {first.name}; only that one counts")
+        kept.append(Group(group.label, list(of_seed.values())))
+    return kept, notes
+
+
 def _short(value: Any) -> str:
     return "null" if value is None else str(value).replace("'", "")
 
@@ -133,6 +151,8 @@ def _differences(groups: Sequence[Group], which: Which, resamples: int) -> tuple
     metrics, notes = _shared_tasks(groups, said)
     if not metrics:
         return [], notes
+    judged = (len(groups) - 1) * (len(metrics) + 1)
+    resamples = max(resamples, math.ceil(FINENESS * judged / LEVEL))
     resampled = bootstrap(said, metrics, resamples)
     everything = {name: np.arange(len(said[0][0][name])) for name in metrics}
     observed = [_mean([_scores(run, metrics, everything) for run in runs]) for runs in said]

@@ -272,12 +272,11 @@ def _lines(path: Path) -> Iterator[bytes]:
 
 
 def settings(config: Config) -> dict[str, Any]:
-    """Every key of a configuration that bears on what is learnt, dotted, with its value; lists as they are."""
+    """Every key of a configuration that bears on what is learnt, or on which evaluations there are to choose from,
+    dotted, with its value; lists as they are."""
     values = config.model_dump(mode="json")
-    for section in ("run", "checkpoint"):
-        del values[section]
-    del values["data"]["cache"]
-    values["engine"].pop("threads")
+    del values["checkpoint"], values["data"]["cache"], values["engine"]["threads"], values["engine"]["peak_tflops"]
+    values["run"] = {"evaluate_every": config.run.evaluate_every}
     return dict(_flat(values))
 
 

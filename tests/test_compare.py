@@ -99,6 +99,21 @@ def test_what_is_a_difference_is_told_and_what_is_none_is_not(runs: list[Path]) 
     assert comparison.scores[2]["sst"].deviation is None
 
 
+def test_many_differences_can_be_told(tmp_path: Path) -> None:
+    """Nine, of which Holm's adjustment of 200 resamples would tell none; 32 would be too many for 1,000."""
+    bad = make(tmp_path / "bad", 0.3, 0)
+    good = [make(tmp_path / f"good{n}", 0.9, n, f"optimizer.lr={n}e-3") for n in range(2, 5)]
+    comparison = compare([bad, *good], "latest", 100)
+    assert {d.verdict for d in comparison.differences} == {"better"} and len(comparison.differences) == 9
+
+
+def test_a_repeat_is_no_other_seed(tmp_path: Path, runs: list[Path]) -> None:
+    again = make(tmp_path / "again", 0.6, 0)
+    comparison = compare([*runs[:3], again, runs[3]], "latest", 100)
+    assert [len(group.runs) for group in comparison.groups] == [3, 1]
+    assert comparison.notes == ["again: has the settings and the seed of pcgrad-0; only that one counts"]
+
+
 def test_a_worse_run_is_told_from_the_other_side(runs: list[Path]) -> None:
     comparison = compare([runs[3], runs[0]], "best", 200)
     assert [d.verdict for d in comparison.differences] == ["worse"] * 3

@@ -177,6 +177,8 @@ def test_an_id_of_a_megabyte_is_kept_short_and_apart_from_others() -> None:
 
 def test_settings_are_what_bears_on_learning() -> None:
     one = settings(load_config(QUICKSTART, ["surgery.method=sum", "surgery.options={}"]))
-    other = settings(load_config(QUICKSTART, ["run.name=x", "engine.threads=1", "data.cache=/c", "seed=1"]))
-    assert {key for key in one if one[key] != other[key]} == {"seed", "surgery.method"}
+    other = settings(
+        load_config(QUICKSTART, ["run.name=x", "engine.threads=1", "data.cache=/c", "seed=1", "run.evaluate_every=3"])
+    )
+    assert {key for key in one if one[key] != other[key]} == {"seed", "surgery.method", "run.evaluate_every"}
     assert one["tasks.sts.head.kind"] == "relu_cosine"
