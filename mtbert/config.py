@@ -340,7 +340,9 @@ class ScheduleConfig(Section):
     @model_validator(mode="after")
     def _consistent(self) -> ScheduleConfig:
         if isinstance(self.length, int) and self.kind == "sequential":
-            raise ValueError("length: an epoch of kind sequential ends with the last dataset; leave length out")
+            raise ValueError(
+                "length: an epoch of kind sequential ends with the last dataset; leave length out, or set it to longest"
+            )
         if self.length == "unbalanced" and self.kind != "round_robin":
             raise ValueError("length unbalanced belongs to kind round_robin")
         if self.anneal > self.alpha:
@@ -354,8 +356,12 @@ class ScheduleConfig(Section):
 
 def _belongs(section: TaskConfig | ScheduleConfig, key: str, *kinds: str) -> None:
     """Refuses a value that would do nothing. The default is let through: a configuration written out has every key."""
-    if section.kind not in kinds and getattr(section, key) != type(section).model_fields[key].default:
-        raise ValueError(f"{key} belongs to kind {' and '.join(kinds)}, not {section.kind}; leave it out")
+    default = type(section).model_fields[key].default
+    if section.kind not in kinds and getattr(section, key) != default:
+        instead = "null" if default in ({}, None) else default
+        raise ValueError(
+            f"{key} belongs to kind {' and '.join(kinds)}, not {section.kind}; leave it out, or set it to {instead}"
+        )
 
 
 class Milestones(Section):
@@ -652,7 +658,8 @@ def _known(where: str, names: Iterable[str], valid: Iterable[str], hint: str = "
 def load_config(path: str | Path | None, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """The configuration in `path` with dotted overrides (`a.b=value`, the value read as YAML) laid over it.
 
-    A task set to null is left out. Raises `UserError` naming the key and the nearest valid one.
+    What is the user's to name (tasks, shared layers, options, targets) is left out by setting it to null, and the options
+    of a method by naming another one. Raises `UserError` naming the key and the nearest valid one.
     """
     return _laid(read_layers(Path(path)) if path is not None else [], overrides, str(path or "configuration"))
 
@@ -664,29 +671,65 @@ def config_of(values: Mapping[str, Any], overrides: Sequence[str] = (), where: s
 
 def _laid(layers: Iterable[dict[str, Any]], overrides: Iterable[str], where: str) -> Config:
     merged: dict[str, Any] = {}
-    for layer in (*layers, *map(parse_override, overrides)):
-        _check_left_out(merged.get("tasks"), layer.get("tasks"), where)
-        merged = merge(merged, layer)
-    if isinstance(merged.get("tasks"), dict):
-        merged["tasks"] = {name: task for name, task in merged["tasks"].items() if task is not None}
+    # methods first: their options, which would go with another one, may be typed before them
+    typed = sorted(overrides, key=lambda text: not text.startswith(("surgery.method=", "weighting.method=")))
+    for layer in (*layers, *map(parse_override, typed)):
+        _check_left_out(merged, layer, where)
+        merged = merge(_without_options_of_another(merged, layer), layer)
+    for path in _OPEN:
+        merged = _without_nulls(merged, path)
     try:
         return Config.model_validate(merged)
     except ValidationError as error:
         raise UserError(f"{where}: {_explain(error)}") from None
 
 
-def _check_left_out(under: Any, over: Any, where: str) -> None:
-    """A misspelt name set to null would leave the task in that was meant."""
-    known = under if isinstance(under, dict) else {}
-    for name, task in over.items() if isinstance(over, dict) else ():
-        if task is None and name not in known:
-            there = [str(other) for other, value in known.items() if value is not None]
-            near = difflib.get_close_matches(str(name), there, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise UserError(
-                f"{where}: tasks.{name}: null leaves a task out, but nothing before defines this one; "
-                f"{hint}tasks there are: {', '.join(there) or 'none'}"
-            )
+_OPEN = (("tasks",), ("shared_layers",), ("surgery", "options"), ("weighting", "options"), ("schedule", "targets"))
+"""Where the names are the user's own: laid over each other they could only grow, if null did not take one out."""
+
+
+def _inside(values: Any, path: Sequence[str]) -> dict[str, Any]:
+    """The dictionary at a path; empty where there is none: `Config` complains of what is there instead."""
+    for key in path:
+        values = values.get(key) if isinstance(values, dict) else None
+    return values if isinstance(values, dict) else {}
+
+
+def _without_nulls(values: Any, path: Sequence[str]) -> Any:
+    """Without the dictionary at a path if it is null, or without its entries that are."""
+    key, *rest = path
+    if not isinstance(values, dict) or key not in values:
+        return values
+    inner = _without_nulls(values[key], rest) if rest else values[key]
+    if isinstance(inner, dict) and not rest:
+        inner = {name: value for name, value in inner.items() if value is not None}
+    kept = {name: value for name, value in values.items() if name != key}
+    return kept if inner is None else {**kept, key: inner}
+
+
+def _check_left_out(under: dict[str, Any], over: dict[str, Any], where: str) -> None:
+    """A misspelt name set to null would leave in what was meant."""
+    for path in _OPEN:
+        known = _inside(under, path)
+        for name, value in _inside(over, path).items():
+            if value is None and name not in known:
+                there = [str(other) for other, value in known.items() if value is not None]
+                near = difflib.get_close_matches(str(name), there, n=1, cutoff=0.5)
+                hint = f"did you mean {near[0]!r}? " if near else ""
+                raise UserError(
+                    f"{where}: {'.'.join(path)}.{name}: null leaves it out, but nothing before defines it; "
+                    f"{hint}there: {', '.join(there) or 'none'}"
+                )
+
+
+def _without_options_of_another(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`under` without the options of a method that `over` replaces: no other one takes them."""
+    for section, kind in (("surgery", SurgeryConfig), ("weighting", WeightingConfig)):
+        old, new = _inside(under, [section]), _inside(over, [section])
+        before = old.get("method", kind.model_fields["method"].default)
+        if old and new.get("method", before) != before:
+            under = {**under, section: {key: value for key, value in old.items() if key != "options"}}
+    return under
 
 
 _INSTEAD = {

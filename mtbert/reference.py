@@ -22,8 +22,9 @@ python -m mtbert train --config mine.yaml --set optimizer.lr=3e-5 tasks.sts=null
 ```
 
 Sections are merged key by key, lists are replaced as a whole. `<name>` stands for a name of your own: a task is added
-by giving it one, and left out by setting it to `null`. An unknown key is an error. Folders and files are relative to
-where the command is typed, not to the YAML file: only `base` is, and the tasks' files are to `data.dir`.
+by giving it one, and left out by setting it to `null`; so are shared layers, the options of a method and targets of a
+schedule. Another method starts without the options of the one before. An unknown key is an error. Folders and files are
+relative to where the command is typed, not to the YAML file: only `base` is, and the tasks' files are to `data.dir`.
 `python -m mtbert show-config` prints a whole configuration, and with `--schema` the JSON schema for an editor.
 """
 

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from mtbert.config import Config, Section, load_config, schema, to_yaml
+from mtbert.config import Config, Section, config_of, load_config, schema, to_yaml
 from mtbert.errors import UserError
 from mtbert.reference import reference
 from mtbert.yaml_files import parse_yaml
@@ -92,14 +92,51 @@ def test_a_task_set_to_null_is_left_out(tmp_path: Path) -> None:
 
 def test_null_for_a_task_that_nothing_defines_is_refused(tmp_path: Path) -> None:
     """Else the task that was meant would be trained."""
-    told = "tasks.stss: null leaves a task out, but nothing before defines this one; "
-    assert f"{told}did you mean 'sts'? tasks there are: sst, para, sts" in error(QUICKSTART, "tasks.stss=null")
-    assert error(QUICKSTART, "tasks.sts=null", "tasks.new=").endswith("this one; tasks there are: sst, para")
+    told = "tasks.stss: null leaves it out, but nothing before defines it; "
+    assert f"{told}did you mean 'sts'? there: sst, para, sts" in error(QUICKSTART, "tasks.stss=null")
+    assert error(QUICKSTART, "tasks.sts=null", "tasks.new=").endswith("defines it; there: sst, para")
     over = write(tmp_path / "over.yaml", {"base": str(QUICKSTART), "tasks": {"stss": None}})
     assert error(over).startswith(f"{over}: {told}did you mean 'sts'?")
     assert f"{told}did you mean 'sts'?" in error(write(tmp_path / "top.yaml", {"base": "over.yaml", "seed": 1}))
     alone = write(tmp_path / "alone.yaml", {"tasks": {**MINIMAL["tasks"], "stss": None}})
-    assert error(alone).endswith(f"{told}tasks there are: none")
+    assert error(alone).endswith(f"{told}there: none")
+
+
+PAPERS = QUICKSTART.parent / "papers"
+
+
+def test_another_method_starts_without_the_options_of_the_one_before(tmp_path: Path) -> None:
+    assert load_config(PAPERS / "A5.yaml").surgery.options == {"reduction": "mean"}
+    assert load_config(PAPERS / "A5.yaml", ["surgery.method=sum"]).surgery.options == {}
+    assert load_config(PAPERS / "A5.yaml", ["surgery.method=pcgrad"]).surgery.options == {"reduction": "mean"}
+    over = write(tmp_path / "over.yaml", {"base": str(PAPERS / "A8.yaml"), "weighting": {"method": "fixed"}})
+    assert load_config(PAPERS / "A8.yaml").weighting.options and not load_config(over).weighting.options
+    for order in (["surgery.method=cagrad", "surgery.options.c=1"], ["surgery.options.c=1", "surgery.method=cagrad"]):
+        assert load_config(PAPERS / "A5.yaml", order).surgery.options == {"c": 1}
+
+
+def test_null_takes_out_what_a_base_brings() -> None:
+    cagrad = PAPERS / "E-cagrad.yaml"
+    assert load_config(cagrad).surgery.options == {"c": 0.4}
+    for nothing in ("surgery.options=null", "surgery.options.c=null"):
+        assert load_config(cagrad, [nothing]).surgery.options == {}
+    adaptive = PAPERS / "E-adaptive.yaml"
+    config = load_config(adaptive, ["tasks.sts=null", "schedule.targets.sts=null"])
+    assert list(config.tasks) == list(config.schedule.targets) == ["sst", "para"]
+    plain = load_config(adaptive, ["schedule.kind=round_robin", "schedule.alpha=1", "schedule.targets=null"])
+    assert plain.schedule.targets == {}
+    apart = ["shared_layers=null", "tasks.para.head.shared=null", "tasks.sts.head.shared=null"]
+    assert load_config(PAPERS / "B4.yaml", apart).shared_layers == {}
+    assert "surgery.options.cc: null leaves it out, but nothing before defines it; did you mean 'c'?" in error(
+        cagrad, "surgery.options.cc=null"
+    )
+
+
+def test_values_given_as_dictionaries_are_left_alone() -> None:
+    values = {**MINIMAL, "surgery": {"method": "cagrad", "options": {"c": 0.4}}}
+    before = json.dumps(values)
+    assert config_of(values, ["surgery.options.c=null"]).surgery.options == {}
+    assert json.dumps(values) == before
 
 
 def test_a_task_left_out_can_be_left_out_again_or_brought_back(tmp_path: Path) -> None:
@@ -327,7 +364,7 @@ REGRESSION = "tasks.r={kind: pair_regression, train: a, dev: b, columns: {text: 
         (["schedule.alpha=0.3"], "schedule: alpha belongs to kind sampled and adaptive, not round_robin; leave it out"),
         (
             ["schedule={kind: sequential, tasks_per_step: 4}"],
-            "schedule: tasks_per_step belongs to kind sampled and adaptive, not sequential; leave it out",
+            "schedule: tasks_per_step belongs to kind sampled and adaptive, not sequential; leave it out, or set it",
         ),
         (["schedule={kind: adaptive, anneal: 0.5}"], "schedule: anneal belongs to kind sampled, not adaptive; leave"),
         (["schedule.targets={sst: 0.5}"], "schedule: targets belongs to kind adaptive, not round_robin; leave it out"),
