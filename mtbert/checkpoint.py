@@ -37,12 +37,12 @@ from mtbert.errors import UserError
 from mtbert.manifest import (
     FORMAT,
     MAX_MANIFEST,
+    PASSED_OVER,
     Best,
     Checkpoint,
     Course,
     File,
     Manifest,
-    NewerFormat,
     discard,
     folder_of,
     folders,
@@ -221,16 +221,24 @@ class Checkpointer:
     def latest(self, message: Callable[[str], None]) -> Checkpoint | None:
         """The newest intact checkpoint, the first rank's choice for all; a damaged one is passed over, and said so.
 
-        Raises `UserError`, on every rank, for one that is from a newer mtbert.
+        Raises `UserError`, on every rank, for one that is from a newer mtbert, and where there are some and none is
+        intact: a start from step 0 would write over what can perhaps be read tomorrow, or put right.
         """
         choice: list[tuple[Checkpoint | None, str | None]] = [(None, None)]
         if self.rank.first:
             for left in [*self.folder.glob(".step-*.tmp"), *self.folder.glob(".step-*.old")]:
                 shutil.rmtree(left, ignore_errors=True)  # of an attempt that was killed
+            troubles: list[str] = []
             try:
-                choice = [(next(intact(self.folder.parent, message), None), None)]
-            except NewerFormat as error:
+                found = next(intact(self.folder.parent, troubles.append), None)
+                if found is None and troubles:
+                    why = f"{troubles[0].removeprefix(PASSED_OVER)}; no checkpoint there is intact"
+                    raise UserError(f"{why}: put one right, or move {self.folder} away to begin again")
+                choice = [(found, None)]
+            except UserError as error:
                 choice = [(None, str(error))]
+            for trouble in troubles:
+                message(trouble)
         dist.broadcast_object_list(choice)
         checkpoint, trouble = choice[0]
         if trouble:

@@ -658,8 +658,8 @@ def _known(where: str, names: Iterable[str], valid: Iterable[str], hint: str = "
 def load_config(path: str | Path | None, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """The configuration in `path` with dotted overrides (`a.b=value`, the value read as YAML) laid over it.
 
-    What is the user's to name (tasks, shared layers, options, targets) is left out by setting it to null, and the options
-    of a method by naming another one. Raises `UserError` naming the key and the nearest valid one.
+    What is the user's to name (tasks, shared layers, options, targets) is left out by null, and the options of a method
+    by naming another one. Raises `UserError` naming the key and the nearest valid one.
     """
     return _laid(read_layers(Path(path)) if path is not None else [], overrides, str(path or "configuration"))
 

@@ -15,6 +15,7 @@ import datetime
 import hashlib
 import json
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -154,8 +155,9 @@ def read_manifest(folder: Path) -> Checkpoint:
         raise
     except (OSError, ValueError, RecursionError) as error:
         there = isinstance(error, OSError) and not isinstance(error, (FileNotFoundError, NotADirectoryError))
-        told = f"{path}: missing or not readable; the checkpoint is not complete"
-        raise (Unreadable if there else UserError)(told) from None
+        if there:
+            raise Unreadable(f"{path}: cannot be read: {error.strerror}") from None
+        raise UserError(f"{path}: missing or not readable; the checkpoint is not complete") from None
     if not whole:
         raise UserError(f"{path}: its checksum is not the one it holds; it was damaged")
     if seal and isinstance(written := values.get("format"), int) and written > FORMAT:
@@ -199,6 +201,9 @@ def _verify(folder: Path, entry: tuple[str, File]) -> None:
         raise Unreadable(f"{path}: cannot be read: {error.strerror}") from None
 
 
+PASSED_OVER = "checkpoint passed over: "
+
+
 def intact(run_dir: Path, message: Callable[[str], None]) -> Iterator[Checkpoint]:
     """The checkpoints that are whole, newest first; those that are not are passed over, and `message` says why.
 
@@ -210,17 +215,30 @@ def intact(run_dir: Path, message: Callable[[str], None]) -> Iterator[Checkpoint
         except NewerFormat:
             raise
         except UserError as error:
-            message(f"checkpoint passed over: {error}")
+            message(f"{PASSED_OVER}{error}")
 
 
-def find_checkpoint(run_dir: Path, which: Literal["best", "latest"]) -> Checkpoint:
-    """The newest intact checkpoint of a run, or the one with the best score. Raises `UserError` where there is none."""
+def tell(message: str) -> None:
+    print(f"mtbert: {message}", file=sys.stderr)
+
+
+def find_checkpoint(
+    run_dir: Path, which: Literal["best", "latest"], message: Callable[[str], None] = tell
+) -> Checkpoint:
+    """The newest intact checkpoint of a run, or the one with the best score; `message` is told of those passed over.
+
+    Raises `UserError` where there is none.
+    """
     troubles: list[str] = []
     newest = next(intact(run_dir, troubles.append), None)
     if newest is None:
-        raise UserError(troubles[0] if troubles else f"{run_dir}: has no checkpoint yet")
+        raise UserError(troubles[0].removeprefix(PASSED_OVER) if troubles else f"{run_dir}: has no checkpoint yet")
+    for trouble in troubles:
+        message(trouble)
     if which == "latest" or newest.manifest.best is None:
         return newest
+    if troubles:
+        message(f"which checkpoint is the best is what that of step {newest.step} knows")
     try:
         return open_checkpoint(folder_of(run_dir, newest.manifest.best.step))
     except UserError as error:

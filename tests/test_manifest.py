@@ -158,11 +158,19 @@ def test_prune_removes_nothing_where_nothing_is_intact(tmp_path: Path, capsys: p
     assert steps(run) == [10]
 
 
-def test_best_and_latest(tmp_path: Path) -> None:
+def test_best_and_latest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = make(tmp_path / "run", 10, 20, best=10)
     assert [find_checkpoint(run, which).step for which in ("best", "latest")] == [10, 20]
     (folder_of(run, 20) / "manifest.json").unlink()
-    assert find_checkpoint(run, "latest").step == 10
+    told: list[str] = []
+    assert find_checkpoint(run, "latest", told.append).step == 10
+    assert len(told) == 1 and told[0].startswith("checkpoint passed over: ") and str(folder_of(run, 20)) in told[0]
+    capsys.readouterr()
+    rewrite(folder_of(run, 10), best={"step": 10, "score": 0.5})
+    assert find_checkpoint(run, "best").step == 10
+    assert capsys.readouterr().err.splitlines()[1:] == [
+        "mtbert: which checkpoint is the best is what that of step 10 knows"
+    ]
 
 
 def test_what_is_passed_over_is_told(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
@@ -337,6 +338,31 @@ def test_a_damaged_checkpoint_is_passed_over(config: Config) -> None:
     outcome = train(run, Rank(), quiet=True)  # goes on from the older one
     assert outcome.status == "finished" and digests_of(older) == expected
     open_checkpoint(newest)
+
+
+def test_where_no_checkpoint_can_be_read_nothing_is_begun_again(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that gives nothing back for a moment, for one."""
+    run = new_run(config, "unreadable")
+    polls = iter(range(STEPS))
+    train(run, Rank(), lambda: next(polls) == 5, quiet=True)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    opened = Path.open
+
+    def broken(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path.name == "manifest.json" and path.parent.name.startswith("step-"):
+            raise OSError(errno.EIO, "Input/output error")
+        return opened(path, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", broken)
+        with pytest.raises(
+            UserError, match=r"manifest\.json: cannot be read: Input/output error; no checkpoint there is"
+        ):
+            train(run, Rank(), quiet=True)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    assert train(run, Rank(), quiet=True).status == "finished"
 
 
 def test_nobody_draws_from_a_global_generator(config: Config) -> None:

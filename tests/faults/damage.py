@@ -57,6 +57,12 @@ def inside(*parts: str) -> Callable[[Patient], list[Path]]:
     return lambda patient: [path for path in patient.run.joinpath(*parts).rglob("*") if path.is_file()]
 
 
+def of_the_newest_checkpoint(patient: Patient) -> list[Path]:
+    """Where there is an older one to go on from; a job refuses to begin again from nothing."""
+    there = folders(patient.run)
+    return [*there[0].iterdir()] if len(there) > 1 else []
+
+
 def of_code(patient: Patient) -> list[Path]:
     """What every rank imports."""
     names = ("start", "job", "records", "runs", "config", "tasks", "manifest", "checkpoint", "engine", "trainer")
@@ -68,7 +74,7 @@ def of_records(patient: Patient) -> list[Path]:
 
 
 TARGETS = {
-    "a file of the newest checkpoint": Target(lambda patient: [*folders(patient.run)[0].iterdir()], mends=True),
+    "a file of the newest checkpoint": Target(of_the_newest_checkpoint, mends=True),
     "a file of the token cache": Target(
         lambda patient: [path for path in patient.lab.cache.rglob("*") if "generated" not in path.parts], mends=True
     ),
