@@ -140,8 +140,8 @@ class MnrlConfig(Section):
         description="which pairs are positives. Default: every pair of the batch. label: pairs whose label is at "
         "least t. cosine: first and second texts of the batch whose cosine is at least t, be they of one pair or two",
     )
-    start: float | None = Field(None, description="t in the first epoch; needed with threshold")
-    rise: float = Field(0.0, ge=0, description="added to t after each epoch")
+    start: float | None = Field(None, description="t in the first epoch of the run; needed with threshold")
+    rise: float = Field(0.0, ge=0, description="added to t after each epoch of the run, whatever its phase trains")
     temperature: float = Field(0.05, gt=0, description="cosines are divided by it before the softmax")
     weight: float = Field(1.0, ge=0, description="multiplies this loss before it is added to the task's `loss`")
 
@@ -227,6 +227,10 @@ class TaskConfig(Section):
         return self.head.kind not in _COSINE_HEADS or bool(self.head.hidden)
 
     @property
+    def highest_label(self) -> float:
+        return self.range[1] if self.kind == "pair_regression" else self.classes - 1
+
+    @property
     def ranking(self) -> MnrlConfig | None:
         """How texts are ranked within a batch; None if they are not."""
         return self.mnrl or (MnrlConfig() if self.loss_kind == "mnrl" else None)
@@ -297,9 +301,8 @@ class TaskConfig(Section):
             raise ValueError("loss mnrl trains the encoder alone; leave head.hidden and head.shared out, or add a loss")
         if self.kind == "triplets" and self.ranking.threshold is not None:
             raise ValueError("mnrl.threshold: every triplet is a positive; leave it out")
-        highest = self.range[1] if self.kind == "pair_regression" else self.classes - 1
-        if self.ranking.threshold == "label" and (self.ranking.start or 0) > highest:
-            raise ValueError(f"mnrl.start {self.ranking.start:g} is above the highest label, {highest:g}")
+        if self.ranking.threshold == "label" and (self.ranking.start or 0) > self.highest_label:
+            raise ValueError(f"mnrl.start {self.ranking.start:g} is above the highest label, {self.highest_label:g}")
 
 
 class ScheduleConfig(Section):
@@ -330,7 +333,11 @@ class ScheduleConfig(Section):
         description="sampled: alpha falls linearly by this much from the first epoch to the last (PALs: 0.8)",
     )
     tasks_per_step: int = Field(
-        1, ge=1, description="sampled, adaptive: draws per step; with 1 a step has one task, and surgery nothing to do"
+        1,
+        ge=1,
+        description="sampled, adaptive: draws per step; with 1 a step has one task, and surgery nothing to do. A task "
+        "drawn twice has a larger batch in the step, not a larger weight: with several draws tasks count more evenly "
+        "than alpha says",
     )
     batch_size: int = Field(32, ge=1, description="examples per task and step, over all ranks and micro-batches")
     bucket: int = Field(

@@ -210,7 +210,7 @@ class Engine:
         # in fp32, which surgery works in: what overflows there is not finite either
         if gram_MM.float().isfinite().all() and losses_K.isfinite().all() and math.isfinite(head_square):
             weights_M = self.surgery.weights(gram_MM.float(), step, through) if through else weights_M
-            norm = math.sqrt(max(float(weights_M.double() @ gram_MM @ weights_M.double()), 0.0) + head_square)
+            norm = math.sqrt(max(float(weights_M.double() @ gram_MM @ weights_M.double()), 0.0) + max(head_square, 0.0))
         if math.isfinite(norm):
             scale = min(1.0, self.clip_norm / norm) if self.clip_norm and norm > 0 else 1.0
             self._set_rates(rates, tasks, through)

@@ -5,6 +5,7 @@ Shapes: N examples of a split, C classes.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,10 +39,11 @@ class Evaluation:
 def evaluate(model: MultiTaskModel, task: Task, rank: Rank, device: torch.device) -> Evaluation:
     """Predict a task's development set and score it. Collective: every rank calls it."""
     tokens_N = task.tokens_N("dev")
-    # column 0: prediction, 1: loss, 2: how often the example was seen, then the probability of each class. Each rank
-    # fills in its own examples; the sum over ranks is exact because all other ranks hold zeros there.
+    # column 0: prediction, 1: loss, 2: how often the example was seen, 3: whether its answer is a number, then the
+    # probability of each class. Each rank fills in its own examples; the sum over ranks is exact because all other
+    # ranks hold zeros there.
     classes = task.config.classes if task.config.loss_kind in ("cross_entropy", "bce") else 0
-    said_NA = torch.zeros(len(tokens_N), 3 + classes, dtype=torch.float64)
+    said_NA = torch.zeros(len(tokens_N), 4 + classes, dtype=torch.float64)
     for batch_indices in batches_by_length(tokens_N):
         # every rank makes the same number of forward passes, were it with no example: ZeRO-3 gathers weights in each
         mine = batch_indices[rank.rank :: rank.world]
@@ -52,7 +54,9 @@ def evaluate(model: MultiTaskModel, task: Task, rank: Rank, device: torch.device
         if losses_B is not None:
             said_NA[mine, 1] = losses_B.double().cpu()
         said_NA[mine, 2] += 1
-        said_NA[mine, 3:] = probabilities(task.config, answers).double().cpu()
+        finite = answers.isfinite()
+        said_NA[mine, 3] = (finite.all(dim=1) if finite.ndim > 1 else finite).double().cpu()
+        said_NA[mine, 4:] = probabilities(task.config, answers).double().cpu()
     said_NA = _sum_over_ranks(said_NA, device)
     assert bool((said_NA[:, 2] == 1).all()), "an example was evaluated twice or not at all"
     if task.config.loss_kind == "mnrl":
@@ -60,8 +64,10 @@ def evaluate(model: MultiTaskModel, task: Task, rank: Rank, device: torch.device
     predictions_N, losses_N = said_NA[:, 0].numpy(), said_NA[:, 1].numpy()
     metric = task.config.metric_kind
     score = metric_of(metric, task.config.classes)(predictions_N, task.dataset("dev").labels_N)
+    if not said_NA[:, 3].all():  # of a model that broke: NaN counts as class 0, and a number would hide it
+        score = math.nan
     loss = float(losses_N.mean()) if task.config.loss_kind != "mnrl" else None
-    return Evaluation(task.name, metric, score, loss, predictions_N, losses_N, said_NA[:, 3:].numpy())
+    return Evaluation(task.name, metric, score, loss, predictions_N, losses_N, said_NA[:, 4:].numpy())
 
 
 def evaluate_all(

@@ -65,12 +65,15 @@ def example_losses(task: TaskConfig, answers: Tensor, labels_B: Tensor) -> Tenso
 def predict(task: TaskConfig, answers: Tensor) -> Tensor:
     """Class numbers, or values clamped to the task's range; one per example.
 
-    A cosine counts as a paraphrase from 0.5 on, the middle between the targets that `cosine_embedding` pulls to, and as
-    its share of the highest label. A triplet's class is 1 where the match is nearer than the hard negative.
+    A cosine counts as a paraphrase from 0.5 on, the middle between the targets that `cosine_embedding` pulls to: 0 for
+    the lowest label of a range and 1 for the highest. A triplet's class is 1 where the match is nearer than the hard
+    negative.
     """
     if task.kind == "pair_regression":
-        scale = task.range[1] if task.loss_kind == "cosine_embedding" else 1.0
-        return (scale * answers).clamp(*task.range)
+        low, high = task.range
+        if task.loss_kind == "cosine_embedding":
+            answers = low + (high - low) * answers
+        return answers.clamp(low, high)
     if task.kind == "triplets":
         return (answers > 0).long()
     if task.loss_kind == "cross_entropy":

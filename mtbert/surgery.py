@@ -16,7 +16,7 @@ and "sum" below are meant for gradients that do not conflict:
     gradvac      Wang et al. 2021                    -         sum, more where cosines fall below their average
     upgrad       Quinton and Rey 2024                quadprog  mean
     dualproj     Lopez-Paz and Ranzato 2017, eq. 11  quadprog  mean
-    mgda         Sener and Koltun 2018, Algorithm 2  -         the shortest convex combination
+    mgda         Sener and Koltun 2018, Algorithm 2  -         the shortest convex combination of those that are not 0
     cagrad       Liu, B. et al. 2021                 cvxpy     mean + a vector c times as long as the mean
     aligned_mtl  Senushkin et al. 2023               -         mean, after all singular values became the least
     imtl_g       Liu, L. et al. 2021                 -         Σ w = 1, projections on all g_k equal; w_k may be < 0
@@ -33,6 +33,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -204,16 +205,37 @@ def _dualproj(*, reg_eps: float = 1e-4) -> Weigh:
 
 
 def _mgda(*, epsilon: float = 1e-3, max_iters: int = 100) -> Weigh:
-    """Frank-Wolfe: `epsilon` is the step size under which it stops, `max_iters` its longest course."""
-    return _scale_free(_torchjd().MGDAWeighting(epsilon=epsilon, max_iters=max_iters))
+    """Frank-Wolfe: `epsilon` is the step size under which it stops, `max_iters` its longest course.
+
+    Tasks without any gradient in the step (λ = 0, no pair above a threshold) take no part: the shortest convex
+    combination would be theirs, and no task would train.
+    """
+    weigh = _scale_free(_torchjd().MGDAWeighting(epsilon=epsilon, max_iters=max_iters))
+
+    def of_those_that_pull(gram_KK: Tensor, context: Context) -> Tensor:
+        pull_K = gram_KK.diagonal() > 0
+        if pull_K.all() or not pull_K.any():
+            return weigh(gram_KK, context)
+        weights_K = torch.zeros(len(gram_KK))
+        weights_K[pull_K] = weigh(gram_KK[pull_K][:, pull_K], context).float()
+        return weights_K
+
+    return of_those_that_pull
 
 
 def _cagrad(*, c: float, norm_eps: float = 1e-4) -> Weigh:
     """`c`: radius around the mean, in lengths of the mean; 0 is the mean, and from 1 on no task gets worse.
 
-    `norm_eps`: the worst-case combination counts as zero, and so all weights, below this share of √trace.
+    `norm_eps`: the worst-case combination counts as zero below this share of √trace. Then there is no direction to go
+    to from the mean, and the mean it is, for `c` below 1; TorchJD's answer, no weight at all, lies outside of the ball.
     """
-    return _scale_free(_torchjd().CAGradWeighting(c=c, norm_eps=norm_eps))
+    weigh = _scale_free(_torchjd().CAGradWeighting(c=c, norm_eps=norm_eps))
+
+    def in_the_ball(gram_KK: Tensor, context: Context) -> Tensor:
+        weights_K = weigh(gram_KK, context)
+        return weights_K if c >= 1 or weights_K.any() else torch.full((len(gram_KK),), 1 / len(gram_KK))
+
+    return in_the_ball
 
 
 def _aligned_mtl(*, scale_mode: Literal["min", "median", "rmse"] = "min") -> Weigh:
@@ -247,7 +269,8 @@ def _krum(*, n_byzantine: int, n_selected: int = 1) -> Weigh:
 
 
 def _fairgrad(*, alpha: float, max_iters: int | None = None) -> Weigh:
-    """`alpha`: 0 is the mean, 1 proportional fairness, ∞ max-min; `max_iters` of the solver, default 100·K."""
+    """`alpha`: 0 is the mean, 1 proportional fairness, the larger the nearer to max-min; `max_iters` of the solver,
+    default 100·K."""
     if alpha < 0:
         raise ValueError(f"alpha must be non-negative, but got {alpha}")
     unit = _scale_free(_torchjd().FairGradWeighting(alpha=alpha, max_iters=max_iters))
@@ -256,7 +279,10 @@ def _fairgrad(*, alpha: float, max_iters: int | None = None) -> Weigh:
         # The solver is reliable near trace 1 only. The weights solve G·w = w^(-1/alpha), so those of s·G are
         # s^(-alpha / (1 + alpha)) times those of G.
         scale: float = (gram_KK.double().trace().item() or 1.0) ** (-alpha / (1 + alpha))
-        return unit(gram_KK, context).double() * scale
+        try:
+            return unit(gram_KK, context).double() * scale
+        except ValueError as error:  # w^(-1/alpha) overflows
+            raise UserError(f"surgery.options.alpha: the solver fails with {alpha}: {error}; 0 is the mean") from None
 
     return weigh
 
@@ -379,6 +405,9 @@ def build_method(section: str, methods: Mapping[str, Callable[..., Any]], method
     if method not in methods:
         raise UserError(f"{section}.method {method!r}: no such method; valid: {_nearest_first(method, methods)}")
     factory = methods[method]
+    for name, value in options.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{section}.options.{name}: should be a finite number (got {value})")
     try:
         return validate_call(factory)(**options)
     except ImportError:

@@ -11,7 +11,7 @@ import json
 import math
 import shlex
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -344,6 +344,10 @@ class _Run:
         broken |= {task for task, square in zip(result.through, squares_M, strict=True) if not square.isfinite()}
         names = [self.tasks[task].name for task in sorted(broken)]
         cause = f"loss or gradient of {', '.join(names) or 'a head'} is not finite"
+        if not broken and math.isfinite(result.head_norm):
+            overflows = not result.gram_MM.float().isfinite().all()
+            what = "a product of two gradients" if overflows else "what surgery makes of the gradients"
+            cause = f"{what} is not finite"
         self.tracker.message(f"step {step}: skipped on all ranks, {cause}")
         if self.skips_in_a_row == SKIPS_IN_A_ROW:
             raise UserError(
@@ -487,12 +491,8 @@ class _Run:
                 f"{task.name}: {len(task.train):,} training and {len(task.dev or ()):,} development examples"
                 + (f", {left_out} rows left out (quarantined.jsonl says which and why)" if left_out else "")
             )
-        alone = config.schedule.kind in ("sampled", "adaptive") and config.schedule.tasks_per_step == 1
-        if alone and len(self.tasks) > 1 and config.surgery.method not in ("sum", "mean"):
-            tracker.message(
-                f"note: surgery {config.surgery.method} has nothing to do in steps of one task; "
-                "schedule.tasks_per_step can be larger"
-            )
+        for note in self._idle():
+            tracker.message(f"note: {note}")
         if self.first_step:
             tracker.message(f"continuing after step {self.first_step}")
         if self.rank.first:
@@ -507,6 +507,27 @@ class _Run:
             tracker.text("command", f"```\n{shlex.join(environment.command)}\n```")
             tracker.text("environment", f"```json\n{environment.model_dump_json(indent=2, exclude={'command'})}\n```")
             tracker.settings({key: value for key, value in settings(config).items() if value is not None})
+
+    def _idle(self) -> Iterator[str]:
+        """What was asked for and does nothing, in all steps or from some epoch on."""
+        config, kind = self.config, self.config.schedule.kind
+        drawn = kind in ("sampled", "adaptive")
+        if len(self.tasks) > 1 and (kind == "sequential" or (drawn and config.schedule.tasks_per_step == 1)):
+            instead = (
+                "schedule.tasks_per_step can be larger" if drawn else "schedule.kind round_robin has all in a step"
+            )
+            if config.surgery.method not in ("sum", "mean"):
+                yield f"surgery {config.surgery.method} has nothing to do in steps of one task; {instead}"
+            if config.weighting.method not in ("fixed", "homoscedastic", "imtl_l"):
+                yield f"weighting {config.weighting.method} has nothing to do in steps of one task; {instead}"
+        for task in self.tasks:
+            ranking, highest = task.config.ranking, task.config.highest_label
+            phases = [phase for phase in self.phases if task.name in (phase.config.tasks or config.tasks)]
+            if ranking is None or ranking.threshold is None or ranking.start is None or not phases:
+                continue
+            limit = highest if ranking.threshold == "label" else 1.0
+            if (last := ranking.start + ranking.rise * phases[-1].epoch(phases[-1].last)) > limit:
+                yield f"{task.name}: mnrl's threshold rises to {last:g}, above {limit:g}: no pair is a positive then"
 
     def _tell_launch(self, launch: Stopwatch) -> None:
         launch.lap("first step")

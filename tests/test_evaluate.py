@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -141,6 +142,18 @@ def test_the_plain_loop_tells_examples_apart(config: Config) -> None:
     for predictions, losses, _ in plain.values():
         assert len(np.unique(predictions)) > 1
         assert len(np.unique(losses.round(4))) > 50
+
+
+def test_a_model_that_broke_has_no_score(config: Config, tmp_path: Path) -> None:
+    """Of a classifier's NaN the largest is class 0, which may well be right."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        model, tasks = build(config)
+        next(model.parameters()).data.fill_(math.nan)
+        results, score = evaluate_all(model, tasks, Rank(), torch.device("cpu"))
+    finally:
+        dist.destroy_process_group()
+    assert all(math.isnan(result.score) for result in results) and math.isnan(score)
 
 
 def test_batches_hold_every_example_once_by_length_and_no_more_tokens_than_allowed() -> None:

@@ -98,7 +98,8 @@ def test_cosine_embedding_of_similarities() -> None:
     similar, other = (loss(first, second, torch.full((COUNT,), sign)) for sign in (1.0, -1.0))
     for label, wanted in ((5.0, similar), (1.0, other), (2.0, 0.25 * similar + 0.75 * other)):
         torch.testing.assert_close(example_losses(task, answers, torch.full((COUNT,), label)), wanted)
-    torch.testing.assert_close(predict(task, answers), (5 * F.cosine_similarity(first, second)).clamp(1, 5))
+    torch.testing.assert_close(predict(task, answers), (1 + 4 * F.cosine_similarity(first, second)).clamp(1, 5))
+    assert predict(task, torch.tensor([0.0, 0.5, 1.0])).tolist() == [1, 3, 5], "what the loss pulls towards"
 
 
 def test_bce_of_a_cosine_head_is_indifferent_at_one_half() -> None:

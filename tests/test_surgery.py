@@ -3,6 +3,7 @@
 Gradients that the tests compare are measured in Gram space too: ‖Σ (v_k - w_k)·g_k‖² = (v - w)ᵀ G (v - w).
 """
 
+import math
 import random
 import sys
 from collections.abc import Iterator
@@ -403,6 +404,28 @@ def test_cagrad_stays_in_its_ball_and_lifts_the_worst_task() -> None:
         assert (gram_KK @ weights_K.double()).min() >= (gram_KK @ mean_K.double()).min() - 1e-6 * gram_KK.trace()
 
 
+@methods("mgda", "cagrad")
+def test_a_task_without_a_gradient_stops_no_other(method: str) -> None:
+    """λ = 0, no pair above a threshold, or a task learnt by heart."""
+    gram_KK = gram(3)
+    gram_KK[1, :] = gram_KK[:, 1] = 0
+    weights_K = surgery(method).weights(gram_KK, step=0).double()
+    assert weights_K @ gram_KK @ weights_K > 1e-3 * gram_KK.trace()
+    if method == "mgda":
+        alone_K = surgery(method).weights(gram_KK[::2, ::2], step=0).double()
+        assert weights_K.tolist() == [alone_K[0], 0, alone_K[1]]
+
+
+def test_cagrad_stays_in_its_ball_where_the_worst_case_is_nothing() -> None:
+    for gram_KK in (
+        torch.diag(torch.tensor([1.0, 1.0, 1e-12])),
+        torch.tensor([[1.0, -1.0, 0], [-1.0, 1.0, 0], [0, 0, 1]]),
+    ):
+        mean_K = torch.full((3,), 1 / 3)
+        weights_K = surgery("cagrad", c=0.4).weights(gram_KK, step=0)
+        assert length(weights_K - mean_K, gram_KK) <= 0.4001 * length(mean_K, gram_KK)
+
+
 def test_methods_that_start_from_the_mean() -> None:
     gram_KK = gram(5)
     for weights_K in (
@@ -551,6 +574,7 @@ def test_configurations_know_the_methods() -> None:
         ("cagrad", {}, r"surgery\.options\.c: cagrad needs it"),
         ("cagrad", {"c": -1}, r"surgery\.options of cagrad: c must be non-negative"),
         ("cagrad", {"c": "wide"}, r"surgery\.options\.c: .*number.*\(got 'wide'\)"),
+        ("cagrad", {"c": math.inf}, r"surgery\.options\.c: should be a finite number \(got inf\)"),
         ("fairgrad", {"alpha": -1}, r"surgery\.options of fairgrad: alpha must be non-negative"),
         ("pcgrad", {"reduction": "max"}, r"surgery\.options\.reduction: .*'sum' or 'mean' \(got 'max'\)"),
         ("aligned_mtl", {"scale_mode": "max"}, r"surgery\.options\.scale_mode: .*\(got 'max'\)"),

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import random
+import re
 import signal
 import sys
 import time
@@ -259,11 +260,21 @@ def test_steps_of_one_task_give_surgery_nothing_to_do(config: Config, capsys: py
         )
         run = new_run(sampled, f"draws{draws}")
         train(run, Rank())
-        assert ("has nothing to do in steps of one task" in capsys.readouterr().out) == (draws == 1)
+        assert ("surgery pcgrad has nothing to do in steps of one task" in capsys.readouterr().out) == (draws == 1)
         for line in logged(run):
             alone = sum(tag.startswith("gradient/weight/") for tag in line) == 1
             assert not (alone and "gradient/conflict_rate" in line)
         assert any("gradient/conflict_rate" in line for line in logged(run)) == (draws == 2)
+
+
+def test_what_will_do_nothing_is_told_at_the_start(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    mnrl = "tasks.sts.mnrl={threshold: label, start: 4.5, rise: 1}"
+    sequential = ["schedule={kind: sequential}", "phases=[{steps: 500}]", "weighting.method=dwa", mnrl]
+    run = new_run(config_of(config.model_dump(mode="json"), sequential), "sequential")
+    train(run, Rank(), lambda: True)
+    told = capsys.readouterr().out
+    assert "note: weighting dwa has nothing to do in steps of one task; schedule.kind round_robin has all" in told
+    assert re.search(r"note: sts: mnrl's threshold rises to \d+\.5, above 5: no pair is a positive then", told)
 
 
 def test_an_adaptive_run_goes_by_its_scores_and_resumes_alike(config: Config) -> None:
