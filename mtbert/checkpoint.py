@@ -237,8 +237,8 @@ class Checkpointer:
                 choice = [(found, None)]
             except UserError as error:
                 choice = [(None, str(error))]
-            for trouble in troubles:
-                message(trouble)
+            for passed_over in troubles:
+                message(passed_over)
         dist.broadcast_object_list(choice)
         checkpoint, trouble = choice[0]
         if trouble:

@@ -154,8 +154,7 @@ def read_manifest(folder: Path) -> Checkpoint:
     except UserError:
         raise
     except (OSError, ValueError, RecursionError) as error:
-        there = isinstance(error, OSError) and not isinstance(error, (FileNotFoundError, NotADirectoryError))
-        if there:
+        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError | NotADirectoryError):
             raise Unreadable(f"{path}: cannot be read: {error.strerror}") from None
         raise UserError(f"{path}: missing or not readable; the checkpoint is not complete") from None
     if not whole:
