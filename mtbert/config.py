@@ -30,7 +30,8 @@ class Section(BaseModel):
     def _no_booleans(cls, values: Any) -> Any:
         """But where one belongs: pydantic would take `true` as 1; in YAML an unquoted yes, no, on or off is one."""
         for key in cls.model_fields.keys() & (values if isinstance(values, dict) else {}):
-            if isinstance(values[key], bool) and cls.model_fields[key].annotation is not bool:
+            given = values[key] if isinstance(values[key], list | tuple) else [values[key]]
+            if any(isinstance(each, bool) for each in given) and cls.model_fields[key].annotation is not bool:
                 raise PydanticCustomError(
                     "boolean", "{key}: is neither true nor false; a name such as yes or on needs quotes", {"key": key}
                 )
@@ -38,7 +39,7 @@ class Section(BaseModel):
 
 
 class Generate(Section):
-    seed: int = Field(0, ge=0, description="seed of the generated corpus")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of the generated corpus")
     train: int = Field(4000, ge=1, description="training examples per task")
     dev: int = Field(600, ge=1, description="development examples per task")
 
@@ -62,7 +63,7 @@ class ShapeConfig(Section):
     layers: int = Field(4, ge=1, description="transformer layers")
     heads: int = Field(4, ge=1, description="attention heads of a layer")
     intermediate_size: int = Field(512, ge=1, description="inner width of the feed-forward layers")
-    max_positions: int = Field(512, ge=2, description="longest sequence in tokens, special tokens included")
+    max_positions: int = Field(512, ge=4, description="longest sequence in tokens, special tokens included")
 
     @model_validator(mode="after")
     def _heads_divide(self) -> ShapeConfig:
@@ -101,6 +102,14 @@ class Columns(Section):
     label: str = Field("label", description="column with the label; triplets have none")
     id: str | None = Field(None, description="column that names the row in predictions and reports")
     source: str | None = Field(None, description="column that says where a row comes from; reports score each apart")
+
+    @model_validator(mode="after")
+    def _apart(self) -> Columns:
+        if len(set(self.text)) < len(self.text):
+            raise ValueError(f"text: names a column twice ({', '.join(self.text)})")
+        if self.label in self.text:
+            raise ValueError(f"label: column {self.label!r} is a text; a task that reads its labels learns nothing")
+        return self
 
 
 HeadKind = Literal["linear", "joint", "concat", "difference", "weighted_dot", "cosine", "relu_cosine"]
@@ -346,7 +355,7 @@ class ScheduleConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> ScheduleConfig:
-        if isinstance(self.length, int) and self.kind == "sequential":
+        if self.length not in ("longest", "unbalanced") and self.kind == "sequential":
             raise ValueError(
                 "length: an epoch of kind sequential ends with the last dataset; leave length out, or set it to longest"
             )
@@ -525,7 +534,7 @@ class RunConfig(Section):
 
 
 class Config(Section):
-    seed: int = Field(0, ge=0, description="of initial weights, dropout, order of the examples and surgery")
+    seed: int = Field(0, ge=0, lt=2**63, description="of initial weights, dropout, order of the examples and surgery")
     data: DataConfig = Field(default_factory=DataConfig, description="where the examples come from")
     encoder: EncoderConfig = Field(default_factory=EncoderConfig, description="the BERT that all tasks share")
     tasks: dict[str, TaskConfig] = Field(description="name → task; a new task needs no code")

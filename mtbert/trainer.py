@@ -175,6 +175,19 @@ def build(config: Config, run_dir: Path | None = None, initial: bool = True) -> 
     notes = []
     if weights and model.encoder.load_weights(weights) and encoder.pooling == "pooler":
         notes.append(f"{encoder.pretrained} has no pooler: it starts from scratch (encoder.pooling: mean needs none)")
+    if encoder.max_length > shape.max_positions:
+        notes.append(
+            f"encoder.max_length {encoder.max_length}: this encoder takes {shape.max_positions} tokens; so it is"
+        )
+    joint = [name for name, task in config.tasks.items() if task.head.kind == "joint"]
+    if joint and shape.type_vocab_size < 2:
+        raise UserError(
+            f"tasks.{joint[0]}.head.kind joint: this encoder does not tell two texts of a sequence apart "
+            f"(type_vocab_size {shape.type_vocab_size}); choose concat, difference or weighted_dot"
+        )
+    for name, task in config.tasks.items():
+        if task.dev and task.train == task.dev:
+            notes.append(f"note: tasks.{name} is scored on what it is trained on, {task.dev}")
     tasks = load_tasks(config, data, tokenizer, min(encoder.max_length, shape.max_positions))
     return Built(model, kept, tasks, notes)
 

@@ -222,7 +222,7 @@ def test_what_is_written_out_is_read_back(
     values = {
         "data": {"dir": name},
         "optimizer": {"lr": number},
-        "tasks": {task: {**MINIMAL["tasks"]["sst"], "columns": {"text": [column], "label": name}}},
+        "tasks": {task: {**MINIMAL["tasks"]["sst"], "columns": {"text": [column], "label": column + name}}},
     }
     config = Config.model_validate(values)
     assert load_config(write(tmp_path_factory.mktemp("again") / "a.yaml", to_yaml(config))) == config
@@ -299,6 +299,14 @@ REGRESSION = "tasks.r={kind: pair_regression, train: a, dev: b, columns: {text: 
         (["optimizer.lr=.inf"], "optimizer.lr: input should be a finite number (got inf)"),
         (["optimizer.lr=.nan"], "optimizer.lr: input should be a finite number (got nan)"),
         (["optimizer.betas=[0.9, 1.0]"], "optimizer.betas.1: input should be less than 1 (got 1.0)"),
+        (["seed=9223372036854775808"], "seed: input should be less than 9223372036854775808"),
+        (["tasks.sst.head.hidden=[yes]"], "tasks.sst.head.hidden: is neither true nor false"),
+        (
+            ["tasks.sst.columns={text: [label]}"],
+            "tasks.sst.columns: label: column 'label' is a text; a task that reads",
+        ),
+        (["tasks.sst.columns.text=[a, a]"], "tasks.sst.columns: text: names a column twice (a, a)"),
+        (["schedule={kind: sequential, length: shortest}"], "schedule: length: an epoch of kind sequential ends with"),
         (["surgery.method=pcgard"], "or 'pcd'; did you mean 'pcgrad'? (got 'pcgard')"),
         (
             ["engine.precision=fp16"],
