@@ -3,10 +3,14 @@
 A bad *row* (wrong number of fields, a quote that is never closed, broken JSON) is yielded as `Quarantined`; a bad
 *file* (missing, another encoding, no such column) is a `UserError`. No tokens and no labels in here.
 
-What tells an unclosed quote from a field with line breaks in it? A file that follows RFC 4180 always reads as it was
-written: the quoted field is followed over line ends until it closes, and the record counts if it has the header's
-number of fields. Only when that fails are the lines after the first looked at one by one: the first of them at which a
-whole record begins is the next row, and what came before it is one quarantined row.
+What tells an unclosed quote from a field with line breaks in it? A comma-separated file that follows RFC 4180 always
+reads as it was written: the quoted field is followed over line ends until it closes, and the record counts if it has
+the header's number of fields. Only when that fails are the lines after the first looked at one by one: the first of
+them at which a whole record begins is the next row, and what came before it is one quarantined row.
+
+Tab-separated files are often written without any quoting (GLUE's are), so there a quote may be a character like any
+other. What tells is the tabs: a field with line breaks leaves the record's first and last line short of fields, unless
+its text holds tabs as well. Where each line has all of its fields, each is a row, with its quotes.
 """
 
 from __future__ import annotations
@@ -26,8 +30,6 @@ from mtbert.errors import UserError
 
 MAX_LINE = 2**24
 """Bytes; a longer line means that this is no text file, and would only fill the memory."""
-SWALLOWED = 8
-"""So many lines in a row that are each a whole row are rows, even if a stray quote far below makes them one field."""
 FIRST_ROWS = 64
 """Among so many JSON lines the first good one is looked for, to know the keys."""
 
@@ -240,10 +242,16 @@ class _Delimited:
         text = "".join(self._lines.peek(at + line) or "" for line in range(parsed.lines))
         return self._legal.fullmatch(text.rstrip("\r\n")) is not None
 
-    def swallows(self, parsed: _Parsed, width: int) -> bool:
-        """Whether a record over many lines is a stray quote and the rows up to another one (see `SWALLOWED`)."""
-        inner = range(1, parsed.lines - 1)
-        return len(inner) >= SWALLOWED and all(self.whole(at, width) for at in inner)
+    def unquoted(self, count: int, width: int) -> list[str]:
+        """The fields of the next line where it and the rest of `count` show that quotes are characters; else none."""
+        if self.delimiter != "\t" or width == 1:
+            return []
+        for at in range(count):
+            text = self._lines.peek(at)
+            assert text is not None
+            if text.count("\t") != width - 1:
+                return []
+        return (self._lines.peek() or "").rstrip("\r\n").split("\t")
 
 
 def _read_delimited(path: Path, names: Sequence[str], id_column: str | None, shown: str) -> Iterator[Row | Quarantined]:
@@ -282,8 +290,8 @@ def _records(
             continue
         parsed = table.parse(0, width)
         lines.refuse_broken(parsed.lines, zip(header, parsed.fields, strict=False))
-        if parsed.lines > 2 and parsed.fields and table.swallows(parsed, width):
-            parsed = _Parsed([], parsed.lines, "a quote is opened and not closed")
+        if (parsed.lines > 1 or not parsed.fields) and (fields := table.unquoted(parsed.lines, width)):
+            parsed = _Parsed(fields, 1, "")
         if parsed.fields:
             lines.drop(parsed.lines)
             yield number, parsed.fields

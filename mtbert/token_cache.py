@@ -32,7 +32,7 @@ from mtbert.runs import aside, sweep, write_atomically
 
 Progress = Callable[[int, int | None], None]
 """Called with the rows done and, where it is known, how many there are."""
-FORMAT = 1
+FORMAT = 2
 """Goes up whenever the same file would give other arrays."""
 MAX_QUARANTINED = 100_000
 CHUNK_ROWS, CHUNK_CHARACTERS = 8192, 2**21
