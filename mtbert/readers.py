@@ -29,7 +29,8 @@ from typing import Any, BinaryIO, NamedTuple, TextIO
 from mtbert.errors import UserError
 
 MAX_LINE = 2**24
-"""Bytes; a longer line means that this is no text file, and would only fill the memory."""
+"""Bytes; a longer line means that this is no text file, and would only fill the memory. Quoted fields: characters."""
+csv.field_size_limit(MAX_LINE)  # by default 131,072, which documents have; fields without quotes never meet it
 FIRST_ROWS = 64
 """Among so many JSON lines the first good one is looked for, to know the keys."""
 
@@ -224,8 +225,7 @@ class _Delimited:
         try:
             fields = next(csv.reader(pull(), delimiter=self.delimiter, strict=True))
         except csv.Error as error:
-            unclosed = used > 1 or "unexpected end" in str(error)
-            return _Parsed([], used, "a quote is opened and not closed" if unclosed else str(error))
+            return _Parsed([], used, _in_words(str(error), used))
         return self._checked(fields, used, width)
 
     def _checked(self, fields: list[str], lines: int, width: int | None) -> _Parsed:
@@ -252,6 +252,17 @@ class _Delimited:
             if text.count("\t") != width - 1:
                 return []
         return (self._lines.peek() or "").rstrip("\r\n").split("\t")
+
+
+def _in_words(error: str, lines: int) -> str:
+    """What the csv module means, for whom its words say nothing."""
+    if "field limit" in error:
+        return f"a quote is opened and not closed within {MAX_LINE:,} characters"
+    if "new-line" in error:
+        return "a carriage return outside of quotes"
+    if lines > 1 or "unexpected end" in error:
+        return "a quote is opened and not closed"
+    return "a quote is closed before the field ends; within quotes a quote is written twice"
 
 
 def _read_delimited(path: Path, names: Sequence[str], id_column: str | None, shown: str) -> Iterator[Row | Quarantined]:

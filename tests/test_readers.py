@@ -172,9 +172,37 @@ def test_a_flawed_row_of_several_lines_is_one_row(tmp_path: Path) -> None:
     assert [good(found), bad(found)] == [[(4, ("three",))], [2]]
 
 
-def test_a_field_longer_than_the_csv_module_takes_is_set_aside(tmp_path: Path) -> None:
-    found = rows(write(tmp_path, f'text,label\n"{"x" * 200_000}",1\nb,0\n'), "text")
-    assert [good(found), bad(found)] == [[(3, ("b",))], [2]]
+@pytest.mark.parametrize("lines", [1, 40_000])
+def test_a_long_text_is_a_text_with_quotes_and_without(tmp_path: Path, lines: int) -> None:
+    text = "\n".join(["x" * (400_000 // lines)] * lines)
+    path = write(tmp_path, f'text,label\n"{text}",1\n{"x" * 400_000},2\nb,0\n')
+    assert [values for _, values in good(rows(path, "text"))] == [(text,), ("x" * 400_000,), ("b",)]
+
+
+def test_where_the_search_for_the_closing_quote_ends_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limit = csv.field_size_limit(1000)
+    monkeypatch.setattr("mtbert.readers.MAX_LINE", 1000)
+    try:
+        found = rows(write(tmp_path, 'text,label\n"open,1\n' + "plain,0\n" * 500), "text")
+    finally:
+        csv.field_size_limit(limit)
+    assert [(row.line, row.reason) for row in found if isinstance(row, Quarantined)] == [
+        (2, "a quote is opened and not closed within 1,000 characters")
+    ]
+    assert len(good(found)) == 500
+
+
+@pytest.mark.parametrize(
+    ("flaw", "reason"),
+    [
+        ('"shut" too soon,0', "a quote is closed before the field ends; within quotes a quote is written twice"),
+        ('a\rb,"c"', "a carriage return outside of quotes"),
+        ('"open,0', "a quote is opened and not closed"),
+    ],
+)
+def test_the_reason_is_in_words(tmp_path: Path, flaw: str, reason: str) -> None:
+    [row] = rows(write(tmp_path, f"text,label\n{flaw}\n"), "text")
+    assert isinstance(row, Quarantined) and row.reason == reason
 
 
 def test_many_unclosed_quotes_take_no_quadratic_time(tmp_path: Path) -> None:
