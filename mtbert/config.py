@@ -100,7 +100,9 @@ class Columns(Section):
     )
     label: str = Field("label", description="column with the label; triplets have none")
     id: str | None = Field(None, description="column that names the row in predictions and reports")
-    source: str | None = Field(None, description="column that says where a row comes from; reports score each apart")
+    source: str | None = Field(
+        None, description="column of dev that says where a row comes from; reports score each apart"
+    )
 
 
 HeadKind = Literal["linear", "joint", "concat", "difference", "weighted_dot", "cosine", "relu_cosine"]

@@ -174,7 +174,8 @@ def load_dataset(
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"data.cache {config.cache}: cannot make {cache}: {error.strerror}") from None
-    return _open(ensure(cache, path, shown, task, tokenizer, progress), shown)
+    source = task.columns.source if split == "dev" else None  # only development examples are scored by it
+    return _open(ensure(cache, path, shown, task, tokenizer, progress, source), shown)
 
 
 def locate_file(file: str, where: str, config: DataConfig) -> tuple[str, Path]:

@@ -50,6 +50,7 @@ class Row(NamedTuple):
     line: int
     values: tuple[Any, ...]  # in the order of the columns asked for; str from delimited files
     id: str | None
+    source: str = ""
 
 
 class Record(NamedTuple):
@@ -69,7 +70,11 @@ class Table(NamedTuple):
 
 
 def read_rows(
-    path: Path, columns: Sequence[str], id_column: str | None = None, shown: str | None = None
+    path: Path,
+    columns: Sequence[str],
+    id_column: str | None = None,
+    shown: str | None = None,
+    source: str | None = None,
 ) -> Iterator[Row | Quarantined]:
     """The rows of a file in order, each as the wanted columns; memory does not grow with the file.
 
@@ -77,6 +82,7 @@ def read_rows(
         columns: names of the columns wanted.
         id_column: column that names a row.
         shown: what messages call the file; default its path.
+        source: column that says where a row comes from, which some rows of JSON lines may lack.
 
     The format follows from the name (.jsonl, .ndjson, .json; .parquet, .pq), all else is tab- or comma-separated by its
     first line (where that has neither, .tsv by tabs), `"` quoting. Lines without a character are no rows. A row's line
@@ -86,20 +92,21 @@ def read_rows(
     shown = shown or str(path)
     if not path.is_file():
         raise UserError(f"{shown}: {_missing_file(path)}")
-    names = [*columns, id_column] if id_column is not None else list(columns)
+    names = [*columns, *(name for name in (id_column, source) if name is not None)]
     suffix = path.suffix.lower()
     if suffix in (".parquet", ".pq"):
         rows = _read_parquet(path, names, shown)
     elif suffix in (".jsonl", ".ndjson", ".json"):
-        rows = _read_json_lines(path, names, id_column, shown)
+        rows = _read_json_lines(path, names, id_column, source, shown)
     else:
         rows = _read_delimited(path, names, id_column, shown)
     for row in rows:
-        if id_column is None or isinstance(row, Quarantined):
+        if len(names) == len(columns) or isinstance(row, Quarantined):
             yield row
         else:
-            name = row.values[-1]
-            yield Row(row.line, row.values[:-1], "" if name is None else str(name))
+            told = ["" if value is None else str(value) for value in row.values[len(columns) :]]
+            name = told[0] if id_column is not None else None
+            yield Row(row.line, row.values[: len(columns)], name, told[-1] if source is not None else "")
 
 
 def _missing_file(path: Path) -> str:
@@ -347,25 +354,30 @@ class _LineFeeds:
 
 
 def _read_json_lines(
-    path: Path, names: Sequence[str], id_column: str | None, shown: str
+    path: Path, names: Sequence[str], id_column: str | None, source: str | None, shown: str
 ) -> Iterator[Row | Quarantined]:
+    needed = names if source is None else names[:-1]
+    keys: list[str] = []  # of the first good row
+    sourced = source is None
     with path.open("rb") as file:
-        first = True
         for record in _json_records(file, shown):
             if isinstance(record, Quarantined):
                 yield record
                 continue
-            if record.values and first:
-                _positions(names, list(record.values), shown)
-                first = False
-            absent = [name for name in names if name not in record.values]
+            if record.values and not keys:
+                keys = list(record.values)
+                _positions(needed, keys, shown)
+            sourced = sourced or source in record.values
+            absent = [name for name in needed if name not in record.values]
             if absent:
                 given = record.values.get(id_column) if id_column is not None else None
                 yield Quarantined(
                     shown, record.line, f"no key {absent[0]!r}", str(given) if given is not None else None
                 )
             else:
-                yield Row(record.line, tuple([record.values[name] for name in names]), None)
+                yield Row(record.line, tuple([record.values.get(name) for name in names]), None)
+    if keys and not sourced:
+        _positions(names, keys, shown)
 
 
 def _json_records(file: BinaryIO, shown: str) -> Iterator[Record | Quarantined]:

@@ -126,12 +126,12 @@ def _read(run: RunRecord, name: str, said: Said, wanted: set[int]) -> tuple[dict
     (columns, id_column), source = wanted_columns(task), task.columns.source
     texts, sources = {}, {}
     missing = {line: at for at, line in enumerate(said.lines_N.tolist())}
-    for row in read_rows(path, [*columns, source] if source else columns, id_column, shown):
+    for row in read_rows(path, columns, id_column, shown, source):
         if not isinstance(row, Row) or row.line not in missing or not _same(row, task, said, missing[row.line]):
             continue
         del missing[row.line]
-        if source:
-            sources[row.line] = "" if row.values[-1] is None else str(row.values[-1])
+        if source is not None:
+            sources[row.line] = row.source
         if row.line in wanted:
             texts[row.line] = tuple(map(str, row.values[: task.texts]))
     if missing:

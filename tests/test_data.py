@@ -350,6 +350,15 @@ def test_the_second_opening_tokenises_nothing(home: Home) -> None:
     assert [*home.folders()] and len(home.folders()) == 1
 
 
+def test_a_source_column_that_is_not_there_is_refused_although_the_texts_are_tokenised(home: Home) -> None:
+    home.load(ROWS)
+    load_dataset(make_task(), "sst", "dev", home.config, home.tokenizer)
+    misspelt = make_task(columns={"text": ["text"], "label": "label", "source": "source"})
+    home.load(ROWS, misspelt)
+    with pytest.raises(UserError, match="no column 'source'; columns present: "):
+        load_dataset(misspelt, "sst", "dev", home.config, home.tokenizer)
+
+
 def test_what_the_arrays_depend_on_makes_another_key(home: Home, vocab: Path) -> None:
     home.load(ROWS)
     home.load(ROWS, make_task(classes=3))

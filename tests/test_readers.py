@@ -278,6 +278,23 @@ def test_json_lines_without_the_column_or_in_latin_1(tmp_path: Path) -> None:
         rows(write(tmp_path, b'{"label": 1, "text": "caf\xe9"}\n', "rows.jsonl"), "text", "label")
 
 
+@pytest.mark.parametrize("empty", [[], ["x y"], ['{"text": "x y"}'], ['{"text": "x y", "source": null}']])
+def test_a_row_of_json_lines_need_not_tell_its_source(tmp_path: Path, empty: list[str]) -> None:
+    path = write(tmp_path, "\n".join([*empty, '{"text": "a", "source": 7}', '{"text": "b"}']), "rows.jsonl")
+    found = [row for row in read_rows(path, ["text"], source="source") if isinstance(row, Row)]
+    assert [row.source for row in found[-2:]] == ["7", ""]
+    assert [row.values for row in found[-2:]] == [("a",), ("b",)]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("a.csv", "text,sorce\na,b\n"), ("a.jsonl", '{"text": "a", "sorce": "b"}')]
+)
+def test_a_source_that_no_row_has_is_refused(tmp_path: Path, name: str, content: str) -> None:
+    path = write(tmp_path, content, name)
+    with pytest.raises(UserError, match=r"no column 'source'; columns present: 'sorce', 'text'$"):
+        list(read_rows(path, ["text"], source="source"))
+
+
 # ------------------------------------------------------------------------------------------------ Parquet
 
 
@@ -292,6 +309,10 @@ def test_parquet(tmp_path: Path) -> None:
     found = rows(path, "text", "label", id_column="id")
     assert len(found) == 5000
     assert found[-1] == Row(5000, ("text 4999", None), "x4999")
+    assert [row.source for row in read_rows(path, ["text"], "id", source="label") if isinstance(row, Row)][:2] == [
+        "0",
+        "",
+    ]
     with pytest.raises(UserError, match="no column 'txt'; columns present: 'text'"):
         rows(path, "txt")
 

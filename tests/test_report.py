@@ -160,12 +160,13 @@ def test_what_a_run_need_not_hold(run: Path, tmp_path: Path, monkeypatch: pytest
     overrides += ["tasks.sst.dev=dev.jsonl", "tasks.sst.classes=2", "tasks.sst.columns.source=source"]
     (run / "config.yaml").write_text(to_yaml(load_config(QUICKSTART, overrides)))
     rows = [{"id": f"r{n}", "sentence": "a", "sentiment": 1, "source": "\ud800" if n else None} for n in range(N)]
+    del rows[1]["source"]
     (tmp_path / "dev.jsonl").write_text("\n\n" + "".join(json.dumps(row) + "\n" for row in rows))
     named = run.rename(run.with_name(os.fsdecode(b"caf\xe9")))
     monkeypatch.setenv("HOME", str(tmp_path))
     assert main(["report", str(named), "--output=~/page.html"]) == 0
     page = Page(tmp_path / "page.html")
-    assert [row[:2] for row in page.table("source")] == [[r"\ud800", str(N - 1)], ["(empty)", "1"]]
+    assert [row[:2] for row in page.table("source")] == [[r"\ud800", str(N - 2)], ["(empty)", "2"]]
     assert r"<title>caf\udce9</title>" in (tmp_path / "page.html").read_text()
 
 
