@@ -25,6 +25,7 @@ from harness import PATIENCE_S
 from hub import stand_in_hub
 from hypothesis import HealthCheck, given, settings
 from tokenizers import BertWordPieceTokenizer, Tokenizer
+from transformers import AutoTokenizer
 
 from mtbert.config import DataConfig, TaskConfig
 from mtbert.data import (
@@ -111,15 +112,53 @@ ROWS = "text\tlabel\na b\t0\nfilms\t1\n d  \t1\n"
 # ------------------------------------------------------------------------------------------------ tokenizer
 
 
-@pytest.mark.parametrize("lowercase", [True, False])
-def test_vocab_txt_splits_as_the_tokenizers_librarys_own_bert(vocab: Path, lowercase: bool) -> None:
-    if not lowercase:
-        vocab.with_name("tokenizer_config.json").write_text('{"do_lower_case": false}')
-    theirs = BertWordPieceTokenizer(str(vocab), lowercase=lowercase)
+@pytest.mark.parametrize("lowercase", [None, True, False])
+@pytest.mark.parametrize("accents", [None, True, False])
+@pytest.mark.parametrize("chinese", [None, True, False])
+def test_vocab_txt_splits_as_others_split_by_it(
+    vocab: Path, lowercase: bool | None, accents: bool | None, chinese: bool | None
+) -> None:
+    vocab.write_text(vocab.read_text(encoding="utf-8") + "É\né\nE\nfilm\u4e00film\n", encoding="utf-8")
+    settings = {"do_lower_case": lowercase, "strip_accents": accents, "tokenize_chinese_chars": chinese}
+    settings = {key: value for key, value in settings.items() if value is not None}
+    vocab.with_name("tokenizer_config.json").write_text(json.dumps(settings))
+    vocab.with_name("config.json").write_text('{"model_type": "bert"}')
+    by_tokenizers = BertWordPieceTokenizer(
+        str(vocab), lowercase=lowercase is not False, strip_accents=accents, handle_chinese_chars=chinese is not False
+    )
+    by_transformers = AutoTokenizer.from_pretrained(vocab.parent)
     ours = load_tokenizer(vocab)
     for text in ["Good FILMS, a\tb", "é É [SEP] x", "film\u4e00film", "\\/ ``a''"]:
-        assert ours.encode(text).ids == theirs.encode(text).ids
-        assert ours.encode(text, "a b").type_ids == theirs.encode(text, "a b").type_ids
+        assert ours.encode(text).ids == by_tokenizers.encode(text).ids == by_transformers.encode(text)
+        assert ours.encode(text, "a b").type_ids == by_tokenizers.encode(text, "a b").type_ids
+
+
+@pytest.mark.parametrize(
+    ("settings", "refused"),
+    [
+        ({}, ""),
+        ({"do_lower_case": True, "strip_accents": None}, ""),
+        ({"do_lower_case": False}, "do_lower_case is false, tokenizer.json beside it has lowercase true"),
+        ({"tokenizer_class": "BertTokenizerFast", "strip_accents": False}, "strip_accents is false, "),
+        ({"tokenize_chinese_chars": False}, "tokenize_chinese_chars is false, tokenizer.json beside it has handle_"),
+        ({"tokenizer_class": "PreTrainedTokenizerFast", "do_lower_case": False}, ""),
+    ],
+)
+def test_a_tokenizer_json_that_transformers_would_not_split_by_is_refused(
+    vocab: Path, settings: dict[str, Any], refused: str
+) -> None:
+    load_tokenizer(vocab).save(str(vocab.with_name("tokenizer.json")))
+    vocab.with_name("tokenizer_config.json").write_text(json.dumps(settings))
+    vocab.with_name("config.json").write_text('{"model_type": "bert"}')
+    by_transformers = AutoTokenizer.from_pretrained(vocab.parent).backend_tokenizer.normalizer
+    ours = Tokenizer.from_file(str(vocab.with_name("tokenizer.json"))).normalizer
+    text = "É \u4e00\u4e00"
+    assert (by_transformers.normalize_str(text) != ours.normalize_str(text)) == bool(refused)
+    if refused:
+        with pytest.raises(UserError, match=re.escape(f"tokenizer_config.json: {refused}")):
+            load_tokenizer(vocab.parent)
+    else:
+        load_tokenizer(vocab.parent)
 
 
 def test_a_tokenizer_config_without_end_is_refused(vocab: Path) -> None:
