@@ -24,10 +24,10 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 
-from mtbert.config import DataConfig, TaskConfig
+from mtbert.config import HUB_FILE, DataConfig, TaskConfig
 from mtbert.errors import UserError
 from mtbert.packing import Packed, pack
-from mtbert.pretrained import hub_errors
+from mtbert.pretrained import hub_errors, refuse_damaged
 from mtbert.readers import Quarantined
 from mtbert.runs import read_small, user_path
 from mtbert.token_cache import Progress, ensure
@@ -193,19 +193,23 @@ def load_dataset(
 
 
 def locate_file(file: str, where: str, config: DataConfig) -> tuple[str, Path]:
-    """What messages call a task's file, and where it lies on this machine; downloads `hub:owner/name/path`."""
-    if not file.startswith("hub:"):
+    """What messages call a task's file, and where it lies on this machine; downloads `hub:owner/name/path`.
+
+    Raises `UserError` where the hub does not give it, or it is not what the hub gave.
+    """
+    if not (named := HUB_FILE.fullmatch(file)):
         path = user_path(config.dir or ".") / user_path(file)
         if not path.exists() and config.dir is None and not Path(file).is_absolute():
             raise UserError(f"{where}: {path}: no such file in {Path.cwd()}; data.dir is not set")
         return str(path), path
     from huggingface_hub import hf_hub_download  # takes a third of a second
 
-    parts = file.removeprefix("hub:").split("/", 2)
-    if len(parts) < 3 or not all(parts):
-        raise UserError(f"{where}: {file}: expected hub:owner/name/path/in/repo.csv")
-    with hub_errors(f"{where}: {file}"):
-        return file, Path(hf_hub_download("/".join(parts[:2]), parts[2], repo_type="dataset"))
+    repository, revision, path_in_repository = named.groups()
+    what = f"{where}: {file}"
+    with hub_errors(what):
+        path = Path(hf_hub_download(repository, path_in_repository, repo_type="dataset", revision=revision))
+    refuse_damaged(path, what)
+    return file, path
 
 
 def _open(folder: Path, shown: str) -> Dataset:

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 from harness import PATIENCE_S
-from hub import stand_in_hub
+from hub import stand_in_hub, use_hub
 from hypothesis import HealthCheck, given, settings
 from tokenizers import BertWordPieceTokenizer, Tokenizer
 from transformers import AutoTokenizer
@@ -34,6 +34,7 @@ from mtbert.data import (
     kept_lengths,
     load_dataset,
     load_tokenizer,
+    locate_file,
     prefetch,
     sequence_lengths,
     special_ids,
@@ -540,6 +541,29 @@ def test_a_file_from_the_hub(hub: str, tmp_path: Path, vocab: Path) -> None:
     assert len(told) == 2
 
 
+def test_a_file_from_the_hub_is_the_newest_or_of_the_revision_that_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commits = {digit * 40: {"folder/rows.csv": f"text\n{digit}\n".encode()} for digit in "01"}
+    with stand_in_hub({"datasets/owner/name": commits}) as endpoint:
+        use_hub(monkeypatch, endpoint, tmp_path)
+        for said, digit in [("", "1"), (f"@{'0' * 40}", "0"), (f"@{'1' * 40}", "1")]:
+            file = f"hub:owner/name{said}/folder/rows.csv"
+            shown, path = locate_file(file, "tasks.sst.train", DataConfig())
+            assert (shown, path.read_bytes()) == (file, commits[digit * 40]["folder/rows.csv"])
+
+
+def test_a_damaged_file_from_the_hub_is_refused(hub: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_hub(monkeypatch, hub, tmp_path)
+    asked = ("hub:owner/name/folder/rows.csv", "tasks.sst.train", DataConfig())
+    blob = locate_file(*asked)[1].resolve()
+    blob.write_bytes(HUB_FILE.replace(b"1", b"0"))
+    with pytest.raises(UserError, match=re.escape(f"tasks.sst.train: {asked[0]}: {blob} is damaged; remove it")):
+        locate_file(*asked)
+    blob.unlink()
+    assert locate_file(*asked)[1].read_bytes() == HUB_FILE
+
+
 def test_an_unreachable_hub_and_a_wrong_name(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "huggingface_hub.constants.HF_HUB_OFFLINE", True
@@ -547,7 +571,6 @@ def test_an_unreachable_hub_and_a_wrong_name(home: Home, monkeypatch: pytest.Mon
     for file, told in [
         ("hub:owner/name/rows.csv", "cannot fetch it from the hub: "),
         ("hub:ow ner/name/rows.csv", "cannot fetch it from the hub: Repo id must "),
-        ("hub:owner/rows.csv", "expected hub:owner/name/path/in/repo.csv"),
     ]:
         with pytest.raises(UserError, match=re.escape(f"tasks.sst.train: {file}: {told}")):
             load_dataset(make_task(file), "sst", "train", home.config, home.tokenizer)
