@@ -6,6 +6,7 @@ import html.parser
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -127,6 +128,28 @@ def test_slices_errors_and_classes_are_counted_right(run: Path, tmp_path: Path) 
     errors = page.table("id", "sentence")
     assert [row[0] for row in errors] == [f"r{n}" for n in range(39, 0, -2)]
     assert [row[1] for row in errors[1:]] == [f"sentence {n}" for n in range(37, 0, -2)]
+
+
+def test_where_no_example_has_a_loss_of_its_own_none_is_shown(run: Path, tmp_path: Path) -> None:
+    """Loss mnrl: errors are by their distance."""
+    columns = "columns: {text: [id, sentence], label: sentiment, id: id, source: source}"
+    task = f"{{kind: pair_regression, train: a, dev: dev.csv, {columns}, head: {{kind: cosine}}, loss: mnrl}}"
+    overrides = ["data.generate=null", f"data.dir={tmp_path}", "tasks.para=null", "tasks.sts=null"]
+    overrides += ["tasks.sst=null", f"tasks.sst={task}"]
+    (run / "config.yaml").write_text(to_yaml(load_config(QUICKSTART, overrides)))
+    with Tracker(run, Rank(), 0, 10, quiet=True) as tracker:
+        tracker.scalars(9, {"metric/sst/pearson": 0.5, "metric/composite": 0.5})
+    answers = replace(said(), predictions_N=np.arange(N) / N, losses_N=np.full(N, np.nan))
+    write_predictions(run, 10, {"sst": replace(answers, probabilities_NC=np.empty((N, 0)))}, 10)
+    assert main(["report", str(run)]) == 0
+    page = Page(run / "report.html")
+    content = (run / "report.html").read_text()
+    assert "mean loss" not in content and not [
+        cell for rows in page.tables for row in rows for cell in row if cell == "nan"
+    ]
+    assert "worst errors (farthest from the label)" in content
+    assert page.table("id", "id", "sentence")[0] == ["r0", "r0", "sentence 0", "1.0000", "0.0000"]
+    assert [len(row) for row in page.table("source")] == [3, 3]
 
 
 def test_without_the_data_it_says_so_and_does_without(run: Path, tmp_path: Path) -> None:
