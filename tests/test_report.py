@@ -14,7 +14,8 @@ import pytest
 
 from mtbert.cli import main
 from mtbert.config import load_config, to_yaml
-from mtbert.record import Said, write_predictions
+from mtbert.pages import run_pictures
+from mtbert.record import RunRecord, Said, write_predictions
 from mtbert.runs import Rank, write_atomically
 from mtbert.tracking import Tracker
 
@@ -150,6 +151,16 @@ def test_where_no_example_has_a_loss_of_its_own_none_is_shown(run: Path, tmp_pat
     assert "worst errors (farthest from the label)" in content
     assert page.table("id", "id", "sentence")[0] == ["r0", "r0", "sentence 0", "1.0000", "0.0000"]
     assert [len(row) for row in page.table("source")] == [3, 3]
+
+
+def test_a_task_called_dev_has_a_training_loss(run: Path, tmp_path: Path) -> None:
+    """Its tag is loss/dev; that of a development loss ends in /dev as well."""
+    folder = tmp_path / "dev"
+    folder.mkdir()
+    (folder / "config.yaml").write_text((run / "config.yaml").read_text())
+    with Tracker(folder, Rank(), 0, 10, quiet=True) as tracker:
+        tracker.scalars(0, {"loss/dev": 1.0})
+    assert [title for title, _ in run_pictures([RunRecord(folder)], ["dev"])] == ["Training loss"]
 
 
 def test_without_the_data_it_says_so_and_does_without(run: Path, tmp_path: Path) -> None:
