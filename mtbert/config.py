@@ -211,7 +211,11 @@ class TaskConfig(Section):
     mnrl: MnrlConfig | None = Field(
         None, description="ranking within the batch, besides `loss`, or how loss mnrl does it"
     )
-    metric: MetricKind | None = Field(None, description="default: accuracy, or pearson for pair_regression")
+    metric: MetricKind | None = Field(
+        None,
+        description="default: accuracy, or pearson for pair_regression. f1 of two classes is that of class 1, of more "
+        "the mean of each class's (macro)",
+    )
     weight: float = Field(1.0, ge=0, description="λ: the task's loss is multiplied by it before surgery")
     batch_size: int | None = Field(
         None, ge=1, description="examples per step over all ranks; default schedule.batch_size"
