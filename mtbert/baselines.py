@@ -24,20 +24,26 @@ Text = tuple[str, ...]
 """One sentence, the two of a pair or the three of a triplet."""
 
 
-def trivial_baseline(kind: str, train_labels: ArrayLike, dev_labels: Sized) -> NDArray[np.float64]:
+def trivial_baseline(
+    kind: str, train_labels: ArrayLike, dev_labels: Sized, metric: str = "accuracy", classes: int = 2
+) -> NDArray[np.float64]:
     """The best constant answer in training, once per development row: majority class, or mean for pair_regression.
 
-    Of equally frequent classes the smallest is taken. Triplets are all of class 1, the match being the nearer text; who
-    cannot tell it guesses, and is right half of the time. Returns (N,) float64; the development labels only give N.
+    Of equally frequent classes the smallest is taken. The F1 of two classes is that of class 1, so there class 1 is the
+    answer, however rare; by the other metrics no class is better than the majority. Triplets are all of class 1, the
+    match being the nearer text; who cannot tell it guesses, and is right half of the time. Returns (N,) float64; the
+    development labels only give N.
     """
     if kind == "triplets":
         return np.arange(len(dev_labels), dtype=np.float64) % 2
     labels_N = np.asarray(train_labels, dtype=np.float64)
     if kind == "pair_regression":
         answer = labels_N.mean()
+    elif metric == "f1" and classes == 2:
+        answer = 1.0
     else:
-        classes, counts = np.unique(labels_N, return_counts=True)
-        answer = classes[counts.argmax()]
+        numbers, counts = np.unique(labels_N, return_counts=True)
+        answer = numbers[counts.argmax()]
     return np.full(len(dev_labels), answer, dtype=np.float64)
 
 

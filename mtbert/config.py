@@ -101,7 +101,9 @@ class Columns(Section):
     )
     label: str = Field("label", description="column with the label; triplets have none")
     id: str | None = Field(None, description="column that names the row in predictions and reports")
-    source: str | None = Field(None, description="column that says where a row comes from; reports score each apart")
+    source: str | None = Field(
+        None, description="column of dev that says where a row comes from; reports score each apart"
+    )
 
     @model_validator(mode="after")
     def _apart(self) -> Columns:
@@ -191,12 +193,19 @@ _HEADS_OF: dict[str, tuple[str, ...]] = {
 _COSINE_HEADS = ("cosine", "relu_cosine")
 
 
+HUB_FILE = re.compile("hub:([^/@]+/[^/@]+)(?:@([^/@]+))?/(.+)")
+"""A file of a dataset repository: its name, the revision if one is said, the path in it."""
+
+
 class TaskConfig(Section):
     kind: TaskKind = Field(
         description="decides how many texts a row has and what its label is; triplets (a text, a match, a hard "
         "negative) have no label and train the encoder alone: supervised SimCSE (Gao et al. 2021)"
     )
-    train: str = Field(description="training file (.csv and .tsv by their first line, .jsonl, .parquet)")
+    train: str = Field(
+        description="training file (.csv and .tsv by their first line, .jsonl, .parquet), in data.dir or, as "
+        "hub:owner/name/path or hub:owner/name@REVISION/path, of a dataset repository of the Hugging Face hub"
+    )
     dev: str | None = Field(None, description="development file; only triplets can do without, and are not scored then")
     columns: Columns = Field(default_factory=Columns, description="what the file's columns are called")
     classes: int = Field(2, ge=2, description="labels are 0 … classes − 1 (classification kinds)")
@@ -211,7 +220,11 @@ class TaskConfig(Section):
     mnrl: MnrlConfig | None = Field(
         None, description="ranking within the batch, besides `loss`, or how loss mnrl does it"
     )
-    metric: MetricKind | None = Field(None, description="default: accuracy, or pearson for pair_regression")
+    metric: MetricKind | None = Field(
+        None,
+        description="default: accuracy, or pearson for pair_regression. f1 of two classes is that of class 1, of more "
+        "the mean of each class's (macro)",
+    )
     weight: float = Field(1.0, ge=0, description="λ: the task's loss is multiplied by it before surgery")
     batch_size: int | None = Field(
         None, ge=1, description="examples per step over all ranks; default schedule.batch_size"
@@ -256,6 +269,13 @@ class TaskConfig(Section):
             return number
         right = f"a number from {low:g} to {high:g}" if regression else f"a class from 0 to {high}"
         raise ValueError(f"{label!r} is not {right}")
+
+    @field_validator("train", "dev")
+    @classmethod
+    def _hub_names(cls, file: str | None) -> str | None:
+        if file is not None and file.startswith("hub:") and not HUB_FILE.fullmatch(file):
+            raise ValueError(f"{file!r} is not hub:owner/name/path/in/repo.csv or hub:owner/name@REVISION/path")
+        return file
 
     @model_validator(mode="after")
     def _consistent(self) -> TaskConfig:

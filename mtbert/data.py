@@ -24,10 +24,10 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 
-from mtbert.config import DataConfig, TaskConfig
+from mtbert.config import HUB_FILE, DataConfig, TaskConfig
 from mtbert.errors import UserError
 from mtbert.packing import Packed, pack
-from mtbert.pretrained import hub_errors
+from mtbert.pretrained import hub_errors, refuse_damaged
 from mtbert.readers import Quarantined
 from mtbert.runs import read_small, user_path
 from mtbert.token_cache import Progress, ensure
@@ -38,14 +38,20 @@ T = TypeVar("T")
 
 MAX_TOKENIZER = 2**27
 """Bytes; five times that of the largest vocabularies in use."""
+_NORMALIZER = {
+    "do_lower_case": "lowercase",
+    "strip_accents": "strip_accents",
+    "tokenize_chinese_chars": "handle_chinese_chars",
+}  # what tokenizer_config.json says → argument of BertNormalizer
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """A tokenizer.json, a BERT vocab.txt, or a folder with one of them (tokenizer.json first).
 
-    vocab.txt is lower-cased unless a tokenizer_config.json beside it says `"do_lower_case": false`. The tokenizer never
-    truncates or pads. Raises `UserError` if there is none, it cannot be read or it lacks [CLS], [SEP] or the
-    token for unknown words.
+    With vocab.txt, texts are lower-cased, lose their accents with that and are split at Chinese characters, unless a
+    tokenizer_config.json beside it says otherwise. The tokenizer never truncates or pads. Raises `UserError` if there
+    is none, it cannot be read, it lacks [CLS], [SEP] or the token for unknown words, or tokenizer_config.json
+    contradicts tokenizer.json: transformers goes by the former.
     """
     path = user_path(path)
     if path.is_dir():
@@ -57,10 +63,20 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise UserError(f"{path}: no such file; name a tokenizer.json, a vocab.txt or a folder with one")
     if path.stat().st_size > MAX_TOKENIZER:
         raise UserError(f"{path}: more than {MAX_TOKENIZER:,} bytes, which is no tokenizer")
+    beside = path.with_name("tokenizer_config.json")
     try:
-        tokenizer = Tokenizer.from_file(str(path)) if path.suffix == ".json" else _word_piece(path)
+        settings = json.loads(read_small(beside)) if beside.is_file() else {}
+        chosen = {ours: settings[key] for key, ours in _NORMALIZER.items() if key in settings}
+        tokenizer = Tokenizer.from_file(str(path)) if path.suffix == ".json" else _word_piece(path, chosen)
     except Exception as error:  # tokenizers raises no narrower class
         raise UserError(f"{path}: not a readable tokenizer: {' '.join(str(error).split())}") from None
+    normalizer, theirs = tokenizer.normalizer, str(settings.get("tokenizer_class", "BertTokenizer"))
+    if isinstance(normalizer, normalizers.BertNormalizer) and theirs.startswith("BertTokenizer"):
+        for key, ours in _NORMALIZER.items():
+            has = getattr(normalizer, ours)
+            if (said := chosen.get(ours, has)) != has:
+                differs = f"{key} is {json.dumps(said)}, {path.name} beside it has {ours} {json.dumps(has)}"
+                raise UserError(f"{beside}: {differs}; change the one that is wrong")
     for token in ("[CLS]", "[SEP]"):
         if tokenizer.token_to_id(token) is None:
             raise UserError(f"{path}: the vocabulary has no {token}; a BERT tokenizer is needed")
@@ -72,11 +88,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     return tokenizer
 
 
-def _word_piece(path: Path) -> Tokenizer:
-    beside = path.with_name("tokenizer_config.json")
-    settings = json.loads(read_small(beside)) if beside.is_file() else {}
+def _word_piece(path: Path, chosen: dict[str, Any]) -> Tokenizer:
     tokenizer = Tokenizer(models.WordPiece.from_file(str(path), unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=settings.get("do_lower_case", True))
+    tokenizer.normalizer = normalizers.BertNormalizer(**chosen)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
     specials = ("[UNK]", "[SEP]", "[PAD]", "[CLS]", "[MASK]")
@@ -174,23 +188,28 @@ def load_dataset(
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"data.cache {config.cache}: cannot make {cache}: {error.strerror}") from None
-    return _open(ensure(cache, path, shown, task, tokenizer, progress), shown)
+    source = task.columns.source if split == "dev" else None  # only development examples are scored by it
+    return _open(ensure(cache, path, shown, task, tokenizer, progress, source), shown)
 
 
 def locate_file(file: str, where: str, config: DataConfig) -> tuple[str, Path]:
-    """What messages call a task's file, and where it lies on this machine; downloads `hub:owner/name/path`."""
-    if not file.startswith("hub:"):
+    """What messages call a task's file, and where it lies on this machine; downloads `hub:owner/name/path`.
+
+    Raises `UserError` where the hub does not give it, or it is not what the hub gave.
+    """
+    if not (named := HUB_FILE.fullmatch(file)):
         path = user_path(config.dir or ".") / user_path(file)
         if not path.exists() and config.dir is None and not Path(file).is_absolute():
             raise UserError(f"{where}: {path}: no such file in {Path.cwd()}; data.dir is not set")
         return str(path), path
     from huggingface_hub import hf_hub_download  # takes a third of a second
 
-    parts = file.removeprefix("hub:").split("/", 2)
-    if len(parts) < 3 or not all(parts):
-        raise UserError(f"{where}: {file}: expected hub:owner/name/path/in/repo.csv")
-    with hub_errors(f"{where}: {file}"):
-        return file, Path(hf_hub_download("/".join(parts[:2]), parts[2], repo_type="dataset"))
+    repository, revision, path_in_repository = named.groups()
+    what = f"{where}: {file}"
+    with hub_errors(what):
+        path = Path(hf_hub_download(repository, path_in_repository, repo_type="dataset", revision=revision))
+    refuse_damaged(path, what)
+    return file, path
 
 
 def _open(folder: Path, shown: str) -> Dataset:

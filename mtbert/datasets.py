@@ -51,6 +51,7 @@ class Wanted(NamedTuple):
     group: str
     task: TaskConfig | None = None  # that its labels must be of
     id: str | None = None  # column that names a row
+    source: str | None = None  # column that says where a row comes from
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,8 @@ def wanted_by(config: Config) -> list[Wanted]:
         for split, file in (("train", task.train), ("dev", task.dev)):
             if file is not None:
                 shown, path = locate_file(file, f"tasks.{name}.{split}", config.data)
-                wanted.append(Wanted(path, shown, columns[: task.texts], label, name, task, id_column))
+                source = task.columns.source if split == "dev" else None
+                wanted.append(Wanted(path, shown, columns[: task.texts], label, name, task, id_column, source))
     return wanted
 
 
@@ -150,7 +152,7 @@ def _check_file(wanted: Wanted) -> tuple[Found, Counter[bytes]]:
     reasons: list[str] = []
     refusals: list[str] = []
     left_out = refused = conflicting = 0
-    for row in read_rows(wanted.path, columns, wanted.id, wanted.shown):
+    for row in read_rows(wanted.path, columns, wanted.id, wanted.shown, wanted.source):
         why, stops = (row.reason, False) if isinstance(row, Quarantined) else _judged(row, wanted)
         if stops:
             refused += 1

@@ -47,8 +47,8 @@ def run_pictures(runs: Sequence[RunRecord], labels: Sequence[str]) -> Iterator[t
     tags = list(dict.fromkeys(tag for run in runs for tag in run.curves))
     questions = {
         "Scores": [tag for tag in tags if tag.startswith("metric/")],
-        "Training loss": [tag for tag in tags if tag.startswith("loss/") and not tag.endswith("/dev")],
-        "Development loss": [tag for tag in tags if tag.startswith("loss/") and tag.endswith("/dev")],
+        "Training loss": [tag for tag in tags if tag.startswith("loss/") and not _of_development(tag)],
+        "Development loss": [tag for tag in tags if _of_development(tag)],
         "Cosines of task gradients": [tag for tag in tags if tag.startswith(COSINE)],
         "Surgery": [tag for tag in tags if tag.startswith(("gradient/weight/", "gradient/conflict_rate"))],
         "Speed": [tag for tag in tags if tag in ("speed/tokens_per_second", "speed/mfu", "memory/peak_gib")],
@@ -59,8 +59,14 @@ def run_pictures(runs: Sequence[RunRecord], labels: Sequence[str]) -> Iterator[t
         if wanted[0].startswith(COSINE):
             yield title, data_uri(conflict_curves(runs, labels))
         else:
-            drawn = {tag.partition("/")[2].removesuffix("/dev"): curves_of(runs, tag, labels) for tag in wanted}
+            names = [tag.split("/")[1] if _of_development(tag) else tag.partition("/")[2] for tag in wanted]
+            drawn = {name: curves_of(runs, tag, labels) for name, tag in zip(names, wanted, strict=True)}
             yield title, data_uri(panels(drawn))
+
+
+def _of_development(tag: str) -> bool:
+    """`loss/TASK/dev`; the training loss of a task may be `loss/dev`."""
+    return tag.startswith("loss/") and tag.count("/") == 2
 
 
 def _numeric(rows: Sequence[Sequence[str | float | None]], columns: Sequence[str]) -> list[bool]:

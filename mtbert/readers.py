@@ -3,10 +3,14 @@
 A bad *row* (wrong number of fields, a quote that is never closed, broken JSON) is yielded as `Quarantined`; a bad
 *file* (missing, another encoding, no such column) is a `UserError`. No tokens and no labels in here.
 
-What tells an unclosed quote from a field with line breaks in it? A file that follows RFC 4180 always reads as it was
-written: the quoted field is followed over line ends until it closes, and the record counts if it has the header's
-number of fields. Only when that fails are the lines after the first looked at one by one: the first of them at which a
-whole record begins is the next row, and what came before it is one quarantined row.
+What tells an unclosed quote from a field with line breaks in it? A comma-separated file that follows RFC 4180 always
+reads as it was written: the quoted field is followed over line ends until it closes, and the record counts if it has
+the header's number of fields. Only when that fails are the lines after the first looked at one by one: the first of
+them at which a whole record begins is the next row, and what came before it is one quarantined row.
+
+Tab-separated files are often written without any quoting (GLUE's are), so there a quote may be a character like any
+other. What tells is the tabs: a field with line breaks leaves the record's first and last line short of fields, unless
+its text holds tabs as well. Where each line has all of its fields, each is a row, with its quotes.
 """
 
 from __future__ import annotations
@@ -25,9 +29,8 @@ from typing import Any, BinaryIO, NamedTuple, TextIO
 from mtbert.errors import UserError
 
 MAX_LINE = 2**24
-"""Bytes; a longer line means that this is no text file, and would only fill the memory."""
-SWALLOWED = 8
-"""So many lines in a row that are each a whole row are rows, even if a stray quote far below makes them one field."""
+"""Bytes; a longer line means that this is no text file, and would only fill the memory. Quoted fields: characters."""
+csv.field_size_limit(MAX_LINE)  # by default 131,072, which documents have; fields without quotes never meet it
 FIRST_ROWS = 64
 """Among so many JSON lines the first good one is looked for, to know the keys."""
 
@@ -47,6 +50,7 @@ class Row(NamedTuple):
     line: int
     values: tuple[Any, ...]  # in the order of the columns asked for; str from delimited files
     id: str | None
+    source: str = ""
 
 
 class Record(NamedTuple):
@@ -66,7 +70,11 @@ class Table(NamedTuple):
 
 
 def read_rows(
-    path: Path, columns: Sequence[str], id_column: str | None = None, shown: str | None = None
+    path: Path,
+    columns: Sequence[str],
+    id_column: str | None = None,
+    shown: str | None = None,
+    source: str | None = None,
 ) -> Iterator[Row | Quarantined]:
     """The rows of a file in order, each as the wanted columns; memory does not grow with the file.
 
@@ -74,6 +82,7 @@ def read_rows(
         columns: names of the columns wanted.
         id_column: column that names a row.
         shown: what messages call the file; default its path.
+        source: column that says where a row comes from, which some rows of JSON lines may lack.
 
     The format follows from the name (.jsonl, .ndjson, .json; .parquet, .pq), all else is tab- or comma-separated by its
     first line (where that has neither, .tsv by tabs), `"` quoting. Lines without a character are no rows. A row's line
@@ -83,20 +92,21 @@ def read_rows(
     shown = shown or str(path)
     if not path.is_file():
         raise UserError(f"{shown}: {_missing_file(path)}")
-    names = [*columns, id_column] if id_column is not None else list(columns)
+    names = [*columns, *(name for name in (id_column, source) if name is not None)]
     suffix = path.suffix.lower()
     if suffix in (".parquet", ".pq"):
         rows = _read_parquet(path, names, shown)
     elif suffix in (".jsonl", ".ndjson", ".json"):
-        rows = _read_json_lines(path, names, id_column, shown)
+        rows = _read_json_lines(path, names, id_column, source, shown)
     else:
         rows = _read_delimited(path, names, id_column, shown)
     for row in rows:
-        if id_column is None or isinstance(row, Quarantined):
+        if len(names) == len(columns) or isinstance(row, Quarantined):
             yield row
         else:
-            name = row.values[-1]
-            yield Row(row.line, row.values[:-1], "" if name is None else str(name))
+            told = ["" if value is None else str(value) for value in row.values[len(columns) :]]
+            name = told[0] if id_column is not None else None
+            yield Row(row.line, row.values[: len(columns)], name, told[-1] if source is not None else "")
 
 
 def _missing_file(path: Path) -> str:
@@ -222,8 +232,7 @@ class _Delimited:
         try:
             fields = next(csv.reader(pull(), delimiter=self.delimiter, strict=True))
         except csv.Error as error:
-            unclosed = used > 1 or "unexpected end" in str(error)
-            return _Parsed([], used, "a quote is opened and not closed" if unclosed else str(error))
+            return _Parsed([], used, _in_words(str(error), used))
         return self._checked(fields, used, width)
 
     def _checked(self, fields: list[str], lines: int, width: int | None) -> _Parsed:
@@ -240,10 +249,27 @@ class _Delimited:
         text = "".join(self._lines.peek(at + line) or "" for line in range(parsed.lines))
         return self._legal.fullmatch(text.rstrip("\r\n")) is not None
 
-    def swallows(self, parsed: _Parsed, width: int) -> bool:
-        """Whether a record over many lines is a stray quote and the rows up to another one (see `SWALLOWED`)."""
-        inner = range(1, parsed.lines - 1)
-        return len(inner) >= SWALLOWED and all(self.whole(at, width) for at in inner)
+    def unquoted(self, count: int, width: int) -> list[str]:
+        """The fields of the next line where it and the rest of `count` show that quotes are characters; else none."""
+        if self.delimiter != "\t" or width == 1:
+            return []
+        for at in range(count):
+            text = self._lines.peek(at)
+            assert text is not None
+            if text.count("\t") != width - 1:
+                return []
+        return (self._lines.peek() or "").rstrip("\r\n").split("\t")
+
+
+def _in_words(error: str, lines: int) -> str:
+    """What the csv module means, for whom its words say nothing."""
+    if "field limit" in error:
+        return f"a quote is opened and not closed within {MAX_LINE:,} characters"
+    if "new-line" in error:
+        return "a carriage return outside of quotes"
+    if lines > 1 or "unexpected end" in error:
+        return "a quote is opened and not closed"
+    return "a quote is closed before the field ends; within quotes a quote is written twice"
 
 
 def _read_delimited(path: Path, names: Sequence[str], id_column: str | None, shown: str) -> Iterator[Row | Quarantined]:
@@ -282,8 +308,8 @@ def _records(
             continue
         parsed = table.parse(0, width)
         lines.refuse_broken(parsed.lines, zip(header, parsed.fields, strict=False))
-        if parsed.lines > 2 and parsed.fields and table.swallows(parsed, width):
-            parsed = _Parsed([], parsed.lines, "a quote is opened and not closed")
+        if (parsed.lines > 1 or not parsed.fields) and (fields := table.unquoted(parsed.lines, width)):
+            parsed = _Parsed(fields, 1, "")
         if parsed.fields:
             lines.drop(parsed.lines)
             yield number, parsed.fields
@@ -328,25 +354,30 @@ class _LineFeeds:
 
 
 def _read_json_lines(
-    path: Path, names: Sequence[str], id_column: str | None, shown: str
+    path: Path, names: Sequence[str], id_column: str | None, source: str | None, shown: str
 ) -> Iterator[Row | Quarantined]:
+    needed = names if source is None else names[:-1]
+    keys: list[str] = []  # of the first good row
+    sourced = source is None
     with path.open("rb") as file:
-        first = True
         for record in _json_records(file, shown):
             if isinstance(record, Quarantined):
                 yield record
                 continue
-            if record.values and first:
-                _positions(names, list(record.values), shown)
-                first = False
-            absent = [name for name in names if name not in record.values]
+            if record.values and not keys:
+                keys = list(record.values)
+                _positions(needed, keys, shown)
+            sourced = sourced or source in record.values
+            absent = [name for name in needed if name not in record.values]
             if absent:
                 given = record.values.get(id_column) if id_column is not None else None
                 yield Quarantined(
                     shown, record.line, f"no key {absent[0]!r}", str(given) if given is not None else None
                 )
             else:
-                yield Row(record.line, tuple([record.values[name] for name in names]), None)
+                yield Row(record.line, tuple([record.values.get(name) for name in names]), None)
+    if keys and not sourced:
+        _positions(names, keys, shown)
 
 
 def _json_records(file: BinaryIO, shown: str) -> Iterator[Record | Quarantined]:

@@ -105,14 +105,20 @@ def _task(run: RunRecord, name: str, score: float, said: Said, notes: list[str])
         tables["By source"] = _by_source(task, said, sources)
     if task.kind != "pair_regression":
         tables["By class"] = _by_class(task, said)
-    tables[f"The {len(worst)} worst errors (largest loss)"] = _errors(task, said, worst, texts)
+    order = "largest loss" if _has_losses(task) else "farthest from the label"
+    tables[f"The {len(worst)} worst errors ({order})"] = _errors(task, said, worst, texts)
+    loss = f", mean loss {said.losses_N.mean():.4f}" if _has_losses(task) else ""
     return TaskReport(
         name,
-        f"{task.kind}, {len(said):,} development examples, {task.metric_kind} {score:.4f}, mean loss "
-        f"{said.losses_N.mean():.4f}",
+        f"{task.kind}, {len(said):,} development examples, {task.metric_kind} {score:.4f}{loss}",
         {kind: data_uri(figure) for kind, figure in evaluation_figures(name, task, said).items()},
         tables,
     )
+
+
+def _has_losses(task: TaskConfig) -> bool:
+    """With loss mnrl an example has a loss only in a batch."""
+    return task.loss_kind != "mnrl"
 
 
 def _read(run: RunRecord, name: str, said: Said, wanted: set[int]) -> tuple[dict[int, tuple[str, ...]], dict[int, str]]:
@@ -126,12 +132,12 @@ def _read(run: RunRecord, name: str, said: Said, wanted: set[int]) -> tuple[dict
     (columns, id_column), source = wanted_columns(task), task.columns.source
     texts, sources = {}, {}
     missing = {line: at for at, line in enumerate(said.lines_N.tolist())}
-    for row in read_rows(path, [*columns, source] if source else columns, id_column, shown):
+    for row in read_rows(path, columns, id_column, shown, source):
         if not isinstance(row, Row) or row.line not in missing or not _same(row, task, said, missing[row.line]):
             continue
         del missing[row.line]
-        if source:
-            sources[row.line] = "" if row.values[-1] is None else str(row.values[-1])
+        if source is not None:
+            sources[row.line] = row.source
         if row.line in wanted:
             texts[row.line] = tuple(map(str, row.values[: task.texts]))
     if missing:
@@ -154,7 +160,11 @@ def _slice(title: str, task: TaskConfig, said: Said, rows: NDArray[np.intp]) -> 
     predictions, labels = said.predictions_N[rows], said.labels_N[rows]
     enough = len(rows) > (2 if task.kind == "pair_regression" else 0)
     score = metric_of(task.metric_kind, task.classes)(predictions, labels) if enough else None
-    return [title, len(rows), score, float(said.losses_N[rows].mean())]
+    return [title, len(rows), score, *([float(said.losses_N[rows].mean())] if _has_losses(task) else [])]
+
+
+def _columns(first: str, task: TaskConfig) -> list[str]:
+    return [first, "examples", task.metric_kind, *(["mean loss"] if _has_losses(task) else [])]
 
 
 def _by_length(task: TaskConfig, said: Said) -> Table:
@@ -165,7 +175,7 @@ def _by_length(task: TaskConfig, said: Said) -> Table:
         inside = np.flatnonzero(slice_N == number)
         lengths = said.tokens_N[inside]
         rows.append(_slice(f"{lengths.min()} … {lengths.max()}", task, said, inside))
-    return ["tokens", "examples", task.metric_kind, "mean loss"], rows
+    return _columns("tokens", task), rows
 
 
 def _by_source(task: TaskConfig, said: Said, sources: dict[int, str]) -> Table:
@@ -173,7 +183,7 @@ def _by_source(task: TaskConfig, said: Said, sources: dict[int, str]) -> Table:
     names, counts = np.unique(source_N, return_counts=True)
     ordered = [str(names[at]) for at in np.argsort(-counts, kind="stable")]
     rows = [_slice(name or "(empty)", task, said, np.flatnonzero(source_N == name)) for name in ordered]
-    return ["source", "examples", task.metric_kind, "mean loss"], rows
+    return _columns("source", task), rows
 
 
 def _by_class(task: TaskConfig, said: Said) -> Table:
@@ -191,7 +201,7 @@ def _by_class(task: TaskConfig, said: Said) -> Table:
 def _errors(task: TaskConfig, said: Said, worst: NDArray[np.intp], texts: dict[int, tuple[str, ...]]) -> Table:
     graded = said.probabilities_NC.shape[1] > 0
     columns = ["id", *(task.columns.text if texts else []), "true", "predicted"]
-    columns += [*(["probability of the true class"] if graded else []), "loss"]
+    columns += [*(["probability of the true class"] if graded else []), *(["loss"] if _has_losses(task) else [])]
     rows = []
     for at in worst.tolist():
         label, prediction = said.labels_N[at], said.predictions_N[at]
@@ -199,5 +209,5 @@ def _errors(task: TaskConfig, said: Said, worst: NDArray[np.intp], texts: dict[i
         row += texts.get(int(said.lines_N[at]), [""] * len(task.columns.text)) if texts else []
         row += [float(label), float(prediction)] if task.kind == "pair_regression" else [int(label), int(prediction)]
         row += [float(said.probabilities_NC[at, int(label)])] if graded else []
-        rows.append([*row, float(said.losses_N[at])])
+        rows.append([*row, *([float(said.losses_N[at])] if _has_losses(task) else [])])
     return columns, rows

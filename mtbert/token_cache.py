@@ -32,21 +32,32 @@ from mtbert.runs import aside, sweep, write_atomically
 
 Progress = Callable[[int, int | None], None]
 """Called with the rows done and, where it is known, how many there are."""
-FORMAT = 1
+FORMAT = 2
 """Goes up whenever the same file would give other arrays."""
 MAX_QUARANTINED = 100_000
 CHUNK_ROWS, CHUNK_CHARACTERS = 8192, 2**21
 
 
 def ensure(
-    cache: Path, path: Path, shown: str, task: TaskConfig, tokenizer: Tokenizer, progress: Progress | None
+    cache: Path,
+    path: Path,
+    shown: str,
+    task: TaskConfig,
+    tokenizer: Tokenizer,
+    progress: Progress | None,
+    source: str | None = None,
 ) -> Path:
-    """The folder with the arrays of a task's file, made if it is not there whole. Arguments as in `load_dataset`."""
-    folder = cache / _key(task, path, tokenizer, cache)
+    """The folder with the arrays of a task's file, made if it is not there whole. Arguments as in `load_dataset`.
+
+    Args:
+        source: column that the file must have as well, for reports.
+    """
+    folder = cache / _key(task, path, tokenizer, cache, source)
     if not intact(folder):
         with filelock.FileLock(f"{folder}.lock"):  # the other ranks of this host wait, and then find it
             if not intact(folder):
-                _tokenise(folder, read_rows(path, *wanted_columns(task), shown), task, shown, tokenizer, progress)
+                rows = read_rows(path, *wanted_columns(task), shown, source)
+                _tokenise(folder, rows, task, shown, tokenizer, progress)
     return folder
 
 
@@ -56,10 +67,10 @@ def wanted_columns(task: TaskConfig) -> tuple[list[str], str | None]:
     return [*task.columns.text, *label], task.columns.id
 
 
-def _key(task: TaskConfig, path: Path, tokenizer: Tokenizer, cache: Path) -> str:
+def _key(task: TaskConfig, path: Path, tokenizer: Tokenizer, cache: Path, source: str | None) -> str:
     """Hash of everything that the cached arrays depend on."""
     labels = list(task.range) if task.kind == "pair_regression" else task.classes
-    parts = [FORMAT, path.suffix.lower(), *wanted_columns(task), task.kind, labels, tokenizer.to_str()]
+    parts = [FORMAT, path.suffix.lower(), *wanted_columns(task), source, task.kind, labels, tokenizer.to_str()]
     return hashlib.sha256(f"{_content_hash(path, cache)}{json.dumps(parts)}".encode()).hexdigest()
 
 

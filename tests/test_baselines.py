@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from mtbert import baselines, synthetic
 from mtbert.baselines import bag_of_words_baseline, trivial_baseline
+from mtbert.metrics import metric_of
 
 TASKS = {  # kind → file, and the score that a bag of words must stay below
     "classification": ("ids-sst", 0.72),
@@ -35,6 +36,17 @@ def test_trivial_is_the_majority_or_the_mean() -> None:
     assert trivial_baseline("classification", [2, 0, 2, 1], [0, 1]).tolist() == [2.0, 2.0]
     assert trivial_baseline("pair_classification", [1.0, 0.0, 0.0, 1.0], [1]).tolist() == [0.0]
     assert trivial_baseline("pair_regression", [0.0, 5.0, 4.0], [1, 2]).tolist() == [3.0, 3.0]
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "f1", "matthews"])
+@pytest.mark.parametrize("classes", [2, 3])
+@pytest.mark.parametrize("labels", [[0, 0, 0, 1], [0, 1, 1, 1], [0, 0], [1, 1], [0, 1]])
+def test_no_other_constant_class_scores_higher_in_training(metric: str, classes: int, labels: list[float]) -> None:
+    labels_N = np.array(labels, dtype=np.float64)
+    measure = metric_of(metric, classes)
+    trivial_N = trivial_baseline("classification", labels_N, labels_N, metric, classes)
+    best = max(measure(np.full_like(labels_N, number), labels_N) for number in range(classes))
+    assert measure(trivial_N, labels_N) == best
 
 
 def test_bag_of_words_learns_what_words_tell() -> None:

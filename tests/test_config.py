@@ -331,6 +331,11 @@ REGRESSION = "tasks.r={kind: pair_regression, train: a, dev: b, columns: {text: 
         (["tasks.new.train=x"], "tasks.new.kind: missing; it has no default"),
         (["tasks.a b={kind: classification, train: a, dev: b}"], "a task's name is made of letters, digits, - and _"),
         (["tasks.sst.kind=sentiment"], "tasks.sst.kind: input should be 'classification', 'pair_classification', 'p"),
+        (
+            ["tasks.sst.train=hub:owner/rows.csv"],
+            "tasks.sst.train: 'hub:owner/rows.csv' is not hub:owner/name/path/in/",
+        ),
+        (["tasks.sst.dev=hub:owner/name@/a.csv"], "tasks.sst.dev: 'hub:owner/name@/a.csv' is not hub:owner/name/path/"),
         # what does not fit together
         (
             ["tasks.sst.kind=pair_regression"],

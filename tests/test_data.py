@@ -22,9 +22,10 @@ import numpy as np
 import pytest
 import torch
 from harness import PATIENCE_S
-from hub import stand_in_hub
+from hub import stand_in_hub, use_hub
 from hypothesis import HealthCheck, given, settings
 from tokenizers import BertWordPieceTokenizer, Tokenizer
+from transformers import AutoTokenizer
 
 from mtbert.config import DataConfig, TaskConfig
 from mtbert.data import (
@@ -33,6 +34,7 @@ from mtbert.data import (
     kept_lengths,
     load_dataset,
     load_tokenizer,
+    locate_file,
     prefetch,
     sequence_lengths,
     special_ids,
@@ -111,15 +113,53 @@ ROWS = "text\tlabel\na b\t0\nfilms\t1\n d  \t1\n"
 # ------------------------------------------------------------------------------------------------ tokenizer
 
 
-@pytest.mark.parametrize("lowercase", [True, False])
-def test_vocab_txt_splits_as_the_tokenizers_librarys_own_bert(vocab: Path, lowercase: bool) -> None:
-    if not lowercase:
-        vocab.with_name("tokenizer_config.json").write_text('{"do_lower_case": false}')
-    theirs = BertWordPieceTokenizer(str(vocab), lowercase=lowercase)
+@pytest.mark.parametrize("lowercase", [None, True, False])
+@pytest.mark.parametrize("accents", [None, True, False])
+@pytest.mark.parametrize("chinese", [None, True, False])
+def test_vocab_txt_splits_as_others_split_by_it(
+    vocab: Path, lowercase: bool | None, accents: bool | None, chinese: bool | None
+) -> None:
+    vocab.write_text(vocab.read_text(encoding="utf-8") + "É\né\nE\nfilm\u4e00film\n", encoding="utf-8")
+    settings = {"do_lower_case": lowercase, "strip_accents": accents, "tokenize_chinese_chars": chinese}
+    settings = {key: value for key, value in settings.items() if value is not None}
+    vocab.with_name("tokenizer_config.json").write_text(json.dumps(settings))
+    vocab.with_name("config.json").write_text('{"model_type": "bert"}')
+    by_tokenizers = BertWordPieceTokenizer(
+        str(vocab), lowercase=lowercase is not False, strip_accents=accents, handle_chinese_chars=chinese is not False
+    )
+    by_transformers = AutoTokenizer.from_pretrained(vocab.parent)
     ours = load_tokenizer(vocab)
     for text in ["Good FILMS, a\tb", "é É [SEP] x", "film\u4e00film", "\\/ ``a''"]:
-        assert ours.encode(text).ids == theirs.encode(text).ids
-        assert ours.encode(text, "a b").type_ids == theirs.encode(text, "a b").type_ids
+        assert ours.encode(text).ids == by_tokenizers.encode(text).ids == by_transformers.encode(text)
+        assert ours.encode(text, "a b").type_ids == by_tokenizers.encode(text, "a b").type_ids
+
+
+@pytest.mark.parametrize(
+    ("settings", "refused"),
+    [
+        ({}, ""),
+        ({"do_lower_case": True, "strip_accents": None}, ""),
+        ({"do_lower_case": False}, "do_lower_case is false, tokenizer.json beside it has lowercase true"),
+        ({"tokenizer_class": "BertTokenizerFast", "strip_accents": False}, "strip_accents is false, "),
+        ({"tokenize_chinese_chars": False}, "tokenize_chinese_chars is false, tokenizer.json beside it has handle_"),
+        ({"tokenizer_class": "PreTrainedTokenizerFast", "do_lower_case": False}, ""),
+    ],
+)
+def test_a_tokenizer_json_that_transformers_would_not_split_by_is_refused(
+    vocab: Path, settings: dict[str, Any], refused: str
+) -> None:
+    load_tokenizer(vocab).save(str(vocab.with_name("tokenizer.json")))
+    vocab.with_name("tokenizer_config.json").write_text(json.dumps(settings))
+    vocab.with_name("config.json").write_text('{"model_type": "bert"}')
+    by_transformers = AutoTokenizer.from_pretrained(vocab.parent).backend_tokenizer.normalizer
+    ours = Tokenizer.from_file(str(vocab.with_name("tokenizer.json"))).normalizer
+    text = "É \u4e00\u4e00"
+    assert (by_transformers.normalize_str(text) != ours.normalize_str(text)) == bool(refused)
+    if refused:
+        with pytest.raises(UserError, match=re.escape(f"tokenizer_config.json: {refused}")):
+            load_tokenizer(vocab.parent)
+    else:
+        load_tokenizer(vocab.parent)
 
 
 def test_a_tokenizer_config_without_end_is_refused(vocab: Path) -> None:
@@ -350,6 +390,15 @@ def test_the_second_opening_tokenises_nothing(home: Home) -> None:
     assert [*home.folders()] and len(home.folders()) == 1
 
 
+def test_a_source_column_that_is_not_there_is_refused_although_the_texts_are_tokenised(home: Home) -> None:
+    home.load(ROWS)
+    load_dataset(make_task(), "sst", "dev", home.config, home.tokenizer)
+    misspelt = make_task(columns={"text": ["text"], "label": "label", "source": "source"})
+    home.load(ROWS, misspelt)
+    with pytest.raises(UserError, match="no column 'source'; columns present: "):
+        load_dataset(misspelt, "sst", "dev", home.config, home.tokenizer)
+
+
 def test_what_the_arrays_depend_on_makes_another_key(home: Home, vocab: Path) -> None:
     home.load(ROWS)
     home.load(ROWS, make_task(classes=3))
@@ -492,6 +541,29 @@ def test_a_file_from_the_hub(hub: str, tmp_path: Path, vocab: Path) -> None:
     assert len(told) == 2
 
 
+def test_a_file_from_the_hub_is_the_newest_or_of_the_revision_that_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commits = {digit * 40: {"folder/rows.csv": f"text\n{digit}\n".encode()} for digit in "01"}
+    with stand_in_hub({"datasets/owner/name": commits}) as endpoint:
+        use_hub(monkeypatch, endpoint, tmp_path)
+        for said, digit in [("", "1"), (f"@{'0' * 40}", "0"), (f"@{'1' * 40}", "1")]:
+            file = f"hub:owner/name{said}/folder/rows.csv"
+            shown, path = locate_file(file, "tasks.sst.train", DataConfig())
+            assert (shown, path.read_bytes()) == (file, commits[digit * 40]["folder/rows.csv"])
+
+
+def test_a_damaged_file_from_the_hub_is_refused(hub: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_hub(monkeypatch, hub, tmp_path)
+    asked = ("hub:owner/name/folder/rows.csv", "tasks.sst.train", DataConfig())
+    blob = locate_file(*asked)[1].resolve()
+    blob.write_bytes(HUB_FILE.replace(b"1", b"0"))
+    with pytest.raises(UserError, match=re.escape(f"tasks.sst.train: {asked[0]}: {blob} is damaged; remove it")):
+        locate_file(*asked)
+    blob.unlink()
+    assert locate_file(*asked)[1].read_bytes() == HUB_FILE
+
+
 def test_an_unreachable_hub_and_a_wrong_name(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "huggingface_hub.constants.HF_HUB_OFFLINE", True
@@ -499,7 +571,6 @@ def test_an_unreachable_hub_and_a_wrong_name(home: Home, monkeypatch: pytest.Mon
     for file, told in [
         ("hub:owner/name/rows.csv", "cannot fetch it from the hub: "),
         ("hub:ow ner/name/rows.csv", "cannot fetch it from the hub: Repo id must "),
-        ("hub:owner/rows.csv", "expected hub:owner/name/path/in/repo.csv"),
     ]:
         with pytest.raises(UserError, match=re.escape(f"tasks.sst.train: {file}: {told}")):
             load_dataset(make_task(file), "sst", "train", home.config, home.tokenizer)

@@ -210,6 +210,19 @@ def test_an_id_column_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFi
     assert "no column 'name'; columns present" in capsys.readouterr().err
 
 
+def test_a_source_column_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Only development examples are scored by source."""
+    train = write(tmp_path / "train.csv", "text,label", "a,1")
+    dev = write(tmp_path / "dev.csv", "text,label,sorce", "a,1,x")
+    config = tmp_path / "config.yaml"
+    columns = "columns: {text: [text], source: source}"
+    config.write_text(f"tasks:\n  t: {{kind: classification, train: {train}, dev: {dev}, {columns}}}\n")
+    assert main(["data", "check", "--config", str(config)]) == 2
+    assert "dev.csv: no column 'source'; columns present: 'sorce', " in capsys.readouterr().err
+    write(tmp_path / "dev.csv", "text,label,source", "a,1,x")
+    assert main(["data", "check", "--config", str(config)]) == 0
+
+
 @pytest.mark.parametrize(
     ("rows", "told"),
     [

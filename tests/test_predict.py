@@ -120,7 +120,7 @@ def test_every_form_gives_the_same_answers(run: Trained, corpus: Path, tmp_path:
     np.testing.assert_allclose([line["score"] for line in lines], expected, atol=1e-5)
 
 
-BAD = 'id\tsentence\nr1\tgood film\nr2\ttoo\tmany\nr3\t  \nr4\t"never closed\nr5\t\x01\nr6\tdull\n'
+BAD = 'id\tsentence\nr1\tgood film\nr2\ttoo\tmany\nr3\t  \nr4\t"never\tclosed\nr5\t\x01\nr6\tdull\n'
 
 
 def test_a_row_that_cannot_be_answered_keeps_its_place_with_the_reason(run: Trained, tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_a_row_that_cannot_be_answered_keeps_its_place_with_the_reason(run: Trai
         "",
         "3 fields instead of 2: r2\ttoo\tmany",
         "column 'sentence': the text is empty",
-        'a quote is opened and not closed: r4\t"never closed',
+        'a quote is opened and not closed: r4\t"never\tclosed',
         "nothing in the text is a wordpiece",
         "",
     ]

@@ -6,6 +6,7 @@ import html.parser
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,8 @@ import pytest
 
 from mtbert.cli import main
 from mtbert.config import load_config, to_yaml
-from mtbert.record import Said, write_predictions
+from mtbert.pages import run_pictures
+from mtbert.record import RunRecord, Said, write_predictions
 from mtbert.runs import Rank, write_atomically
 from mtbert.tracking import Tracker
 
@@ -129,6 +131,38 @@ def test_slices_errors_and_classes_are_counted_right(run: Path, tmp_path: Path) 
     assert [row[1] for row in errors[1:]] == [f"sentence {n}" for n in range(37, 0, -2)]
 
 
+def test_where_no_example_has_a_loss_of_its_own_none_is_shown(run: Path, tmp_path: Path) -> None:
+    """Loss mnrl: errors are by their distance."""
+    columns = "columns: {text: [id, sentence], label: sentiment, id: id, source: source}"
+    task = f"{{kind: pair_regression, train: a, dev: dev.csv, {columns}, head: {{kind: cosine}}, loss: mnrl}}"
+    overrides = ["data.generate=null", f"data.dir={tmp_path}", "tasks.para=null", "tasks.sts=null"]
+    overrides += ["tasks.sst=null", f"tasks.sst={task}"]
+    (run / "config.yaml").write_text(to_yaml(load_config(QUICKSTART, overrides)))
+    with Tracker(run, Rank(), 0, 10, quiet=True) as tracker:
+        tracker.scalars(9, {"metric/sst/pearson": 0.5, "metric/composite": 0.5})
+    answers = replace(said(), predictions_N=np.arange(N) / N, losses_N=np.full(N, np.nan))
+    write_predictions(run, 10, {"sst": replace(answers, probabilities_NC=np.empty((N, 0)))}, 10)
+    assert main(["report", str(run)]) == 0
+    page = Page(run / "report.html")
+    content = (run / "report.html").read_text()
+    assert "mean loss" not in content and not [
+        cell for rows in page.tables for row in rows for cell in row if cell == "nan"
+    ]
+    assert "worst errors (farthest from the label)" in content
+    assert page.table("id", "id", "sentence")[0] == ["r0", "r0", "sentence 0", "1.0000", "0.0000"]
+    assert [len(row) for row in page.table("source")] == [3, 3]
+
+
+def test_a_task_called_dev_has_a_training_loss(run: Path, tmp_path: Path) -> None:
+    """Its tag is loss/dev; that of a development loss ends in /dev as well."""
+    folder = tmp_path / "dev"
+    folder.mkdir()
+    (folder / "config.yaml").write_text((run / "config.yaml").read_text())
+    with Tracker(folder, Rank(), 0, 10, quiet=True) as tracker:
+        tracker.scalars(0, {"loss/dev": 1.0})
+    assert [title for title, _ in run_pictures([RunRecord(folder)], ["dev"])] == ["Training loss"]
+
+
 def test_without_the_data_it_says_so_and_does_without(run: Path, tmp_path: Path) -> None:
     (tmp_path / "dev.csv").unlink()
     assert main(["report", str(run)]) == 0
@@ -160,12 +194,13 @@ def test_what_a_run_need_not_hold(run: Path, tmp_path: Path, monkeypatch: pytest
     overrides += ["tasks.sst.dev=dev.jsonl", "tasks.sst.classes=2", "tasks.sst.columns.source=source"]
     (run / "config.yaml").write_text(to_yaml(load_config(QUICKSTART, overrides)))
     rows = [{"id": f"r{n}", "sentence": "a", "sentiment": 1, "source": "\ud800" if n else None} for n in range(N)]
+    del rows[1]["source"]
     (tmp_path / "dev.jsonl").write_text("\n\n" + "".join(json.dumps(row) + "\n" for row in rows))
     named = run.rename(run.with_name(os.fsdecode(b"caf\xe9")))
     monkeypatch.setenv("HOME", str(tmp_path))
     assert main(["report", str(named), "--output=~/page.html"]) == 0
     page = Page(tmp_path / "page.html")
-    assert [row[:2] for row in page.table("source")] == [[r"\ud800", str(N - 1)], ["(empty)", "1"]]
+    assert [row[:2] for row in page.table("source")] == [[r"\ud800", str(N - 2)], ["(empty)", "2"]]
     assert r"<title>caf\udce9</title>" in (tmp_path / "page.html").read_text()
 
 
