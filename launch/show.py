@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
+from typing import TextIO
 
 from launch.records import End, JobNote, job_folder, log_path
 from mtbert.manifest import folders
@@ -13,6 +15,37 @@ REMEMBERED = 4000
 
 STOPPED = 130
 """Exit code of a job that was stopped or cancelled: what shells use after Ctrl-C."""
+
+UNREAD = 141
+"""Exit code where nobody reads our output any more: what shells say of a process that SIGPIPE ended."""
+
+
+class Unwatched(Exception):
+    """The reader of our stdout has enough (`| head`), or its terminal was closed."""
+
+
+def give_up(stream: TextIO) -> None:
+    """What is still in its buffer would be written, and fail again, when Python ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def tell(words: str, stream: TextIO | None = None) -> None:
+    """On stderr, or `stream`, if somebody is left to read it."""
+    stream = stream or sys.stderr
+    try:
+        print(words, file=stream, flush=True)
+    except OSError:
+        give_up(stream)
+
+
+def show(output: bytes) -> None:
+    """Raises `Unwatched` for the first that cannot be shown; later ones go nowhere."""
+    try:
+        sys.stdout.buffer.write(output)
+        sys.stdout.flush()
+    except OSError:
+        give_up(sys.stdout)
+        raise Unwatched from None
 
 
 class Tail:
@@ -28,14 +61,14 @@ class Tail:
                 self._offset = file.tell() + (len(file.readline()) if file.tell() else 0)
 
     def copy(self) -> None:
+        """Raises `Unwatched`, as `show` does."""
         if not self.path.exists():
             return
         with self.path.open("rb") as file:
             file.seek(self._offset)
             new = file.read()
         self._offset += len(new)
-        sys.stdout.buffer.write(new)
-        sys.stdout.flush()
+        show(new)
 
 
 def report(run: Path, note: JobNote, end: End | None) -> int:
@@ -43,21 +76,20 @@ def report(run: Path, note: JobNote, end: End | None) -> int:
     resume = note.again(run)
     if end is None:
         words = _launcher_errors(run, note) or f"the job was killed; see {log_path(run).parent}/"
-        print(f"error: {words}\ncontinue with: {resume}", file=sys.stderr)
+        tell(f"error: {words}\ncontinue with: {resume}")
         return 1
     if end.status == "mistake":
-        print(f"error: {end.message}", file=sys.stderr)
+        tell(f"error: {end.message}")
         if any((run / "checkpoints").glob("step-*")):  # a disk that was full at the end, say
-            print(f"continue with: {resume}", file=sys.stderr)
+            tell(f"continue with: {resume}")
         return 2
     if end.status in ("failed", "lost"):
-        print(f"rank {end.rank} on {end.host} failed; all output: {log_path(run).parent}/", file=sys.stderr)
-        print(end.message.rstrip(), file=sys.stderr)
+        tell(f"rank {end.rank} on {end.host} failed; all output: {log_path(run).parent}/\n{end.message.rstrip()}")
         why = "a rank was killed (memory?) or its node failed; " if end.status == "lost" else ""
-        print(f"{why}continue with: {resume}", file=sys.stderr)
+        tell(f"{why}continue with: {resume}")
         return 1
     if end.status == "stopped":
-        print(f"stopped {_when(run, end)}; continue with: {resume}")
+        tell(f"stopped {_when(run, end)}; continue with: {resume}", sys.stdout)
         return STOPPED
     return 0
 

@@ -43,7 +43,7 @@ from launch.records import (
     writable_by_me_alone,
     write_note,
 )
-from launch.show import STOPPED, Tail, launcher_logs, report
+from launch.show import STOPPED, UNREAD, Tail, Unwatched, launcher_logs, report, tell
 from mtbert.errors import UserError
 from mtbert.runs import alive
 
@@ -222,7 +222,7 @@ def standing(job: str) -> Standing:
 def follow(run: Path, note: JobNote, from_start: bool) -> int:
     """Shows rank 0's log until the job is over, through requeues; returns the job's exit code.
 
-    Ctrl-C ends the whole command: the job goes on.
+    Ctrl-C, or the loss of whoever reads that, ends the whole command: the job goes on.
     """
     tail = Tail(log_path(run), last_lines=not from_start)
     told = ""
@@ -235,7 +235,7 @@ def follow(run: Path, note: JobNote, from_start: bool) -> int:
             except UserError as error:  # the job does not mind
                 now, words = SILENT, f"{error}; waiting for it"
             if words != told:
-                print(words, file=sys.stderr, flush=True)
+                tell(words)
                 told = words
             # a failed node ends a job for a moment before it is queued again
             over = over + 1 if now.state in (*OVER, "UNKNOWN") else 0
@@ -251,6 +251,8 @@ def follow(run: Path, note: JobNote, from_start: bool) -> int:
             file=sys.stderr,
         )
         sys.exit(STOPPED)
+    except Unwatched:
+        sys.exit(UNREAD)
     end = _end(run, note, now)
     if end and end.status == "finished" and now.state in ("COMPLETED", "UNKNOWN"):
         return 0

@@ -13,13 +13,14 @@ import difflib
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 if not __package__:  # started as a script: the checkout, not launch/, is where imports begin
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from launch.records import ROOT, JobNote, Lock, make_job_folder, read_note, snapshot_code, submit_command
+from launch.show import UNREAD, give_up
 from mtbert.config import Config, SurgeryConfig, WeightingConfig, load_config, to_yaml
 from mtbert.errors import CommandLine, UserError
 from mtbert.runs import (
@@ -101,20 +102,29 @@ def main(arguments: list[str] | None = None) -> int:
     others = {"status": status, "cancel": cancel}
     if args.verb != "train" and args.verb not in others:
         parser().error(f"{args.verb}: expected an option, or one of train, {', '.join(others)}")
-    options = _options(words)
     try:
-        if args.verb != "train":
-            _refuse(options, f"{args.verb} takes run folders and no options")
-            return others[args.verb](args.runs)
-        if args.runs:
-            raise UserError(f"train {args.runs[0]}: --config takes a configuration, --resume a run folder to continue")
-        if isinstance(args.follow, Path):
-            _refuse([name for name in options if name != "--follow"], "--follow RUN only watches a job")
-            return follow_again(args.follow)
-        return train(args, ["python", "launch/submit.py", *words])
+        code = _do(args, words, others)
+        sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # `| head`
+        give_up(sys.stdout)
+        return UNREAD
+    return code
+
+
+def _do(args: argparse.Namespace, words: list[str], others: dict[str, Callable[[list[Path]], int]]) -> int:
+    options = _options(words)
+    if args.verb != "train":
+        _refuse(options, f"{args.verb} takes run folders and no options")
+        return others[args.verb](args.runs)
+    if args.runs:
+        raise UserError(f"train {args.runs[0]}: --config takes a configuration, --resume a run folder to continue")
+    if isinstance(args.follow, Path):
+        _refuse([name for name in options if name != "--follow"], "--follow RUN only watches a job")
+        return follow_again(args.follow)
+    return train(args, ["python", "launch/submit.py", *words])
 
 
 def _options(words: list[str]) -> list[str]:

@@ -85,6 +85,16 @@ def until_stopped(run: Path, rank: Rank, stop: Stop, quiet: bool) -> Outcome:
     return Outcome("stopped", step, {})
 
 
+def speaks_until_stopped(run: Path, rank: Rank, stop: Stop, quiet: bool) -> Outcome:
+    step = 0
+    while not stop():
+        step += 1
+        print("step", step)
+        time.sleep(0.01)
+    (run / f"saved{rank.rank}").write_text(str(step))
+    return Outcome("stopped", step, {})
+
+
 def never_stops(run: Path, rank: Rank, stop: Stop, quiet: bool) -> Outcome:
     (run / f"pid{rank.rank}").write_text(str(os.getpid()))
     time.sleep(3600)

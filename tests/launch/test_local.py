@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from conftest import DRIVER
 from duties import Launch
 from harness import PATIENCE_S
 
@@ -199,6 +200,36 @@ def test_rank_0_draws_for_the_terminal_that_shows_it(run: Path, tmp_path: Path) 
     os.close(outer)
     assert job.wait(timeout=PATIENCE_S) == 0
     assert shown.startswith(b"terminal ")
+
+
+def test_a_reader_who_has_enough_asks_for_a_stop(launch: Launch, run: Path) -> None:
+    """As `| head` does."""
+    job = launch("speaks_until_stopped")
+    assert job.stdout and job.stderr and job.stdout.readline() == "step 1\n"
+    job.stdout.close()
+    with job.stderr as errors:
+        err = errors.read()
+    assert job.wait(PATIENCE_S) == 130, err
+    lost, asked = [line for line in err.splitlines() if line]
+    assert lost.startswith("nobody reads the output any more; continue with: ") and lost.endswith(f"--resume {run}")
+    assert asked.startswith("saving and stopping")
+    assert (run / "saved0").exists() and (run / "saved1").exists()
+
+
+@pytest.mark.parametrize("its_own", [True, False])
+def test_a_terminal_that_is_closed_asks_for_a_stop(run: Path, tmp_path: Path, its_own: bool) -> None:
+    """Whether it also sends SIGHUP, as to its own session, or only takes nothing any more."""
+    outer, inner = pty.openpty()
+    session = "os.setsid(); fcntl.ioctl(1, termios.TIOCSCTTY, 0)\n" if its_own else ""
+    driver = "import fcntl, os, termios\n" + session + DRIVER.format(root=str(ROOT), here=str(Path(__file__).parent))
+    words = [sys.executable, "-c", driver, str(run), "speaks_until_stopped"]
+    job = subprocess.Popen(words, stdin=inner, stdout=inner, stderr=inner, cwd=tmp_path)
+    os.close(inner)
+    while b"step" not in os.read(outer, 4096):
+        pass
+    os.close(outer)
+    assert job.wait(PATIENCE_S) == 130
+    assert (run / "saved0").exists() and (run / "saved1").exists()
 
 
 def test_two_jobs_on_one_folder_the_second_refuses(launch: Launch, run: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -314,6 +315,34 @@ def test_ctrl_c_while_an_array_is_watched_leaves_at_once(config: Path, tmp_path:
     _, err = following.communicate(timeout=PATIENCE_S)
     assert following.returncode == 130
     assert "job 7_0 goes on" in err and "7_1" not in err
+
+
+def test_who_has_enough_of_a_job_on_slurm_leaves_it_running(config: Path, tmp_path: Path, slurm: FakeSlurm) -> None:
+    slurm.does("sbatch", "echo Submitted batch job 7")
+    slurm.does("scontrol", "echo JobState=RUNNING NodeList=n1")
+    slurm.does("scancel", "exit 0")
+    words = [ROOT / "launch" / "submit.py", "--config", config, "--array", "seed=0,1", "--follow"]
+    following = subprocess.Popen(
+        [sys.executable, *words], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert following.stderr and following.stdout
+    assert following.stderr.readline() == "job 7_0: running on n1\n"
+    following.stdout.close()
+    log = next((tmp_path / "runs").glob("*/seed=0")) / "logs" / "rank0.log"
+    log.parent.mkdir()
+    log.write_text("step 1\n")
+    with following.stderr as errors:
+        assert (errors.read(), following.wait(PATIENCE_S)) == ("", 141)
+    assert slurm.calls("scancel") == []
+
+
+def test_a_table_that_nobody_reads_to_its_end_is_no_traceback(run: Path) -> None:
+    words = [sys.executable, ROOT / "launch" / "submit.py", "status"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(words, cwd=run.parent, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=PATIENCE_S)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_a_preempted_job_that_slurm_cancelled_is_over(config: Path, tmp_path: Path, slurm: FakeSlurm) -> None:
