@@ -215,6 +215,20 @@ class Lock(RunLock):
         return slurm_state(slurm_job) not in ("RUNNING", "COMPLETING", "UNKNOWN")
 
 
+@contextlib.contextmanager
+def outside_of_any_job() -> Iterator[None]:
+    """For a submission: sbatch passes its environment on, and of a job around us (salloc, a notebook on a node) the new
+    one would take ids, restarts and CPUs for its own. How Slurm is reached stays.
+    """
+    names = ("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_", "MTBERT_")
+    kept = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT")
+    outer = {name: os.environ.pop(name) for name in [*os.environ] if name.startswith(names) and name not in kept}
+    try:
+        yield
+    finally:
+        os.environ.update(outer)
+
+
 def slurm_fields(job: str) -> dict[str, str]:
     """What slurmctld says of a job; nothing when it has forgotten it, or there is no Slurm here.
 

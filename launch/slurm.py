@@ -34,6 +34,7 @@ from launch.records import (
     job_folder,
     last_end,
     log_path,
+    outside_of_any_job,
     read_end,
     read_note,
     slurm_fields,
@@ -147,7 +148,7 @@ def submit_jobs(args: argparse.Namespace, name: str, folder: Path, runs: Sequenc
     jobs = [Job(run.resolve(), secrets.token_hex(4)) for run in runs]
     try:
         # submitit prints the complaint and raises it as well
-        with writable_by_me_alone(), contextlib.redirect_stderr(io.StringIO()):
+        with writable_by_me_alone(), outside_of_any_job(), contextlib.redirect_stderr(io.StringIO()):
             submitted = executor.submit_array(jobs)
     except FailedJobError as error:
         raise UserError(_complaint(str(error))) from None

@@ -317,6 +317,22 @@ def test_ctrl_c_while_an_array_is_watched_leaves_at_once(config: Path, tmp_path:
     assert "job 7_0 goes on" in err and "7_1" not in err
 
 
+def test_a_job_submitted_from_inside_a_job_gets_nothing_of_that_one(
+    config: Path, tmp_path: Path, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """sbatch passes its environment on: the id of an array on a node would be that of the new job."""
+    slurm.does("sbatch", "env >$0.env; echo Submitted batch job 7")
+    outer = ("SLURM_ARRAY_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_CPU_BIND", "SLURMD_NODENAME", "SRUN_DEBUG")
+    ours = ("SUBMITIT_EXECUTOR", "MTBERT_BATCH_STARTED")
+    for name in (*outer, *ours, "SLURM_CONF", "SBATCH_ACCOUNT"):
+        monkeypatch.setenv(name, "5")
+    before = dict(os.environ)
+    assert submit("--config", config, cwd=tmp_path).returncode == 0
+    assert dict(os.environ) == before
+    passed = {line.partition("=")[0] for line in (slurm.place / "sbatch.env").read_text().splitlines()}
+    assert {"SLURM_CONF", "SBATCH_ACCOUNT"} <= passed and not passed & {*outer, *ours}
+
+
 def test_who_has_enough_of_a_job_on_slurm_leaves_it_running(config: Path, tmp_path: Path, slurm: FakeSlurm) -> None:
     slurm.does("sbatch", "echo Submitted batch job 7")
     slurm.does("scontrol", "echo JobState=RUNNING NodeList=n1")
