@@ -44,7 +44,7 @@ from launch.records import (
 )
 from mtbert.errors import UserError
 from mtbert.lock import HEARTBEAT_S, STALE_S
-from mtbert.runs import NO_ROOM, Outcome, Rank, Stopwatch, alive, sweep
+from mtbert.runs import NO_ROOM, Outcome, Rank, Stopwatch, alive, sweep, usable_cores
 
 Train = Callable[[Path, Rank, Callable[[], bool], bool], Outcome]
 
@@ -380,13 +380,22 @@ def _trainer(launch: Stopwatch) -> Train:
 
 def _set_variables(place: Place) -> None:
     """What libraries read when they are imported. The user's own settings win."""
-    # a rank on Slurm may be bound to what it was granted, and then sees nothing of the others' part
-    granted = os.environ.get("SLURM_CPUS_PER_TASK") if place.slurm_job else None
-    os.environ.setdefault("OMP_NUM_THREADS", granted or str(place.rank.cores))
+    os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or str(_threads(place))
     if interface := _interface(place):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _threads(place: Place) -> int:
+    """Slurm may bind a rank to its own part of the step's CPUs on this node, to all of them, or to nothing.
+
+    SLURM_CPUS_PER_TASK says what sbatch was asked for, which srun need not do.
+    """
+    of_step = os.environ.get("SLURM_CPUS_ON_NODE", "") if place.slurm_job else ""
+    if not of_step.isdecimal():
+        return place.rank.cores
+    return max(1, min(usable_cores(), int(of_step) // place.rank.local_world))
 
 
 def _interface(place: Place) -> str | None:

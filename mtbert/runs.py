@@ -55,9 +55,13 @@ class Rank:
 
     @property
     def cores(self) -> int:
-        """Its part of those that this process may use; a scheduler often grants a part of the machine."""
-        granted = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return max(1, granted // self.local_world)
+        """Its part of those that this process may use."""
+        return max(1, usable_cores() // self.local_world)
+
+
+def usable_cores() -> int:
+    """A scheduler often grants this process a part of the machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,13 @@ def test_the_script_asks_for_what_was_typed(tmp_path: Path) -> None:
     assert "wckey" not in text and "account" not in text
 
 
+def test_cpus_that_were_typed_are_the_threads_whatever_a_profile_says(tmp_path: Path) -> None:
+    text = script(parser().parse_args(["--cpus-per-rank", "6"]), "mtbert-x", tmp_path, [tmp_path])
+    assert "#SBATCH --cpus-per-task=6\n" in text and " --cpus-per-task=6 " in text
+    assert "export OMP_NUM_THREADS=6\n" in text
+    assert "OMP_NUM_THREADS" not in script(parser().parse_args([]), "mtbert-x", tmp_path, [tmp_path])
+
+
 def test_a_path_with_a_space_survives_the_script(tmp_path: Path) -> None:
     folder = tmp_path / "my runs" / "one"
     text = script(parser().parse_args(["--nodes", "2"]), "mtbert-one", folder, [folder])

@@ -15,10 +15,12 @@ from fake_slurm import FakeSlurm
 from harness import PATIENCE_S
 
 from launch import records
+from launch.job import Place, _set_variables
 from launch.records import ROOT, read_end, read_note, slurm_state
 from launch.slurm import standing
 from mtbert.config import load_config
 from mtbert.errors import UserError
+from mtbert.runs import Rank
 
 DRIVER = f"""
 import sys
@@ -94,6 +96,29 @@ def test_a_slurm_that_does_not_answer(
     slurm.does("scontrol", "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
     assert standing("7").state == "UNKNOWN"
     assert len(slurm.calls("scontrol")) > 1
+
+
+@pytest.mark.parametrize(
+    ("usable", "variables", "threads"),
+    [
+        (8, {"SLURM_CPUS_ON_NODE": "16", "SLURM_CPUS_PER_TASK": "8"}, 8),  # bound to its own part
+        (16, {"SLURM_CPUS_ON_NODE": "16", "SLURM_CPUS_PER_TASK": "8"}, 8),  # to that of the job
+        (1, {"SLURM_CPUS_ON_NODE": "2", "SLURM_CPUS_PER_TASK": "8"}, 1),  # of sbatch; srun knows nothing of it
+        (128, {"SLURM_CPUS_ON_NODE": "4"}, 2),  # to nothing, on a node that others share
+        (128, {"SLURM_CPUS_ON_NODE": "1"}, 1),
+        (16, {}, 8),
+        (16, {"SLURM_CPUS_ON_NODE": "4", "OMP_NUM_THREADS": "5"}, 5),
+        (16, {"SLURM_CPUS_ON_NODE": "4", "OMP_NUM_THREADS": ""}, 2),
+    ],
+)
+def test_a_rank_runs_as_many_threads_as_it_was_granted_cpus(
+    monkeypatch: pytest.MonkeyPatch, usable: int, variables: dict[str, str], threads: int
+) -> None:
+    """One of two on its node."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(usable)))
+    monkeypatch.setattr(os, "environ", variables)
+    _set_variables(Place(Rank(0, 2, 0, 2), "here", ("here",), 0, "7"))
+    assert variables["OMP_NUM_THREADS"] == str(threads)
 
 
 SIGNALLED = """
