@@ -93,6 +93,8 @@ def make_job_folder(run: Path) -> None:
         raise UserError(
             f"{folder}: belongs to another user, who could have your job do anything; copy {run} and continue that"
         )
+    with contextlib.suppress(OSError, AttributeError):  # there is none, or no such thing here
+        os.removexattr(folder, "system.posix_acl_default")  # a project's, which would count instead of the umask
     folder.chmod(folder.stat().st_mode & ~0o022)
 
 

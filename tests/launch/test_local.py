@@ -8,6 +8,7 @@ import pty
 import resource
 import shlex
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -30,6 +31,7 @@ from launch.records import (
     make_job_folder,
     read_end,
     read_note,
+    writable_by_me_alone,
     write_note,
 )
 from mtbert.errors import UserError
@@ -381,6 +383,27 @@ def test_nobody_else_may_write_into_a_job_folder(run: Path, monkeypatch: pytest.
     monkeypatch.setattr(os, "geteuid", lambda: 12345)
     with pytest.raises(UserError, match="belongs to another user"):
         make_job_folder(run)
+
+
+def test_a_project_that_hands_write_permission_on_does_not_to_a_job(tmp_path: Path) -> None:
+    """A default ACL counts instead of the umask."""
+    everyone, entries = 0xFFFFFFFF, [(1, 7), (4, 7), (0x10, 7), (0x20, 5)]  # user, group, mask: rwx; other: r-x
+    acl = struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry, everyone) for entry in entries)
+    try:
+        os.setxattr(tmp_path, "system.posix_acl_default", acl)
+    except OSError as error:
+        pytest.skip(f"{tmp_path}: no ACLs on this file system ({error.strerror})")
+    run = tmp_path / "run"
+    run.mkdir()
+    make_job_folder(run)
+    pickled = job_folder(run) / "1_submitted.pkl"
+    with writable_by_me_alone():
+        pickled.touch()
+    assert job_folder(run).stat().st_mode & 0o022 == 0 == pickled.stat().st_mode & 0o022
+    pickled.chmod(0o664)  # as where nobody can take that away
+    start = [sys.executable, ROOT / "launch" / "start.py", "-u", "-m", "submitit.core._submit", job_folder(run)]
+    done = subprocess.run(start, capture_output=True, text=True, timeout=PATIENCE_S)
+    assert done.returncode == 2 and "its folder hands write permission on (an ACL?)" in done.stderr
 
 
 def test_a_failure_for_want_of_memory_says_so() -> None:
