@@ -14,8 +14,8 @@ from duties import Launch
 from fake_slurm import FakeSlurm
 from harness import PATIENCE_S
 
-from launch import records
-from launch.job import Place, _set_variables
+from launch import job, records
+from launch.job import Attempt, Place, _set_variables
 from launch.records import ROOT, read_end, read_note, slurm_state
 from launch.slurm import standing
 from mtbert.config import load_config
@@ -119,6 +119,34 @@ def test_a_rank_runs_as_many_threads_as_it_was_granted_cpus(
     monkeypatch.setattr(os, "environ", variables)
     _set_variables(Place(Rank(0, 2, 0, 2), "here", ("here",), 0, "7"))
     assert variables["OMP_NUM_THREADS"] == str(threads)
+
+
+def test_ranks_read_each_other_s_presence_once(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them do, on a file system that all share; one that has not come yet is looked for now and then."""
+    opened: list[str] = []
+    read = Path.read_text
+
+    def counted(path: Path) -> str:
+        if path.parent == run / "job":
+            opened.append(path.suffix)
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_text", counted)
+    monkeypatch.setattr(job, "MEET_S", 0.3)
+    attempt = Attempt(run, "token", Place(Rank(0, 4, 0, 2), "node0", ("node0", "node1"), 0, "7"))
+    with subprocess.Popen(["sleep", "60"]) as peer:
+        for rank, words in enumerate((f"node0 {os.getpid()}", f"node0 {peer.pid}", "node1 1")):
+            attempt._presence(rank).write_text(words)
+        assert [attempt._dead_peer() for _ in range(50)] == [None] * 50
+        assert opened == [".rank0", ".rank1", ".rank2", ".rank3"]
+        attempt._presence(3).write_text("node1 2")
+        time.sleep(0.3)
+        assert [attempt._dead_peer() for _ in range(50)] == [None] * 50
+        peer.kill()
+    assert attempt._dead_peer() == 1
+    attempt._presence(1).unlink()
+    assert attempt._dead_peer() is None, "it ended in order"
+    assert opened[4:] == [".rank3"]
 
 
 SIGNALLED = """
