@@ -117,6 +117,7 @@ def parameters(args: argparse.Namespace, name: str, runs: Sequence[Path]) -> dic
         # srun does not take it over from the batch script
         + ([f"--cpus-per-task={args.cpus_per_rank}"] if args.cpus_per_rank else []),
         "setup": [
+            "unset SLURM_EXPORT_ENV",  # a site's --export=NONE is for sbatch; srun would follow it
             # what was typed, and no profile of the site's, says how many threads
             *([f"export OMP_NUM_THREADS={args.cpus_per_rank}"] if args.cpus_per_rank else []),
             f"export {BATCH_STARTED}=$(date +%s.%N)",

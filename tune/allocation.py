@@ -38,6 +38,8 @@ SCRIPT = """#!/bin/bash
 #SBATCH --open-mode=append
 #SBATCH --requeue
 {options}
+# a site's --export=NONE is for sbatch; srun would follow it
+unset SLURM_EXPORT_ENV
 # one task per node; when the first, which drives, has ended, the others are ended too
 srun --wait=30 {cpus} {python} -m tune.allocation {folder}
 code=$(cat {folder}/.exit-$SLURM_JOB_ID) && rm {folder}/.exit-$SLURM_JOB_ID

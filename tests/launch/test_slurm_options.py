@@ -11,6 +11,7 @@ from fake_slurm import FakeSlurm
 from harness import PATIENCE_S
 
 from launch.job import KILLED_RESTARTS, Attempt, Place
+from launch.records import ROOT
 from launch.slurm import minutes, script
 from launch.submit import parser
 from mtbert.errors import UserError
@@ -116,6 +117,22 @@ def test_the_batch_script_asks_again_while_slurmctld_restarts_and_leaves_a_cance
     slurm.does("scontrol", "echo JobState=COMPLETING")
     run_script(array, 1)
     assert slurm.calls("scontrol")[4:] == ["show job -o 7_1"]
+
+
+def test_ranks_get_the_environment_of_the_batch_script_also_where_that_got_none(
+    array: list[Path], slurm: FakeSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As at sites with SBATCH_EXPORT=NONE, which srun would follow."""
+    slurm.does("srun", "echo ${SLURM_EXPORT_ENV-ALL} >>$0.export")
+    monkeypatch.setenv("SLURM_EXPORT_ENV", "NONE")
+    run_script(array, 0)
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.symlink_to("/bin/true")
+    (tmp_path / "runs" / "mine" / "job").mkdir(parents=True)
+    plain = ["bash", ROOT / "slurm" / "train.sbatch", "runs/mine"]
+    subprocess.run(plain, cwd=tmp_path, env={**os.environ, "SLURM_JOB_ID": "7", "SLURM_NNODES": "2"}, check=True)
+    assert (slurm.place / "srun.export").read_text() == "ALL\n" * 4
 
 
 def test_a_node_with_an_old_copy_of_the_run_folder_is_found_out(array: list[Path], slurm: FakeSlurm) -> None:
