@@ -43,6 +43,20 @@ OF_SLURM = (
     "--partition", "--time", "--account", "--qos", "--constraint", "--exclude", "--mem", "--cpus-per-rank", "--slurm"
 )  # fmt: skip
 
+NOT_OF_SLURM = {
+    "array": "use --array",
+    "cpus-per-task": "use --cpus-per-rank",
+    "gpus-per-node": "use --gpus-per-node",
+    "nodes": "use --nodes",
+    "ntasks-per-node": "use --ranks-per-node",
+    "time": "use --time",
+    **dict.fromkeys(
+        ("error", "export", "gpus-per-task", "ntasks", "open-mode", "output", "signal", "wrap"),
+        "is set by the launcher",
+    ),
+}
+"""What --slurm may not give: the batch script counts on it."""
+
 EPILOG = """
 status [RUN ...]   how jobs stand (default: all under runs/)
 cancel RUN ...     save and end
@@ -146,6 +160,9 @@ def train(args: argparse.Namespace, command: list[str]) -> int:
         from launch.slurm import minutes  # submitit takes a moment to import
 
         minutes(args.time)
+    for word in args.slurm:
+        if why := NOT_OF_SLURM.get(word.partition("=")[0].removeprefix("--").replace("_", "-")):
+            raise UserError(f"--slurm {word}: {why}")
     of_slurm = [option for option in _options(command) if option in OF_SLURM]
     if args.local:
         _refuse(of_slurm, "--local trains without Slurm")

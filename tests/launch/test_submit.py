@@ -201,6 +201,28 @@ def test_options_of_slurm_are_not_passed_over_in_silence(
     assert done.returncode == 2 and done.stderr.startswith("error: --time soon: not a time limit; ")
 
 
+@pytest.mark.parametrize(
+    ("option", "told"),
+    [
+        ("nodes=3", "use --nodes"),
+        ("ntasks_per_node=2", "use --ranks-per-node"),
+        ("gpus-per-node=a100:2", "use --gpus-per-node"),
+        ("cpus-per-task=4", "use --cpus-per-rank"),
+        ("time=10", "use --time"),
+        ("array=0-3", "use --array"),
+        ("gpus-per-task=1", "is set by the launcher"),
+        ("wrap=hostname", "is set by the launcher"),
+        ("export=NONE", "is set by the launcher"),
+    ],
+)
+def test_what_the_batch_script_relies_on_is_not_passed_over_its_head(
+    config: Path, tmp_path: Path, slurm: FakeSlurm, option: str, told: str
+) -> None:
+    done = submit("--config", config, "--slurm", "exclusive", option, cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: --slurm {option}: {told}\n")
+    assert not (tmp_path / "runs").exists() and slurm.calls("sbatch") == []
+
+
 def test_missing_data_are_named_before_anything_starts(config: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
     data.mkdir()
