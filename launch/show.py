@@ -71,11 +71,15 @@ class Tail:
         show(new)
 
 
-def report(run: Path, note: JobNote, end: End | None) -> int:
-    """Last words of a job to its user; returns the exit code. The trainer itself has told a finished run's."""
+def report(run: Path, note: JobNote, end: End | None, said: str = "") -> int:
+    """Last words of a job to its user; returns the exit code. The trainer itself has told a finished run's.
+
+    Args:
+        said: what Slurm says of a job that left no word.
+    """
     resume = note.again(run)
     if end is None:
-        words = _launcher_errors(run, note) or f"the job was killed; see {log_path(run).parent}/"
+        words = _launcher_errors(run, note) or f"the job was killed{said}; see {log_path(run).parent}/"
         tell(f"error: {words}\ncontinue with: {resume}")
         return 1
     if end.status == "mistake":

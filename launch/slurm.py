@@ -263,13 +263,13 @@ def follow(run: Path, note: JobNote, from_start: bool) -> int:
     if now.state == "CANCELLED":
         print(f"job {note.id} was cancelled; continue with: {note.again(run)}")
         return STOPPED
-    if end is None and not launcher_logs(run, note):
-        print(f"error: the first node could not write to {run}; put run.dir on a file system that all nodes share",
-              file=sys.stderr)  # fmt: skip
+    said = "" if now.state == "UNKNOWN" else f" (Slurm says {now.state})"
+    if end is None and not launcher_logs(run, note) and not log_path(run).exists():
+        tell(f"error: the first node could not write to {run}{said}; put run.dir on a file system that all nodes share")
         return 1
     if end and end.status == "stopped" and now.state != "COMPLETED":
         end = None
-    return report(run, note, end)
+    return report(run, note, end, said)
 
 
 def _end(run: Path, note: JobNote, now: Standing) -> End | None:

@@ -44,14 +44,15 @@ def config(tmp_path: Path) -> Path:
 def submit(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
     """In this process, which spares each test the imports."""
     words = [str(word) for word in arguments]
-    out, err = io.StringIO(), io.StringIO()
+    out, err = io.TextIOWrapper(io.BytesIO(), "utf-8"), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.MonkeyPatch.context() as patch:
         patch.chdir(cwd)
         try:
             code = main(words)
         except SystemExit as ended:  # of the parser
             code = int(ended.code or 0)
-    return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
+    out.seek(0)
+    return subprocess.CompletedProcess(words, code, out.read(), err.getvalue())
 
 
 def submit_apart(*arguments: str | Path, cwd: Path, script: bool = True) -> subprocess.CompletedProcess[str]:
@@ -511,6 +512,23 @@ def test_the_last_words_are_those_of_the_last_attempt_of_the_job(
     assert submit("status", run, cwd=tmp_path).stdout.splitlines()[1].split()[1:] == ["slurm", "7_1", "killed", "30"]
     (array / "job" / "7_1_0_log.err").unlink()
     assert "could not write to" in submit("--follow", run, cwd=tmp_path).stderr
+
+
+def test_a_plain_job_whose_ranks_were_all_killed_says_what_slurm_says(
+    run: Path, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has none of submitit's logs; its ranks' say that the folder could be written to."""
+    monkeypatch.setattr("launch.slurm.ASK_EVERY_S", 0.2)
+    write_note(run, JobNote("slurm", "7", "sbatch7", "", 2, 1))
+    slurm.does("scontrol", "echo JobState=OUT_OF_MEMORY Restarts=0")
+    told = submit("--follow", run, cwd=run.parent).stderr.splitlines()[1]
+    assert told.startswith("error: the first node could not write to ") and "(Slurm says OUT_OF_MEMORY)" in told
+    (run / "logs").mkdir()
+    (run / "logs" / "rank0.log").touch()
+    done = submit("--follow", run, cwd=run.parent)
+    killed, way_on = done.stderr.splitlines()[1:]
+    assert done.returncode == 1 and way_on.startswith("continue with: ")
+    assert killed == f"error: the job was killed (Slurm says OUT_OF_MEMORY); see {run}/logs/"
 
 
 @pytest.mark.parametrize(
