@@ -31,7 +31,7 @@ from launch.records import (
     writable_by_me_alone,
     write_note,
 )
-from launch.show import Tail, Unwatched, show, tell
+from launch.show import Tail, Unwatched, length, show, tell
 from mtbert.errors import UserError
 from mtbert.stops import stop_requests
 
@@ -59,7 +59,7 @@ def run_here(
     executor.update_parameters(
         tasks_per_node=world, gpus_per_node=gpus, visible_gpus=gpu_numbers(gpus), timeout_min=YEAR_MIN
     )
-    tail = Tail(log_path(run))
+    tail = Tail(log_path(run), length(log_path(run)))
     interrupts: list[signal.Signals] = []
     with stop_requests(lambda number, _: interrupts.append(number), signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         # inherited: the Ctrl-C of a terminal reaches children too, and would end them

@@ -48,13 +48,17 @@ def show(output: bytes) -> None:
         raise Unwatched from None
 
 
-class Tail:
-    """Copies what is appended to a file to our stdout, bytes as they are: from now on, or with its last lines first."""
+def length(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
-    def __init__(self, path: Path, last_lines: bool = False) -> None:
+
+class Tail:
+    """Copies what is appended to a file to our stdout, as it is: from byte `start` on; None: its last lines first."""
+
+    def __init__(self, path: Path, start: int | None) -> None:
         self.path = path
-        self._offset = path.stat().st_size if path.exists() else 0
-        if last_lines and self._offset:
+        self._offset = length(path) if start is None else start
+        if start is None and self._offset:
             with path.open("rb") as file:
                 file.seek(max(0, self._offset - REMEMBERED))
                 # half a line at the beginning is left out

@@ -223,12 +223,12 @@ def standing(job: str) -> Standing:
     return Standing(fields["JobState"], nodes, fields.get("Reason", ""), fields.get("Restarts", "0"))
 
 
-def follow(run: Path, note: JobNote, from_start: bool) -> int:
-    """Shows rank 0's log until the job is over, through requeues; returns the job's exit code.
+def follow(run: Path, note: JobNote, start: int | None) -> int:
+    """Shows rank 0's log, as `Tail` does, until the job is over, through requeues; returns the job's exit code.
 
     Ctrl-C, or the loss of whoever reads that, ends the whole command: the job goes on.
     """
-    tail = Tail(log_path(run), last_lines=not from_start)
+    tail = Tail(log_path(run), start)
     told = ""
     over = 0
     try:

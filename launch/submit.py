@@ -19,8 +19,8 @@ from pathlib import Path
 if not __package__:  # started as a script: the checkout, not launch/, is where imports begin
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from launch.records import ROOT, JobNote, Lock, make_job_folder, read_note, snapshot_code, submit_command
-from launch.show import UNREAD, give_up
+from launch.records import ROOT, JobNote, Lock, log_path, make_job_folder, read_note, snapshot_code, submit_command
+from launch.show import UNREAD, give_up, length
 from mtbert.config import Config, SurgeryConfig, WeightingConfig, load_config, to_yaml
 from mtbert.errors import CommandLine, UserError
 from mtbert.runs import (
@@ -366,6 +366,7 @@ def _on_slurm(
         )
     with _new_folders() as new:
         folder, runs = _folders(args, source, configs, values, command, new)
+        starts = [length(log_path(run)) for run in runs]
         notes = slurm.submit_jobs(args, f"mtbert-{folder.name}", folder, runs)
     for run, note in zip(runs, notes, strict=True):
         print(f"job {note.id}: {args.nodes} node(s) × {note.ranks_per_node} rank(s), run folder {run}", flush=True)
@@ -373,8 +374,8 @@ def _on_slurm(
         print(f"watch with: {submit_command('--follow', runs[0])}")
         return 0
     codes = []
-    for run, note in zip(runs, notes, strict=True):
-        codes.append(slurm.follow(run, note, from_start=args.resume is None))
+    for run, note, start in zip(runs, notes, starts, strict=True):
+        codes.append(slurm.follow(run, note, start))
         _discard(args, run, codes[-1])
     return max(codes)
 
@@ -391,7 +392,7 @@ def follow_again(run: Path) -> int:
     note = _note(run)
     if note.cluster == "local":
         raise UserError(f"--follow {run}: its job ran on {note.host} without Slurm; read {run}/logs/rank0.log")
-    return slurm.follow(run, note, from_start=False)
+    return slurm.follow(run, note, None)
 
 
 def status(runs: list[Path]) -> int:

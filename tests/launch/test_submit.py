@@ -514,6 +514,21 @@ def test_the_last_words_are_those_of_the_last_attempt_of_the_job(
     assert "could not write to" in submit("--follow", run, cwd=tmp_path).stderr
 
 
+def test_all_that_the_runs_of_an_array_wrote_is_shown(
+    config: Path, tmp_path: Path, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also what one wrote before its turn; of a run that is continued, what it wrote since then."""
+    monkeypatch.setattr("launch.slurm.ASK_EVERY_S", 0.2)
+    speak = "for run in $(ls -d runs/seeds/*=*); do mkdir -p $run/logs; echo ${run##*/} >>$run/logs/rank0.log; done"
+    slurm.does("sbatch", f"{speak}; echo Submitted batch job 7")
+    slurm.does("scontrol", "echo JobState=CANCELLED Restarts=0")
+    done = submit("--config", config, "--set", "run.name=seeds", "--array", "seed=0,1", "--follow", cwd=tmp_path)
+    said = [line for line in done.stdout.splitlines() if line.startswith("seed=")]
+    assert said == ["seed=0", "seed=1"]
+    done = submit("--resume", "runs/seeds/seed=1", "--follow", cwd=tmp_path)
+    assert [line for line in done.stdout.splitlines() if line.startswith("seed=")] == ["seed=1"]
+
+
 def test_a_plain_job_whose_ranks_were_all_killed_says_what_slurm_says(
     run: Path, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
