@@ -301,6 +301,17 @@ def _folders(
     return folder, runs
 
 
+def _check_over(run: Path | None) -> None:
+    """Raises `UserError` for a run to be continued whose job on Slurm waits or runs, wherever it is to go on."""
+    from launch.slurm import queued
+
+    if run is not None and (note := read_note(run)) and queued(note):
+        raise UserError(
+            f"--resume {run}: job {note.id} is not over; watch it with: {submit_command('--follow', run)}; "
+            f"or end it with: {submit_command('cancel', run)}"
+        )
+
+
 def _folder_name(value: str) -> str:
     """Of a run in an array."""
     return value.replace("/", "_")
@@ -330,6 +341,7 @@ def _here(
         _check_methods(configs)  # the ranks would, in a moment
         _show_configurations(configs, values)
         return 0
+    _check_over(args.resume)
     with _new_folders() as new:
         _, runs = _folders(args, source, configs, values, command, new)
     code = 0
@@ -359,11 +371,7 @@ def _on_slurm(
         print(slurm.script(args, f"mtbert-{folder.name}", folder, runs))
         _show_configurations(configs, values)
         return 0
-    if args.resume is not None and (note := read_note(args.resume)) and slurm.queued(note):
-        raise UserError(
-            f"--resume {args.resume}: job {note.id} is not over; watch it with: "
-            f"{submit_command('--follow', args.resume)}; or end it with: {submit_command('cancel', args.resume)}"
-        )
+    _check_over(args.resume)
     with _new_folders() as new:
         folder, runs = _folders(args, source, configs, values, command, new)
         starts = [length(log_path(run)) for run in runs]

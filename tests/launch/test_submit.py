@@ -324,8 +324,10 @@ def test_a_command_that_is_told_can_be_typed(config: Path, tmp_path: Path, slurm
     done = submit("--config", config, "--set", "run.name=my run", cwd=tmp_path)
     assert done.stdout.splitlines()[-1] == "watch with: python launch/submit.py --follow 'runs/my run'"
     slurm.does("scontrol", "echo JobState=PENDING")
-    done = submit("--resume", "runs/my run", cwd=tmp_path)
-    assert done.stderr.endswith("or end it with: python launch/submit.py cancel 'runs/my run'\n")
+    for way in ([], ["--local"]):
+        done = submit("--resume", "runs/my run", *way, cwd=tmp_path)
+        assert done.returncode == 2
+        assert done.stderr.endswith("or end it with: python launch/submit.py cancel 'runs/my run'\n")
 
 
 def test_ctrl_c_while_an_array_is_watched_leaves_at_once(config: Path, tmp_path: Path, slurm: FakeSlurm) -> None:
