@@ -36,6 +36,8 @@ from mtbert.errors import UserError
 from mtbert.stops import stop_requests
 
 POLL_S = 0.05
+DRIVER_S = 60.0
+"""How long nvidia-smi may take to list the GPUs; it hangs where the driver does."""
 YEAR_MIN = 60 * 24 * 365
 SHOW_CURSOR = b"\x1b[?25h"
 
@@ -99,7 +101,11 @@ def gpus_here() -> int:
         return len(visible)
     if shutil.which("nvidia-smi") is None:
         return 0
-    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60)
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=DRIVER_S)
+    except subprocess.TimeoutExpired:
+        print(f"nvidia-smi does not answer within {DRIVER_S:g} s, so no GPU is used", file=sys.stderr)
+        return 0
     return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
 
 

@@ -99,6 +99,15 @@ def make_job_folder(run: Path) -> None:
 
 
 @contextlib.contextmanager
+def writing_to(run: Path) -> Iterator[None]:
+    """Raises `UserError` where that is refused."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{run}: cannot be written to: {error.strerror}") from None
+
+
+@contextlib.contextmanager
 def writable_by_me_alone() -> Iterator[None]:
     """What this process, and one that it starts, writes meanwhile."""
     before = os.umask(0o022)

@@ -42,7 +42,6 @@ from launch.records import (
     stop_path,
     submit_command,
     writable_by_me_alone,
-    write_note,
 )
 from launch.show import STOPPED, UNREAD, Tail, Unwatched, launcher_logs, report, tell
 from mtbert.errors import UserError
@@ -144,7 +143,10 @@ def script(args: argparse.Namespace, name: str, folder: Path, runs: Sequence[Pat
 
 
 def submit_jobs(args: argparse.Namespace, name: str, folder: Path, runs: Sequence[Path]) -> list[JobNote]:
-    """One job per run folder, as a Slurm array when there are several. Raises `UserError` with sbatch's complaint."""
+    """One job per run folder, as a Slurm array when there are several; returns what their folders are to note.
+
+    Raises `UserError` with sbatch's complaint.
+    """
     snapshot_code(folder)
     executor = submitit.SlurmExecutor(job_folder(folder), python=_python(folder))
     executor.update_parameters(**parameters(args, name, runs))
@@ -155,12 +157,11 @@ def submit_jobs(args: argparse.Namespace, name: str, folder: Path, runs: Sequenc
             submitted = executor.submit_array(jobs)
     except FailedJobError as error:
         raise UserError(_complaint(str(error))) from None
-    notes = []
-    for run, job, handle in zip(runs, jobs, submitted, strict=True):
-        ranks = args.gpus_per_node or args.ranks_per_node or 1
-        notes.append(JobNote("slurm", handle.job_id, job.token, "", args.nodes, ranks, bool(args.gpus_per_node)))
-        write_note(run, notes[-1])
-    return notes
+    ranks = args.gpus_per_node or args.ranks_per_node or 1
+    return [
+        JobNote("slurm", handle.job_id, job.token, "", args.nodes, ranks, bool(args.gpus_per_node))
+        for job, handle in zip(jobs, submitted, strict=True)
+    ]
 
 
 def _python(folder: Path) -> str:

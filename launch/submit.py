@@ -13,13 +13,24 @@ import difflib
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 if not __package__:  # started as a script: the checkout, not launch/, is where imports begin
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from launch.records import ROOT, JobNote, Lock, log_path, make_job_folder, read_note, snapshot_code, submit_command
+from launch.records import (
+    ROOT,
+    JobNote,
+    Lock,
+    log_path,
+    make_job_folder,
+    read_note,
+    snapshot_code,
+    submit_command,
+    write_note,
+    writing_to,
+)
 from launch.show import UNREAD, give_up, length
 from mtbert.config import Config, SurgeryConfig, WeightingConfig, load_config, to_yaml
 from mtbert.errors import CommandLine, UserError
@@ -249,51 +260,44 @@ def _check_methods(configs: list[Config]) -> None:
 # ----------------------------------------------------------------------------------------- run folders
 
 
-@contextlib.contextmanager
-def _new_folders() -> Iterator[list[Path]]:
-    """A list of folders; those in it are removed when a `UserError` leaves the block."""
-    folders: list[Path] = []
-    try:
-        yield folders
-    except UserError:
-        for folder in folders:
-            shutil.rmtree(folder, ignore_errors=True)  # one may have held the next
-        raise
-
-
 def _folders(
     args: argparse.Namespace,
     source: Path,
     configs: list[Config],
     values: list[str | None],
     command: list[str],
-    new: list[Path],
+    undo: contextlib.ExitStack,
 ) -> tuple[Path, list[Path]]:
     """The folder that holds the job's code, and a run folder per configuration: itself, or those of an array in it.
 
-    What it makes is added to `new`. An array that is there already gets more runs.
+    `undo` gets what takes back all that it does. An array that is there already gets more runs.
     """
     if args.resume is not None:
         run: Path = args.resume
         if holder := Lock(run, "-").holder():
             raise UserError(f"--resume {run}: a job is using this run folder ({holder})")
-        write_atomically(run / "config.yaml", to_yaml(independent(configs[0])))
-        make_job_folder(run)
+        with writing_to(run):
+            before = source.read_bytes()
+            write_atomically(source, to_yaml(independent(configs[0])))
+            undo.callback(write_atomically, source, before)
+            make_job_folder(run)
         return run, [run]
     if not args.array:
         run = create_run(configs[0], str(source), command)
-        new.append(run)
+        undo.callback(shutil.rmtree, run, ignore_errors=True)
         make_job_folder(run)
         return run, [run]
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     folder = user_path(configs[0].run.dir) / (configs[0].run.name or f"{stamp}-{source.stem}-array")
     if not folder.exists():
-        new.append(folder)
+        undo.callback(shutil.rmtree, folder, ignore_errors=True)
+    elif (folder / "code").exists():
+        print(f"{folder}: trains with the code of {folder / 'code'}, from its first submission", flush=True)
     runs = []
     for config, value in zip(configs, values, strict=True):
         place = config.run.model_copy(update={"dir": str(folder), "name": _folder_name(str(value))})
         runs.append(create_run(config.model_copy(update={"run": place}), str(source), command))
-        new.append(runs[-1])
+        undo.callback(shutil.rmtree, runs[-1], ignore_errors=True)
         make_job_folder(runs[-1])
         (runs[-1] / "code").symlink_to(Path("..") / "code")
     snapshot_code(folder)
@@ -342,8 +346,9 @@ def _here(
         _show_configurations(configs, values)
         return 0
     _check_over(args.resume)
-    with _new_folders() as new:
-        _, runs = _folders(args, source, configs, values, command, new)
+    with contextlib.ExitStack() as undo:
+        _, runs = _folders(args, source, configs, values, command, undo)
+        undo.pop_all()
     code = 0
     for run in runs:
         print(f"run folder {run}", flush=True)
@@ -372,11 +377,13 @@ def _on_slurm(
         _show_configurations(configs, values)
         return 0
     _check_over(args.resume)
-    with _new_folders() as new:
-        folder, runs = _folders(args, source, configs, values, command, new)
+    with contextlib.ExitStack() as undo:
+        folder, runs = _folders(args, source, configs, values, command, undo)
         starts = [length(log_path(run)) for run in runs]
         notes = slurm.submit_jobs(args, f"mtbert-{folder.name}", folder, runs)
+        undo.pop_all()  # the job is there
     for run, note in zip(runs, notes, strict=True):
+        write_note(run, note)
         print(f"job {note.id}: {args.nodes} node(s) × {note.ranks_per_node} rank(s), run folder {run}", flush=True)
     if not args.follow:
         print(f"watch with: {submit_command('--follow', runs[0])}")

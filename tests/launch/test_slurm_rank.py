@@ -246,6 +246,19 @@ def test_a_plain_job_on_a_run_folder_that_is_there_refuses_what_would_be_ignored
     assert (note := read_note(run)) and note.id == "8"
 
 
+def test_a_plain_job_without_a_number_of_ranks_is_told_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(VARIABLES, "SLURM_JOB_NUM_NODES", "2")
+    words = [sys.executable, "-m", "launch.rank", "make", "runs/mine", *QUICKSTART]
+    environment = {**os.environ, **VARIABLES, "PYTHONPATH": str(ROOT)}
+    del environment["SLURM_NTASKS"]
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    told = "error: SLURM_NTASKS: not set in this job; give --ntasks-per-node to sbatch\n"
+    assert (done.returncode, done.stderr) == (2, told)
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.parametrize(
     ("variables", "gpus"), [({}, False), ({"SLURM_JOB_GPUS": "0"}, True), ({"SLURM_GPUS_ON_NODE": "2"}, True)]
 )

@@ -177,6 +177,17 @@ def test_gpus_that_stay_idle_are_told(
     assert done.stderr == "1 GPU(s) stay idle, fewer than the 2 nodes; --nodes 1 would use them\n"
 
 
+def test_a_driver_that_hangs_counts_as_no_gpu(
+    config: Path, tmp_path: Path, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr("launch.local.DRIVER_S", 0.3)
+    slurm.does("nvidia-smi", "exec sleep 9")
+    done = submit("--config", config, "--local", "--dry-run", cwd=tmp_path)
+    assert done.returncode == 0 and "1 CPU rank(s)" in done.stdout
+    assert done.stderr == "nvidia-smi does not answer within 0.3 s, so no GPU is used\n"
+
+
 @pytest.mark.parametrize("visible", ["GPU-5ebe9f43", "0,MIG-41b35"])
 def test_gpus_without_numbers_are_refused_before_there_is_a_run_folder(
     visible: str, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -307,7 +318,41 @@ def test_a_refused_array_takes_only_its_own_runs_with_it(config: Path, tmp_path:
     slurm.does("sbatch", "echo Submitted batch job 8")
     done = submit(*arguments, "seed=2,3", cwd=tmp_path)
     assert done.returncode == 0 and "job 8_1:" in done.stdout
+    assert (
+        done.stdout.splitlines()[0] == "runs/seeds: trains with the code of runs/seeds/code, from its first submission"
+    )
     assert all((array / f"seed={seed}" / "code" / "launch").is_dir() for seed in (1, 2, 3))
+
+
+def test_ctrl_c_while_sbatch_is_asked_leaves_nothing(config: Path, tmp_path: Path, slurm: FakeSlurm) -> None:
+    slurm.does("sbatch", "kill -INT $PPID; sleep 2; exit 1")
+    done = submit_apart("--config", config, "--array", "seed=0,1", cwd=tmp_path)
+    assert done.returncode == -signal.SIGINT
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_a_refused_continuation_leaves_the_configuration_as_it_was(
+    config: Path, tmp_path: Path, slurm: FakeSlurm
+) -> None:
+    slurm.does("sbatch", "echo 'sbatch: error: no room' >&2; exit 1")
+    run = create_run(load_config(config, [f"run.dir={tmp_path}"]), None, [])
+    before = (run / "config.yaml").read_bytes()
+    words = ["--resume", run, "--set", "checkpoint.keep=9"]
+    assert "no room" in submit(*words, cwd=tmp_path).stderr
+    assert (run / "config.yaml").read_bytes() == before
+    slurm.does("sbatch", "echo Submitted batch job 7")
+    assert submit(*words, cwd=tmp_path).returncode == 0
+    assert load_config(run / "config.yaml").checkpoint.keep == 9
+
+
+def test_a_run_folder_that_one_may_not_write_to_is_one_line(config: Path, tmp_path: Path) -> None:
+    """As root as well, without the right to write anywhere."""
+    run = create_run(load_config(config, [f"run.dir={tmp_path}"]), None, [])
+    run.chmod(0o555)
+    powerless = ["setpriv", "--bounding-set", "-dac_override"] if os.geteuid() == 0 else []
+    words = [*powerless, sys.executable, ROOT / "launch" / "submit.py", "--local", "--resume", run]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE_S)
+    assert (done.returncode, done.stderr) == (2, f"error: {run}: cannot be written to: Permission denied\n")
 
 
 def test_a_value_with_a_slash_makes_one_folder(config: Path, tmp_path: Path, slurm: FakeSlurm) -> None:
