@@ -41,7 +41,7 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @dataclass(frozen=True)
 class Rank:
-    """One process among `world`; `rendezvous` is a torch.distributed init method (tcp://host:port or file:///path)."""
+    """One process among `world`; `rendezvous` is tcp://host:port, or file:// and a path as it is."""
 
     rank: int = 0
     world: int = 1
