@@ -267,6 +267,25 @@ def test_a_lock_on_another_host_is_stale_when_untouched(run: Path) -> None:
     assert Lock(run, "new-0").holder() is None
 
 
+def test_of_two_that_find_a_left_lock_one_takes_it_over(run: Path) -> None:
+    """The other had judged it as well, before the first did."""
+    (job_folder(run) / "lock").write_text("junk")
+    os.utime(job_folder(run) / "lock", (0, 0))
+    first = Lock(run, "a-0")
+    first.owner.host = "a"
+
+    class Slow(Lock):
+        def check(self) -> None:
+            super().check()
+            if not first.is_mine():
+                first.acquire()
+
+    with pytest.raises(UserError, match="another job is using this run folder"):
+        Slow(run, "b-0").acquire()
+    assert first.is_mine()
+    assert [path.name for path in job_folder(run).iterdir()] == ["lock"]
+
+
 def test_who_holds_the_lock_clears_up_after_killed_processes(launch: Launch, run: Path) -> None:
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
