@@ -90,16 +90,19 @@ class Stopwatch:
 def alive(pid: int) -> bool:
     """Whether a process of this host is there and not merely waiting for its parent to hear of its end: in containers
     the first process may never ask."""
+    foreign = False
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
-        pass
+        foreign = True
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:  # gone meanwhile, or no Linux
-        return not Path("/proc/self").exists()
+    except PermissionError:  # another user's, with hidepid=1
+        return True
+    except FileNotFoundError:  # gone meanwhile, or no Linux; another user's with hidepid=2
+        return foreign or not Path("/proc/self").exists()
 
 
 HOST = platform.node().replace(".", "-")
