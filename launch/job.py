@@ -420,9 +420,12 @@ def _interface(place: Place) -> str | None:
     """
     if len(place.hosts) < 2:
         return next((name for _, name in socket.if_nameindex() if name.startswith("lo")), None)
+    # on Slurm by number: what a host calls itself need not be the name of its node
+    first = os.environ["SLURM_NODEID"] == "0" if place.slurm_job else place.host.split(".")[0] == place.hosts[0]
     # the way to oneself is the loopback, so the first node asks for the way to the second
-    other = place.hosts[1] if place.host.split(".")[0] == place.hosts[0] else place.hosts[0]
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+    other = place.hosts[1] if first else place.hosts[0]
+    # OSError: a name without an IPv4 address, say; gloo then chooses
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((other, 9))  # sends nothing, but picks the route
         mine = probe.getsockname()[0]
         for _, name in socket.if_nameindex():

@@ -15,7 +15,7 @@ from fake_slurm import FakeSlurm
 from harness import PATIENCE_S
 
 from launch import job, records
-from launch.job import Attempt, Place, _set_variables
+from launch.job import Attempt, Place, _interface, _set_variables
 from launch.records import ROOT, read_end, read_note, slurm_state
 from launch.slurm import standing
 from mtbert.config import load_config
@@ -147,6 +147,21 @@ def test_ranks_read_each_other_s_presence_once(run: Path, monkeypatch: pytest.Mo
     attempt._presence(1).unlink()
     assert attempt._dead_peer() is None, "it ended in order"
     assert opened[4:] == [".rank3"]
+
+
+@pytest.mark.parametrize(
+    ("hosts", "node", "expected"),
+    [
+        (("node1", "no-such-host.invalid"), "0", None),  # a name without an IPv4 address
+        (("no-such-host.invalid", "127.0.0.1"), "0", "lo"),  # the first node, whatever it calls itself
+        (("127.0.0.1", "no-such-host.invalid"), "1", "lo"),
+    ],
+)
+def test_the_interface_is_that_to_another_node(
+    monkeypatch: pytest.MonkeyPatch, hosts: tuple[str, ...], node: str, expected: str | None
+) -> None:
+    monkeypatch.setenv("SLURM_NODEID", node)
+    assert _interface(Place(Rank(int(node), 2), "login", hosts, 0, "7")) == expected
 
 
 SIGNALLED = """
