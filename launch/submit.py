@@ -13,7 +13,7 @@ import difflib
 import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 if not __package__:  # started as a script: the checkout, not launch/, is where imports begin
@@ -139,7 +139,7 @@ def main(arguments: list[str] | None = None) -> int:
     return code
 
 
-def _do(args: argparse.Namespace, words: list[str], others: dict[str, Callable[[list[Path]], int]]) -> int:
+def _do(args: argparse.Namespace, words: list[str], others: Mapping[str, Callable[[list[Path]], int]]) -> int:
     options = _options(words)
     if args.verb != "train":
         _refuse(options, f"{args.verb} takes run folders and no options")
