@@ -86,8 +86,9 @@ def until_stopped(run: Path, rank: Rank, stop: Stop, quiet: bool) -> Outcome:
 
 
 def speaks_until_stopped(run: Path, rank: Rank, stop: Stop, quiet: bool) -> Outcome:
+    """For a minute at most: where its test fails, nobody may be left to ask."""
     step = 0
-    while not stop():
+    while not stop() and step < 6000:
         step += 1
         print("step", step)
         time.sleep(0.01)
