@@ -11,6 +11,7 @@ import contextlib
 import faulthandler
 import fcntl
 import io
+import math
 import os
 import pty
 import signal
@@ -44,7 +45,7 @@ from launch.records import (
 )
 from mtbert.errors import UserError
 from mtbert.lock import HEARTBEAT_S, STALE_S
-from mtbert.runs import NO_ROOM, Outcome, Rank, Stopwatch, alive, sweep
+from mtbert.runs import NO_ROOM, Outcome, Rank, Stopwatch, alive, sweep, usable_cores
 
 Train = Callable[[Path, Rank, Callable[[], bool], bool], Outcome]
 
@@ -52,6 +53,8 @@ STOPS = (signal.SIGUSR2, signal.SIGTERM)
 """Signals that ask a rank to save and stop. They are blocked from its first line until it has handlers for them."""
 
 WATCH_S = 0.25
+MEET_S = 1.0
+"""How often a rank looks for those that have not come yet."""
 BLAME_S = 1.0
 """How long a failing rank waits before it takes the blame: a rank whose peer was killed learns of it by an exception
 of its own, within milliseconds, and the watch needs a moment to see the peer gone."""
@@ -158,6 +161,8 @@ class Attempt:
         self.status = "finished"  # unless `_end` says otherwise
         self._stop = False  # no Event: a second signal may find the first one's handler inside of its lock
         self._over = threading.Event()
+        self._peers: dict[int, int | None] = {}  # process ids of the ranks that have come; of other hosts' None
+        self._meet_at = -math.inf
         self._ending = threading.RLock()  # held while an end is recorded and what it calls for is done
 
     def run_to_end(self, train: Train) -> str:
@@ -269,14 +274,24 @@ class Attempt:
 
     def _dead_peer(self) -> int | None:
         """A rank of this host that has gone without a word. Those of other hosts are Slurm's to watch."""
-        for peer in range(self.rank.world):
-            with contextlib.suppress(FileNotFoundError):
-                words = self._presence(peer).read_text().split()
-                if len(words) == 2 and words[0] == self.place.host and not alive(int(words[1])):
-                    return peer
+        if len(self._peers) < self.rank.world and time.monotonic() > self._meet_at:
+            self._meet()
+        for peer, pid in self._peers.items():
+            if pid is not None and not alive(pid) and self._presence(peer).exists():
+                return peer
         return None
 
+    def _meet(self) -> None:
+        """Reads each rank's presence once: all ranks do, on a file system that all share."""
+        self._meet_at = time.monotonic() + MEET_S
+        for peer in set(range(self.rank.world)).difference(self._peers):
+            with contextlib.suppress(FileNotFoundError):
+                words = self._presence(peer).read_text().split()
+                if len(words) == 2:  # it is there whole
+                    self._peers[peer] = int(words[1]) if words[0] == self.place.host else None
+
     def _await_cause(self) -> None:
+        self._meet_at = -math.inf  # it may be the death of one that had only just come
         until = time.monotonic() + BLAME_S
         while time.monotonic() < until and not end_path(self.run, self.name).exists():
             time.sleep(WATCH_S / 5)
@@ -380,13 +395,22 @@ def _trainer(launch: Stopwatch) -> Train:
 
 def _set_variables(place: Place) -> None:
     """What libraries read when they are imported. The user's own settings win."""
-    # a rank on Slurm may be bound to what it was granted, and then sees nothing of the others' part
-    granted = os.environ.get("SLURM_CPUS_PER_TASK") if place.slurm_job else None
-    os.environ.setdefault("OMP_NUM_THREADS", granted or str(place.rank.cores))
+    os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or str(_threads(place))
     if interface := _interface(place):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _threads(place: Place) -> int:
+    """Slurm may bind a rank to its own part of the step's CPUs on this node, to all of them, or to nothing.
+
+    SLURM_CPUS_PER_TASK says what sbatch was asked for, which srun need not do.
+    """
+    of_step = os.environ.get("SLURM_CPUS_ON_NODE", "") if place.slurm_job else ""
+    if not of_step.isdecimal():
+        return place.rank.cores
+    return max(1, min(usable_cores(), int(of_step) // place.rank.local_world))
 
 
 def _interface(place: Place) -> str | None:
@@ -396,9 +420,12 @@ def _interface(place: Place) -> str | None:
     """
     if len(place.hosts) < 2:
         return next((name for _, name in socket.if_nameindex() if name.startswith("lo")), None)
+    # on Slurm by number: what a host calls itself need not be the name of its node
+    first = os.environ["SLURM_NODEID"] == "0" if place.slurm_job else place.host.split(".")[0] == place.hosts[0]
     # the way to oneself is the loopback, so the first node asks for the way to the second
-    other = place.hosts[1] if place.host.split(".")[0] == place.hosts[0] else place.hosts[0]
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+    other = place.hosts[1] if first else place.hosts[0]
+    # OSError: a name without an IPv4 address, say; gloo then chooses
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((other, 9))  # sends nothing, but picks the route
         mine = probe.getsockname()[0]
         for _, name in socket.if_nameindex():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import re
@@ -14,7 +15,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import submitit
@@ -31,11 +31,13 @@ from launch.records import (
     writable_by_me_alone,
     write_note,
 )
-from launch.show import Tail
+from launch.show import Tail, Unwatched, length, show, tell
 from mtbert.errors import UserError
 from mtbert.stops import stop_requests
 
 POLL_S = 0.05
+DRIVER_S = 60.0
+"""How long nvidia-smi may take to list the GPUs; it hangs where the driver does."""
 YEAR_MIN = 60 * 24 * 365
 SHOW_CURSOR = b"\x1b[?25h"
 
@@ -45,7 +47,7 @@ def run_here(
 ) -> tuple[JobNote, End | None]:
     """Starts nodes × ranks_per_node processes on this machine and shows rank 0's output until they have ended.
 
-    Ctrl-C asks them to save and stop, a second one kills them.
+    Ctrl-C, or the loss of whoever reads that, asks them to save and stop; a second Ctrl-C kills them.
 
     Returns: the job and how it ended; None when no rank could say (they were killed).
     """
@@ -59,7 +61,7 @@ def run_here(
     executor.update_parameters(
         tasks_per_node=world, gpus_per_node=gpus, visible_gpus=gpu_numbers(gpus), timeout_min=YEAR_MIN
     )
-    tail = Tail(log_path(run))
+    tail = Tail(log_path(run), length(log_path(run)))
     interrupts: list[signal.Signals] = []
     with stop_requests(lambda number, _: interrupts.append(number), signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         # inherited: the Ctrl-C of a terminal reaches children too, and would end them
@@ -68,20 +70,25 @@ def run_here(
         note = JobNote("local", job.job_id, token, socket.gethostname(), nodes, ranks_per_node, gpus > 0)
         write_note(run, note)
         while not job.done():
-            tail.copy()
+            try:
+                tail.copy()
+            except Unwatched:
+                tell(f"\nnobody reads the output any more; continue with: {note.again(run)}")
+                if not interrupts:
+                    signal.raise_signal(signal.SIGTERM)  # with the SIGHUP of a closed terminal it is one request
             if interrupts and not stop_path(run, token).exists():
                 stop_path(run, token).touch()
-                print("\nsaving and stopping; Ctrl-C again ends it at once", file=sys.stderr, flush=True)
+                tell("\nsaving and stopping; Ctrl-C again ends it at once")
             if len(interrupts) > 1:
                 job._process.kill()  # the ranks see it gone and follow
                 job._process.wait()
             time.sleep(POLL_S)
-    tail.copy()
+    with contextlib.suppress(Unwatched):
+        tail.copy()
+        if shown:
+            show(SHOW_CURSOR)
     for suffix in ("rendezvous", "stop"):  # torch leaves the file in which the ranks met
         (job_folder(run) / f"{token}.{suffix}").unlink(missing_ok=True)
-    if shown:
-        sys.stdout.buffer.write(SHOW_CURSOR)
-        sys.stdout.flush()
     end = last_end(run, token)
     if end is None and interrupts:
         end = End("stopped", 0, socket.gethostname())
@@ -94,7 +101,11 @@ def gpus_here() -> int:
         return len(visible)
     if shutil.which("nvidia-smi") is None:
         return 0
-    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60)
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=DRIVER_S)
+    except subprocess.TimeoutExpired:
+        print(f"nvidia-smi does not answer within {DRIVER_S:g} s, so no GPU is used", file=sys.stderr)
+        return 0
     return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
 
 
@@ -119,7 +130,7 @@ def _visible() -> list[str] | None:
     return list(itertools.takewhile(re.compile(r"\d+$|GPU-|MIG-").match, names))
 
 
-@contextmanager
+@contextlib.contextmanager
 def _interrupts_ignored() -> Iterator[None]:
     numbers = (signal.SIGINT, signal.SIGHUP)
     before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}

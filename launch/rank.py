@@ -19,7 +19,7 @@ if __name__ == "__main__":
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2, signal.SIGTERM})
 
 from launch.job import Job
-from launch.records import JobNote, Lock, make_job_folder, read_note, write_note
+from launch.records import JobNote, Lock, make_job_folder, read_note, write_note, writing_to
 from launch.submit import DEFAULT_CONFIG, check_resumable
 from mtbert.config import load_config, to_yaml
 from mtbert.errors import CommandLine, UserError
@@ -41,7 +41,8 @@ def main() -> int:
         Job(args.run.resolve(), token)()
         return 0
     try:
-        make(args.run, args.config, args.overrides, token)
+        with writing_to(args.run):
+            make(args.run, args.config, args.overrides, token)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -50,6 +51,8 @@ def main() -> int:
 
 def make(run: Path, source: Path | None, overrides: list[str], token: str) -> None:
     """The run folder: a new one, or one that is there already, to be continued."""
+    if "SLURM_NTASKS" not in os.environ:
+        raise UserError("SLURM_NTASKS: not set in this job; give --ntasks-per-node to sbatch")
     Lock(run, f"{token}-0").check()
     if not (run / "config.yaml").exists():
         source = source or DEFAULT_CONFIG

@@ -93,7 +93,18 @@ def make_job_folder(run: Path) -> None:
         raise UserError(
             f"{folder}: belongs to another user, who could have your job do anything; copy {run} and continue that"
         )
+    with contextlib.suppress(OSError, AttributeError):  # there is none, or no such thing here
+        os.removexattr(folder, "system.posix_acl_default")  # a project's, which would count instead of the umask
     folder.chmod(folder.stat().st_mode & ~0o022)
+
+
+@contextlib.contextmanager
+def writing_to(run: Path) -> Iterator[None]:
+    """Raises `UserError` where that is refused."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{run}: cannot be written to: {error.strerror}") from None
 
 
 @contextlib.contextmanager
@@ -213,6 +224,20 @@ class Lock(RunLock):
 
     def _is_over(self, slurm_job: str) -> bool:
         return slurm_state(slurm_job) not in ("RUNNING", "COMPLETING", "UNKNOWN")
+
+
+@contextlib.contextmanager
+def outside_of_any_job() -> Iterator[None]:
+    """For a submission: sbatch passes its environment on, and of a job around us (salloc, a notebook on a node) the new
+    one would take ids, restarts and CPUs for its own. How Slurm is reached stays.
+    """
+    names = ("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_", "MTBERT_")
+    kept = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT")
+    outer = {name: os.environ.pop(name) for name in [*os.environ] if name.startswith(names) and name not in kept}
+    try:
+        yield
+    finally:
+        os.environ.update(outer)
 
 
 def slurm_fields(job: str) -> dict[str, str]:

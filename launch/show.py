@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
+from typing import TextIO
 
 from launch.records import End, JobNote, job_folder, log_path
 from mtbert.manifest import folders
@@ -14,50 +16,88 @@ REMEMBERED = 4000
 STOPPED = 130
 """Exit code of a job that was stopped or cancelled: what shells use after Ctrl-C."""
 
+UNREAD = 141
+"""Exit code where nobody reads our output any more: what shells say of a process that SIGPIPE ended."""
+
+
+class Unwatched(Exception):
+    """The reader of our stdout has enough (`| head`), or its terminal was closed."""
+
+
+def give_up(stream: TextIO) -> None:
+    """What is still in its buffer would be written, and fail again, when Python ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def tell(words: str, stream: TextIO | None = None) -> None:
+    """On stderr, or `stream`, if somebody is left to read it."""
+    stream = stream or sys.stderr
+    try:
+        print(words, file=stream, flush=True)
+    except OSError:
+        give_up(stream)
+
+
+def show(output: bytes) -> None:
+    """Raises `Unwatched` for the first that cannot be shown; later ones go nowhere."""
+    try:
+        sys.stdout.buffer.write(output)
+        sys.stdout.flush()
+    except OSError:
+        give_up(sys.stdout)
+        raise Unwatched from None
+
+
+def length(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
 
 class Tail:
-    """Copies what is appended to a file to our stdout, bytes as they are: from now on, or with its last lines first."""
+    """Copies what is appended to a file to our stdout, as it is: from byte `start` on; None: its last lines first."""
 
-    def __init__(self, path: Path, last_lines: bool = False) -> None:
+    def __init__(self, path: Path, start: int | None) -> None:
         self.path = path
-        self._offset = path.stat().st_size if path.exists() else 0
-        if last_lines and self._offset:
+        self._offset = length(path) if start is None else start
+        if start is None and self._offset:
             with path.open("rb") as file:
                 file.seek(max(0, self._offset - REMEMBERED))
                 # half a line at the beginning is left out
                 self._offset = file.tell() + (len(file.readline()) if file.tell() else 0)
 
     def copy(self) -> None:
+        """Raises `Unwatched`, as `show` does."""
         if not self.path.exists():
             return
         with self.path.open("rb") as file:
             file.seek(self._offset)
             new = file.read()
         self._offset += len(new)
-        sys.stdout.buffer.write(new)
-        sys.stdout.flush()
+        show(new)
 
 
-def report(run: Path, note: JobNote, end: End | None) -> int:
-    """Last words of a job to its user; returns the exit code. The trainer itself has told a finished run's."""
+def report(run: Path, note: JobNote, end: End | None, said: str = "") -> int:
+    """Last words of a job to its user; returns the exit code. The trainer itself has told a finished run's.
+
+    Args:
+        said: what Slurm says of a job that left no word.
+    """
     resume = note.again(run)
     if end is None:
-        words = _launcher_errors(run, note) or f"the job was killed; see {log_path(run).parent}/"
-        print(f"error: {words}\ncontinue with: {resume}", file=sys.stderr)
+        words = _launcher_errors(run, note) or f"the job was killed{said}; see {log_path(run).parent}/"
+        tell(f"error: {words}\ncontinue with: {resume}")
         return 1
     if end.status == "mistake":
-        print(f"error: {end.message}", file=sys.stderr)
+        tell(f"error: {end.message}")
         if any((run / "checkpoints").glob("step-*")):  # a disk that was full at the end, say
-            print(f"continue with: {resume}", file=sys.stderr)
+            tell(f"continue with: {resume}")
         return 2
     if end.status in ("failed", "lost"):
-        print(f"rank {end.rank} on {end.host} failed; all output: {log_path(run).parent}/", file=sys.stderr)
-        print(end.message.rstrip(), file=sys.stderr)
+        tell(f"rank {end.rank} on {end.host} failed; all output: {log_path(run).parent}/\n{end.message.rstrip()}")
         why = "a rank was killed (memory?) or its node failed; " if end.status == "lost" else ""
-        print(f"{why}continue with: {resume}", file=sys.stderr)
+        tell(f"{why}continue with: {resume}")
         return 1
     if end.status == "stopped":
-        print(f"stopped {_when(run, end)}; continue with: {resume}")
+        tell(f"stopped {_when(run, end)}; continue with: {resume}", sys.stdout)
         return STOPPED
     return 0
 

@@ -34,6 +34,7 @@ from launch.records import (
     job_folder,
     last_end,
     log_path,
+    outside_of_any_job,
     read_end,
     read_note,
     slurm_fields,
@@ -41,9 +42,8 @@ from launch.records import (
     stop_path,
     submit_command,
     writable_by_me_alone,
-    write_note,
 )
-from launch.show import STOPPED, Tail, launcher_logs, report
+from launch.show import STOPPED, UNREAD, Tail, Unwatched, launcher_logs, report, tell
 from mtbert.errors import UserError
 from mtbert.runs import alive
 
@@ -116,6 +116,9 @@ def parameters(args: argparse.Namespace, name: str, runs: Sequence[Path]) -> dic
         # srun does not take it over from the batch script
         + ([f"--cpus-per-task={args.cpus_per_rank}"] if args.cpus_per_rank else []),
         "setup": [
+            "unset SLURM_EXPORT_ENV",  # a site's --export=NONE is for sbatch; srun would follow it
+            # what was typed, and no profile of the site's, says how many threads
+            *([f"export OMP_NUM_THREADS={args.cpus_per_rank}"] if args.cpus_per_rank else []),
             f"export {BATCH_STARTED}=$(date +%s.%N)",
             f"runs=({' '.join(shlex.quote(str(run.resolve())) for run in runs)})",
             "run=${runs[${SLURM_ARRAY_TASK_ID:-0}]}",
@@ -140,23 +143,25 @@ def script(args: argparse.Namespace, name: str, folder: Path, runs: Sequence[Pat
 
 
 def submit_jobs(args: argparse.Namespace, name: str, folder: Path, runs: Sequence[Path]) -> list[JobNote]:
-    """One job per run folder, as a Slurm array when there are several. Raises `UserError` with sbatch's complaint."""
+    """One job per run folder, as a Slurm array when there are several; returns what their folders are to note.
+
+    Raises `UserError` with sbatch's complaint.
+    """
     snapshot_code(folder)
     executor = submitit.SlurmExecutor(job_folder(folder), python=_python(folder))
     executor.update_parameters(**parameters(args, name, runs))
     jobs = [Job(run.resolve(), secrets.token_hex(4)) for run in runs]
     try:
         # submitit prints the complaint and raises it as well
-        with writable_by_me_alone(), contextlib.redirect_stderr(io.StringIO()):
+        with writable_by_me_alone(), outside_of_any_job(), contextlib.redirect_stderr(io.StringIO()):
             submitted = executor.submit_array(jobs)
     except FailedJobError as error:
         raise UserError(_complaint(str(error))) from None
-    notes = []
-    for run, job, handle in zip(runs, jobs, submitted, strict=True):
-        ranks = args.gpus_per_node or args.ranks_per_node or 1
-        notes.append(JobNote("slurm", handle.job_id, job.token, "", args.nodes, ranks, bool(args.gpus_per_node)))
-        write_note(run, notes[-1])
-    return notes
+    ranks = args.gpus_per_node or args.ranks_per_node or 1
+    return [
+        JobNote("slurm", handle.job_id, job.token, "", args.nodes, ranks, bool(args.gpus_per_node))
+        for job, handle in zip(jobs, submitted, strict=True)
+    ]
 
 
 def _python(folder: Path) -> str:
@@ -219,12 +224,12 @@ def standing(job: str) -> Standing:
     return Standing(fields["JobState"], nodes, fields.get("Reason", ""), fields.get("Restarts", "0"))
 
 
-def follow(run: Path, note: JobNote, from_start: bool) -> int:
-    """Shows rank 0's log until the job is over, through requeues; returns the job's exit code.
+def follow(run: Path, note: JobNote, start: int | None) -> int:
+    """Shows rank 0's log, as `Tail` does, until the job is over, through requeues; returns the job's exit code.
 
-    Ctrl-C ends the whole command: the job goes on.
+    Ctrl-C, or the loss of whoever reads that, ends the whole command: the job goes on.
     """
-    tail = Tail(log_path(run), last_lines=not from_start)
+    tail = Tail(log_path(run), start)
     told = ""
     over = 0
     try:
@@ -235,7 +240,7 @@ def follow(run: Path, note: JobNote, from_start: bool) -> int:
             except UserError as error:  # the job does not mind
                 now, words = SILENT, f"{error}; waiting for it"
             if words != told:
-                print(words, file=sys.stderr, flush=True)
+                tell(words)
                 told = words
             # a failed node ends a job for a moment before it is queued again
             over = over + 1 if now.state in (*OVER, "UNKNOWN") else 0
@@ -251,19 +256,21 @@ def follow(run: Path, note: JobNote, from_start: bool) -> int:
             file=sys.stderr,
         )
         sys.exit(STOPPED)
+    except Unwatched:
+        sys.exit(UNREAD)
     end = _end(run, note, now)
     if end and end.status == "finished" and now.state in ("COMPLETED", "UNKNOWN"):
         return 0
     if now.state == "CANCELLED":
         print(f"job {note.id} was cancelled; continue with: {note.again(run)}")
         return STOPPED
-    if end is None and not launcher_logs(run, note):
-        print(f"error: the first node could not write to {run}; put run.dir on a file system that all nodes share",
-              file=sys.stderr)  # fmt: skip
+    said = "" if now.state == "UNKNOWN" else f" (Slurm says {now.state})"
+    if end is None and not launcher_logs(run, note) and not log_path(run).exists():
+        tell(f"error: the first node could not write to {run}{said}; put run.dir on a file system that all nodes share")
         return 1
     if end and end.status == "stopped" and now.state != "COMPLETED":
         end = None
-    return report(run, note, end)
+    return report(run, note, end, said)
 
 
 def _end(run: Path, note: JobNote, now: Standing) -> End | None:

@@ -26,7 +26,8 @@ for stale in folder.glob("*_result.pkl.save_tmp"):
 for path in (folder, *folder.glob("*_submitted.pkl")):
     found = path.lstat()
     if found.st_uid != os.geteuid() or found.st_mode & 0o022:
-        print(f"error: {path}: others than user {os.geteuid()} can write to it; submit it again", file=sys.stderr)
+        acl = "" if path == folder else ", unless its folder hands write permission on (an ACL?)"
+        print(f"error: {path}: others than user {os.geteuid()} can write to it; submit it again{acl}", file=sys.stderr)
         sys.exit(2)
 
 os.environ.setdefault("SUBMITIT_LOG_LEVEL", "WARNING")

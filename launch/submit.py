@@ -13,13 +13,25 @@ import difflib
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 if not __package__:  # started as a script: the checkout, not launch/, is where imports begin
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from launch.records import ROOT, JobNote, Lock, make_job_folder, read_note, snapshot_code, submit_command
+from launch.records import (
+    ROOT,
+    JobNote,
+    Lock,
+    log_path,
+    make_job_folder,
+    read_note,
+    snapshot_code,
+    submit_command,
+    write_note,
+    writing_to,
+)
+from launch.show import UNREAD, give_up, length
 from mtbert.config import Config, SurgeryConfig, WeightingConfig, load_config, to_yaml
 from mtbert.errors import CommandLine, UserError
 from mtbert.runs import (
@@ -41,6 +53,20 @@ RESUMABLE = ("checkpoint.", "data.cache=", "data.dir=", "engine.threads=", "run.
 OF_SLURM = (
     "--partition", "--time", "--account", "--qos", "--constraint", "--exclude", "--mem", "--cpus-per-rank", "--slurm"
 )  # fmt: skip
+
+NOT_OF_SLURM = {
+    "array": "use --array",
+    "cpus-per-task": "use --cpus-per-rank",
+    "gpus-per-node": "use --gpus-per-node",
+    "nodes": "use --nodes",
+    "ntasks-per-node": "use --ranks-per-node",
+    "time": "use --time",
+    **dict.fromkeys(
+        ("error", "export", "gpus-per-task", "ntasks", "open-mode", "output", "signal", "wrap"),
+        "is set by the launcher",
+    ),
+}
+"""What --slurm may not give: the batch script counts on it."""
 
 EPILOG = """
 status [RUN ...]   how jobs stand (default: all under runs/)
@@ -101,20 +127,29 @@ def main(arguments: list[str] | None = None) -> int:
     others = {"status": status, "cancel": cancel}
     if args.verb != "train" and args.verb not in others:
         parser().error(f"{args.verb}: expected an option, or one of train, {', '.join(others)}")
-    options = _options(words)
     try:
-        if args.verb != "train":
-            _refuse(options, f"{args.verb} takes run folders and no options")
-            return others[args.verb](args.runs)
-        if args.runs:
-            raise UserError(f"train {args.runs[0]}: --config takes a configuration, --resume a run folder to continue")
-        if isinstance(args.follow, Path):
-            _refuse([name for name in options if name != "--follow"], "--follow RUN only watches a job")
-            return follow_again(args.follow)
-        return train(args, ["python", "launch/submit.py", *words])
+        code = _do(args, words, others)
+        sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # `| head`
+        give_up(sys.stdout)
+        return UNREAD
+    return code
+
+
+def _do(args: argparse.Namespace, words: list[str], others: Mapping[str, Callable[[list[Path]], int]]) -> int:
+    options = _options(words)
+    if args.verb != "train":
+        _refuse(options, f"{args.verb} takes run folders and no options")
+        return others[args.verb](args.runs)
+    if args.runs:
+        raise UserError(f"train {args.runs[0]}: --config takes a configuration, --resume a run folder to continue")
+    if isinstance(args.follow, Path):
+        _refuse([name for name in options if name != "--follow"], "--follow RUN only watches a job")
+        return follow_again(args.follow)
+    return train(args, ["python", "launch/submit.py", *words])
 
 
 def _options(words: list[str]) -> list[str]:
@@ -136,6 +171,9 @@ def train(args: argparse.Namespace, command: list[str]) -> int:
         from launch.slurm import minutes  # submitit takes a moment to import
 
         minutes(args.time)
+    for word in args.slurm:
+        if why := NOT_OF_SLURM.get(word.partition("=")[0].removeprefix("--").replace("_", "-")):
+            raise UserError(f"--slurm {word}: {why}")
     of_slurm = [option for option in _options(command) if option in OF_SLURM]
     if args.local:
         _refuse(of_slurm, "--local trains without Slurm")
@@ -222,56 +260,60 @@ def _check_methods(configs: list[Config]) -> None:
 # ----------------------------------------------------------------------------------------- run folders
 
 
-@contextlib.contextmanager
-def _new_folders() -> Iterator[list[Path]]:
-    """A list of folders; those in it are removed when a `UserError` leaves the block."""
-    folders: list[Path] = []
-    try:
-        yield folders
-    except UserError:
-        for folder in folders:
-            shutil.rmtree(folder, ignore_errors=True)  # one may have held the next
-        raise
-
-
 def _folders(
     args: argparse.Namespace,
     source: Path,
     configs: list[Config],
     values: list[str | None],
     command: list[str],
-    new: list[Path],
+    undo: contextlib.ExitStack,
 ) -> tuple[Path, list[Path]]:
     """The folder that holds the job's code, and a run folder per configuration: itself, or those of an array in it.
 
-    What it makes is added to `new`. An array that is there already gets more runs.
+    `undo` gets what takes back all that it does. An array that is there already gets more runs.
     """
     if args.resume is not None:
         run: Path = args.resume
         if holder := Lock(run, "-").holder():
             raise UserError(f"--resume {run}: a job is using this run folder ({holder})")
-        write_atomically(run / "config.yaml", to_yaml(independent(configs[0])))
-        make_job_folder(run)
+        with writing_to(run):
+            before = source.read_bytes()
+            write_atomically(source, to_yaml(independent(configs[0])))
+            undo.callback(write_atomically, source, before)
+            make_job_folder(run)
         return run, [run]
     if not args.array:
         run = create_run(configs[0], str(source), command)
-        new.append(run)
+        undo.callback(shutil.rmtree, run, ignore_errors=True)
         make_job_folder(run)
         return run, [run]
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     folder = user_path(configs[0].run.dir) / (configs[0].run.name or f"{stamp}-{source.stem}-array")
     if not folder.exists():
-        new.append(folder)
+        undo.callback(shutil.rmtree, folder, ignore_errors=True)
+    elif (folder / "code").exists():
+        print(f"{folder}: trains with the code of {folder / 'code'}, from its first submission", flush=True)
     runs = []
     for config, value in zip(configs, values, strict=True):
         place = config.run.model_copy(update={"dir": str(folder), "name": _folder_name(str(value))})
         runs.append(create_run(config.model_copy(update={"run": place}), str(source), command))
-        new.append(runs[-1])
+        undo.callback(shutil.rmtree, runs[-1], ignore_errors=True)
         make_job_folder(runs[-1])
         (runs[-1] / "code").symlink_to(Path("..") / "code")
     snapshot_code(folder)
     make_job_folder(folder)
     return folder, runs
+
+
+def _check_over(run: Path | None) -> None:
+    """Raises `UserError` for a run to be continued whose job on Slurm waits or runs, wherever it is to go on."""
+    from launch.slurm import queued
+
+    if run is not None and (note := read_note(run)) and queued(note):
+        raise UserError(
+            f"--resume {run}: job {note.id} is not over; watch it with: {submit_command('--follow', run)}; "
+            f"or end it with: {submit_command('cancel', run)}"
+        )
 
 
 def _folder_name(value: str) -> str:
@@ -303,8 +345,10 @@ def _here(
         _check_methods(configs)  # the ranks would, in a moment
         _show_configurations(configs, values)
         return 0
-    with _new_folders() as new:
-        _, runs = _folders(args, source, configs, values, command, new)
+    _check_over(args.resume)
+    with contextlib.ExitStack() as undo:
+        _, runs = _folders(args, source, configs, values, command, undo)
+        undo.pop_all()
     code = 0
     for run in runs:
         print(f"run folder {run}", flush=True)
@@ -332,22 +376,21 @@ def _on_slurm(
         print(slurm.script(args, f"mtbert-{folder.name}", folder, runs))
         _show_configurations(configs, values)
         return 0
-    if args.resume is not None and (note := read_note(args.resume)) and slurm.queued(note):
-        raise UserError(
-            f"--resume {args.resume}: job {note.id} is not over; watch it with: "
-            f"{submit_command('--follow', args.resume)}; or end it with: {submit_command('cancel', args.resume)}"
-        )
-    with _new_folders() as new:
-        folder, runs = _folders(args, source, configs, values, command, new)
+    _check_over(args.resume)
+    with contextlib.ExitStack() as undo:
+        folder, runs = _folders(args, source, configs, values, command, undo)
+        starts = [length(log_path(run)) for run in runs]
         notes = slurm.submit_jobs(args, f"mtbert-{folder.name}", folder, runs)
+        undo.pop_all()  # the job is there
     for run, note in zip(runs, notes, strict=True):
+        write_note(run, note)
         print(f"job {note.id}: {args.nodes} node(s) × {note.ranks_per_node} rank(s), run folder {run}", flush=True)
     if not args.follow:
         print(f"watch with: {submit_command('--follow', runs[0])}")
         return 0
     codes = []
-    for run, note in zip(runs, notes, strict=True):
-        codes.append(slurm.follow(run, note, from_start=args.resume is None))
+    for run, note, start in zip(runs, notes, starts, strict=True):
+        codes.append(slurm.follow(run, note, start))
         _discard(args, run, codes[-1])
     return max(codes)
 
@@ -364,7 +407,7 @@ def follow_again(run: Path) -> int:
     note = _note(run)
     if note.cluster == "local":
         raise UserError(f"--follow {run}: its job ran on {note.host} without Slurm; read {run}/logs/rank0.log")
-    return slurm.follow(run, note, from_start=False)
+    return slurm.follow(run, note, None)
 
 
 def status(runs: list[Path]) -> int:

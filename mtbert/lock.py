@@ -17,7 +17,7 @@ from typing import Annotated
 from pydantic import Field, TypeAdapter
 
 from mtbert.errors import UserError
-from mtbert.runs import alive, read_json
+from mtbert.runs import alive, aside, read_json
 
 HEARTBEAT_S = 5.0
 STALE_S = 60.0
@@ -47,6 +47,14 @@ def read_owner(path: Path) -> Owner | None:
     return read_json(_OWNER, path)
 
 
+def _version(path: Path) -> tuple[int, int] | None:
+    """Of a lock: that of another owner is another, and so is one that was touched. None where there is none."""
+    with contextlib.suppress(FileNotFoundError):
+        found = path.stat()
+        return found.st_ino, found.st_mtime_ns
+    return None
+
+
 class RunLock:
     """One attempt at a time in a run folder: `RUN/job/lock`.
 
@@ -67,9 +75,19 @@ class RunLock:
                     json.dump(asdict(self.owner), file)
                 return
             except FileExistsError:
-                pass
+                judged = _version(self.path)
             self.check()
-            self.path.unlink(missing_ok=True)
+            self._remove(judged)
+
+    def _remove(self, judged: tuple[int, int] | None) -> None:
+        """Removes that version alone: who judged it as well may have taken it over meanwhile."""
+        taken = aside(self.path)
+        with contextlib.suppress(FileNotFoundError):  # somebody else has removed it
+            self.path.rename(taken)
+            if _version(taken) != judged:
+                with contextlib.suppress(FileExistsError):
+                    self.path.hardlink_to(taken)
+            taken.unlink()
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:

@@ -33,6 +33,10 @@ def join_ranks(rank: Rank, config: EngineConfig, timeout_s: float = 1800) -> Non
     if not rendezvous:
         assert rank.world == 1, "several ranks need a rendezvous"
         store: Any = {"store": dist.HashStore()}  # type: ignore[attr-defined]
+    elif rendezvous.startswith("file://"):  # as an init method it would end at a # or ? in the path
+        file = dist.FileStore(rendezvous.removeprefix("file://"), rank.world)  # type: ignore[attr-defined]
+        file.set_timeout(datetime.timedelta(seconds=timeout_s))
+        store = {"store": file}
     else:
         store = {"init_method": rendezvous}
     dist.init_process_group(

@@ -41,7 +41,7 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @dataclass(frozen=True)
 class Rank:
-    """One process among `world`; `rendezvous` is a torch.distributed init method (tcp://host:port or file:///path)."""
+    """One process among `world`; `rendezvous` is tcp://host:port, or file:// and a path as it is."""
 
     rank: int = 0
     world: int = 1
@@ -55,9 +55,13 @@ class Rank:
 
     @property
     def cores(self) -> int:
-        """Its part of those that this process may use; a scheduler often grants a part of the machine."""
-        granted = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return max(1, granted // self.local_world)
+        """Its part of those that this process may use."""
+        return max(1, usable_cores() // self.local_world)
+
+
+def usable_cores() -> int:
+    """A scheduler often grants this process a part of the machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True)
@@ -86,16 +90,19 @@ class Stopwatch:
 def alive(pid: int) -> bool:
     """Whether a process of this host is there and not merely waiting for its parent to hear of its end: in containers
     the first process may never ask."""
+    foreign = False
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
-        pass
+        foreign = True
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:  # gone meanwhile, or no Linux
-        return not Path("/proc/self").exists()
+    except PermissionError:  # another user's, with hidepid=1
+        return True
+    except FileNotFoundError:  # gone meanwhile, or no Linux; another user's with hidepid=2
+        return foreign or not Path("/proc/self").exists()
 
 
 HOST = platform.node().replace(".", "-")

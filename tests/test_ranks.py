@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -51,6 +52,18 @@ def test_time_runs_out(ranks: Ranks) -> None:
     with pytest.raises(pytest.fail.Exception, match=r"after 2 s these ranks were still running .*: \[0, 1\]"):
         ranks(2, hang, timeout=2)
     assert not multiprocessing.active_children()
+
+
+def test_ranks_meet_in_a_folder_of_any_name(tmp_path: Path) -> None:
+    """# and ? would end the path of an address."""
+    place = tmp_path / "lr#1 50%25?" / "rendezvous"
+    place.parent.mkdir()
+    threads = torch.get_num_threads()
+    join_ranks(Rank(rendezvous=f"file://{place}"), EngineConfig(threads=threads))
+    try:
+        assert place.exists()
+    finally:
+        close_ranks()
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ import pytest
 from mtbert.config import Config, DataConfig, EncoderConfig, load_config
 from mtbert.errors import UserError
 from mtbert.record import RunRecord
-from mtbert.runs import Outcome, Rank, create_run, discard_unstarted, sweep, write_atomically
+from mtbert.runs import Outcome, Rank, alive, create_run, discard_unstarted, sweep, write_atomically
 
 ROOT = Path(__file__).parent.parent
 COMMAND = ["mtbert", "train", "--set", "seed=3"]
@@ -34,6 +34,27 @@ def make_config(folder: Path, name: str | None = "first", **run: object) -> Conf
 
 def contents(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("hidden", [PermissionError, FileNotFoundError])
+def test_another_user_s_process_lives_also_where_proc_hides_it(
+    monkeypatch: pytest.MonkeyPatch, hidden: type[OSError]
+) -> None:
+    """As /proc with hidepid=1 and 2 does."""
+
+    def refuse(*_: object) -> None:
+        raise PermissionError
+
+    def hide(*_: object) -> str:
+        raise hidden
+
+    with subprocess.Popen(["sleep", "60"]) as process:
+        monkeypatch.setattr(Path, "read_text", hide)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "kill", refuse)
+            assert alive(process.pid)
+        process.kill()
+    assert not alive(process.pid)
 
 
 # ------------------------------------------------------------------------------------------- run folders

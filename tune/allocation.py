@@ -20,7 +20,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.records import ROOT
+from launch.records import ROOT, outside_of_any_job
 from launch.show import STOPPED
 from mtbert.errors import UserError
 from mtbert.runs import write_atomically
@@ -38,6 +38,8 @@ SCRIPT = """#!/bin/bash
 #SBATCH --open-mode=append
 #SBATCH --requeue
 {options}
+# a site's --export=NONE is for sbatch; srun would follow it
+unset SLURM_EXPORT_ENV
 # one task per node; when the first, which drives, has ended, the others are ended too
 srun --wait=30 {cpus} {python} -m tune.allocation {folder}
 code=$(cat {folder}/.exit-$SLURM_JOB_ID) && rm {folder}/.exit-$SLURM_JOB_ID
@@ -58,7 +60,8 @@ def submit(folder: Path, name: str, nodes: int, cpus: int, options: Sequence[str
         python=f"env PYTHONPATH={shlex.quote(str(ROOT))} {shlex.quote(sys.executable)}",
     )
     write_atomically(script, text)
-    sent = subprocess.run(["sbatch", "--parsable", script], capture_output=True, text=True)
+    with outside_of_any_job():
+        sent = subprocess.run(["sbatch", "--parsable", script], capture_output=True, text=True)
     if sent.returncode:
         lines = [line.removeprefix("sbatch: ").removeprefix("error: ") for line in sent.stderr.splitlines() if line]
         raise UserError(f"sbatch refused the search: {'; '.join(lines)}")

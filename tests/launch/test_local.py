@@ -8,6 +8,7 @@ import pty
 import resource
 import shlex
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from conftest import DRIVER
 from duties import Launch
 from harness import PATIENCE_S
 
@@ -29,6 +31,7 @@ from launch.records import (
     make_job_folder,
     read_end,
     read_note,
+    writable_by_me_alone,
     write_note,
 )
 from mtbert.errors import UserError
@@ -201,6 +204,36 @@ def test_rank_0_draws_for_the_terminal_that_shows_it(run: Path, tmp_path: Path) 
     assert shown.startswith(b"terminal ")
 
 
+def test_a_reader_who_has_enough_asks_for_a_stop(launch: Launch, run: Path) -> None:
+    """As `| head` does."""
+    job = launch("speaks_until_stopped")
+    assert job.stdout and job.stderr and job.stdout.readline() == "step 1\n"
+    job.stdout.close()
+    with job.stderr as errors:
+        err = errors.read()
+    assert job.wait(PATIENCE_S) == 130, err
+    lost, asked = [line for line in err.splitlines() if line]
+    assert lost.startswith("nobody reads the output any more; continue with: ") and lost.endswith(f"--resume {run}")
+    assert asked.startswith("saving and stopping")
+    assert (run / "saved0").exists() and (run / "saved1").exists()
+
+
+@pytest.mark.parametrize("its_own", [True, False])
+def test_a_terminal_that_is_closed_asks_for_a_stop(run: Path, tmp_path: Path, its_own: bool) -> None:
+    """Whether it also sends SIGHUP, as to its own session, or only takes nothing any more."""
+    outer, inner = pty.openpty()
+    session = "os.setsid(); fcntl.ioctl(1, termios.TIOCSCTTY, 0)\n" if its_own else ""
+    driver = "import fcntl, os, termios\n" + session + DRIVER.format(root=str(ROOT), here=str(Path(__file__).parent))
+    words = [sys.executable, "-c", driver, str(run), "speaks_until_stopped"]
+    job = subprocess.Popen(words, stdin=inner, stdout=inner, stderr=inner, cwd=tmp_path)
+    os.close(inner)
+    while b"step" not in os.read(outer, 4096):
+        pass
+    os.close(outer)
+    assert job.wait(PATIENCE_S) == 130
+    assert (run / "saved0").exists() and (run / "saved1").exists()
+
+
 def test_two_jobs_on_one_folder_the_second_refuses(launch: Launch, run: Path) -> None:
     first = launch("until_stopped")
     wait_for(run / "step0")
@@ -232,6 +265,25 @@ def test_a_lock_on_another_host_is_stale_when_untouched(run: Path) -> None:
     long_ago = time.time() - 120
     os.utime(elsewhere.path, (long_ago, long_ago))
     assert Lock(run, "new-0").holder() is None
+
+
+def test_of_two_that_find_a_left_lock_one_takes_it_over(run: Path) -> None:
+    """The other had judged it as well, before the first did."""
+    (job_folder(run) / "lock").write_text("junk")
+    os.utime(job_folder(run) / "lock", (0, 0))
+    first = Lock(run, "a-0")
+    first.owner.host = "a"
+
+    class Slow(Lock):
+        def check(self) -> None:
+            super().check()
+            if not first.is_mine():
+                first.acquire()
+
+    with pytest.raises(UserError, match="another job is using this run folder"):
+        Slow(run, "b-0").acquire()
+    assert first.is_mine()
+    assert [path.name for path in job_folder(run).iterdir()] == ["lock"]
 
 
 def test_who_holds_the_lock_clears_up_after_killed_processes(launch: Launch, run: Path) -> None:
@@ -350,6 +402,27 @@ def test_nobody_else_may_write_into_a_job_folder(run: Path, monkeypatch: pytest.
     monkeypatch.setattr(os, "geteuid", lambda: 12345)
     with pytest.raises(UserError, match="belongs to another user"):
         make_job_folder(run)
+
+
+def test_a_project_that_hands_write_permission_on_does_not_to_a_job(tmp_path: Path) -> None:
+    """A default ACL counts instead of the umask."""
+    everyone, entries = 0xFFFFFFFF, [(1, 7), (4, 7), (0x10, 7), (0x20, 5)]  # user, group, mask: rwx; other: r-x
+    acl = struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry, everyone) for entry in entries)
+    try:
+        os.setxattr(tmp_path, "system.posix_acl_default", acl)
+    except OSError as error:
+        pytest.skip(f"{tmp_path}: no ACLs on this file system ({error.strerror})")
+    run = tmp_path / "run"
+    run.mkdir()
+    make_job_folder(run)
+    pickled = job_folder(run) / "1_submitted.pkl"
+    with writable_by_me_alone():
+        pickled.touch()
+    assert job_folder(run).stat().st_mode & 0o022 == 0 == pickled.stat().st_mode & 0o022
+    pickled.chmod(0o664)  # as where nobody can take that away
+    start = [sys.executable, ROOT / "launch" / "start.py", "-u", "-m", "submitit.core._submit", job_folder(run)]
+    done = subprocess.run(start, capture_output=True, text=True, timeout=PATIENCE_S)
+    assert done.returncode == 2 and "its folder hands write permission on (an ACL?)" in done.stderr
 
 
 def test_a_failure_for_want_of_memory_says_so() -> None:

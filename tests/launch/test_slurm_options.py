@@ -11,6 +11,7 @@ from fake_slurm import FakeSlurm
 from harness import PATIENCE_S
 
 from launch.job import KILLED_RESTARTS, Attempt, Place
+from launch.records import ROOT
 from launch.slurm import minutes, script
 from launch.submit import parser
 from mtbert.errors import UserError
@@ -40,6 +41,13 @@ def test_the_script_asks_for_what_was_typed(tmp_path: Path) -> None:
     assert "#SBATCH --requeue\n" in text
     assert "#SBATCH --signal=USR2@30\n" in text, "half of a limit that is shorter than the usual notice"
     assert "wckey" not in text and "account" not in text
+
+
+def test_cpus_that_were_typed_are_the_threads_whatever_a_profile_says(tmp_path: Path) -> None:
+    text = script(parser().parse_args(["--cpus-per-rank", "6"]), "mtbert-x", tmp_path, [tmp_path])
+    assert "#SBATCH --cpus-per-task=6\n" in text and " --cpus-per-task=6 " in text
+    assert "export OMP_NUM_THREADS=6\n" in text
+    assert "OMP_NUM_THREADS" not in script(parser().parse_args([]), "mtbert-x", tmp_path, [tmp_path])
 
 
 def test_a_path_with_a_space_survives_the_script(tmp_path: Path) -> None:
@@ -109,6 +117,22 @@ def test_the_batch_script_asks_again_while_slurmctld_restarts_and_leaves_a_cance
     slurm.does("scontrol", "echo JobState=COMPLETING")
     run_script(array, 1)
     assert slurm.calls("scontrol")[4:] == ["show job -o 7_1"]
+
+
+def test_ranks_get_the_environment_of_the_batch_script_also_where_that_got_none(
+    array: list[Path], slurm: FakeSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As at sites with SBATCH_EXPORT=NONE, which srun would follow."""
+    slurm.does("srun", "echo ${SLURM_EXPORT_ENV-ALL} >>$0.export")
+    monkeypatch.setenv("SLURM_EXPORT_ENV", "NONE")
+    run_script(array, 0)
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.symlink_to("/bin/true")
+    (tmp_path / "runs" / "mine" / "job").mkdir(parents=True)
+    plain = ["bash", ROOT / "slurm" / "train.sbatch", "runs/mine"]
+    subprocess.run(plain, cwd=tmp_path, env={**os.environ, "SLURM_JOB_ID": "7", "SLURM_NNODES": "2"}, check=True)
+    assert (slurm.place / "srun.export").read_text() == "ALL\n" * 4
 
 
 def test_a_node_with_an_old_copy_of_the_run_folder_is_found_out(array: list[Path], slurm: FakeSlurm) -> None:

@@ -14,11 +14,13 @@ from duties import Launch
 from fake_slurm import FakeSlurm
 from harness import PATIENCE_S
 
-from launch import records
+from launch import job, records
+from launch.job import Attempt, Place, _interface, _set_variables
 from launch.records import ROOT, read_end, read_note, slurm_state
 from launch.slurm import standing
 from mtbert.config import load_config
 from mtbert.errors import UserError
+from mtbert.runs import Rank
 
 DRIVER = f"""
 import sys
@@ -94,6 +96,72 @@ def test_a_slurm_that_does_not_answer(
     slurm.does("scontrol", "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
     assert standing("7").state == "UNKNOWN"
     assert len(slurm.calls("scontrol")) > 1
+
+
+@pytest.mark.parametrize(
+    ("usable", "variables", "threads"),
+    [
+        (8, {"SLURM_CPUS_ON_NODE": "16", "SLURM_CPUS_PER_TASK": "8"}, 8),  # bound to its own part
+        (16, {"SLURM_CPUS_ON_NODE": "16", "SLURM_CPUS_PER_TASK": "8"}, 8),  # to that of the job
+        (1, {"SLURM_CPUS_ON_NODE": "2", "SLURM_CPUS_PER_TASK": "8"}, 1),  # of sbatch; srun knows nothing of it
+        (128, {"SLURM_CPUS_ON_NODE": "4"}, 2),  # to nothing, on a node that others share
+        (128, {"SLURM_CPUS_ON_NODE": "1"}, 1),
+        (16, {}, 8),
+        (16, {"SLURM_CPUS_ON_NODE": "4", "OMP_NUM_THREADS": "5"}, 5),
+        (16, {"SLURM_CPUS_ON_NODE": "4", "OMP_NUM_THREADS": ""}, 2),
+    ],
+)
+def test_a_rank_runs_as_many_threads_as_it_was_granted_cpus(
+    monkeypatch: pytest.MonkeyPatch, usable: int, variables: dict[str, str], threads: int
+) -> None:
+    """One of two on its node."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(usable)))
+    monkeypatch.setattr(os, "environ", variables)
+    _set_variables(Place(Rank(0, 2, 0, 2), "here", ("here",), 0, "7"))
+    assert variables["OMP_NUM_THREADS"] == str(threads)
+
+
+def test_ranks_read_each_other_s_presence_once(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them do, on a file system that all share; one that has not come yet is looked for now and then."""
+    opened: list[str] = []
+    read = Path.read_text
+
+    def counted(path: Path) -> str:
+        if path.parent == run / "job":
+            opened.append(path.suffix)
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_text", counted)
+    monkeypatch.setattr(job, "MEET_S", 0.3)
+    attempt = Attempt(run, "token", Place(Rank(0, 4, 0, 2), "node0", ("node0", "node1"), 0, "7"))
+    with subprocess.Popen(["sleep", "60"]) as peer:
+        for rank, words in enumerate((f"node0 {os.getpid()}", f"node0 {peer.pid}", "node1 1")):
+            attempt._presence(rank).write_text(words)
+        assert [attempt._dead_peer() for _ in range(50)] == [None] * 50
+        assert opened == [".rank0", ".rank1", ".rank2", ".rank3"]
+        attempt._presence(3).write_text("node1 2")
+        time.sleep(0.3)
+        assert [attempt._dead_peer() for _ in range(50)] == [None] * 50
+        peer.kill()
+    assert attempt._dead_peer() == 1
+    attempt._presence(1).unlink()
+    assert attempt._dead_peer() is None, "it ended in order"
+    assert opened[4:] == [".rank3"]
+
+
+@pytest.mark.parametrize(
+    ("hosts", "node", "expected"),
+    [
+        (("node1", "no-such-host.invalid"), "0", None),  # a name without an IPv4 address
+        (("no-such-host.invalid", "127.0.0.1"), "0", "lo"),  # the first node, whatever it calls itself
+        (("127.0.0.1", "no-such-host.invalid"), "1", "lo"),
+    ],
+)
+def test_the_interface_is_that_to_another_node(
+    monkeypatch: pytest.MonkeyPatch, hosts: tuple[str, ...], node: str, expected: str | None
+) -> None:
+    monkeypatch.setenv("SLURM_NODEID", node)
+    assert _interface(Place(Rank(int(node), 2), "login", hosts, 0, "7")) == expected
 
 
 SIGNALLED = """
@@ -191,6 +259,19 @@ def test_a_plain_job_on_a_run_folder_that_is_there_refuses_what_would_be_ignored
     config = load_config(run / "config.yaml")
     assert (config.seed, config.checkpoint.keep, config.data.cache) == (3, 9, str(tmp_path / "cache"))
     assert (note := read_note(run)) and note.id == "8"
+
+
+def test_a_plain_job_without_a_number_of_ranks_is_told_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(VARIABLES, "SLURM_JOB_NUM_NODES", "2")
+    words = [sys.executable, "-m", "launch.rank", "make", "runs/mine", *QUICKSTART]
+    environment = {**os.environ, **VARIABLES, "PYTHONPATH": str(ROOT)}
+    del environment["SLURM_NTASKS"]
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    told = "error: SLURM_NTASKS: not set in this job; give --ntasks-per-node to sbatch\n"
+    assert (done.returncode, done.stderr) == (2, told)
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(

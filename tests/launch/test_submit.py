@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -43,14 +44,15 @@ def config(tmp_path: Path) -> Path:
 def submit(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
     """In this process, which spares each test the imports."""
     words = [str(word) for word in arguments]
-    out, err = io.StringIO(), io.StringIO()
+    out, err = io.TextIOWrapper(io.BytesIO(), "utf-8"), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.MonkeyPatch.context() as patch:
         patch.chdir(cwd)
         try:
             code = main(words)
         except SystemExit as ended:  # of the parser
             code = int(ended.code or 0)
-    return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
+    out.seek(0)
+    return subprocess.CompletedProcess(words, code, out.read(), err.getvalue())
 
 
 def submit_apart(*arguments: str | Path, cwd: Path, script: bool = True) -> subprocess.CompletedProcess[str]:
@@ -175,6 +177,17 @@ def test_gpus_that_stay_idle_are_told(
     assert done.stderr == "1 GPU(s) stay idle, fewer than the 2 nodes; --nodes 1 would use them\n"
 
 
+def test_a_driver_that_hangs_counts_as_no_gpu(
+    config: Path, tmp_path: Path, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr("launch.local.DRIVER_S", 0.3)
+    slurm.does("nvidia-smi", "exec sleep 9")
+    done = submit("--config", config, "--local", "--dry-run", cwd=tmp_path)
+    assert done.returncode == 0 and "1 CPU rank(s)" in done.stdout
+    assert done.stderr == "nvidia-smi does not answer within 0.3 s, so no GPU is used\n"
+
+
 @pytest.mark.parametrize("visible", ["GPU-5ebe9f43", "0,MIG-41b35"])
 def test_gpus_without_numbers_are_refused_before_there_is_a_run_folder(
     visible: str, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -198,6 +211,28 @@ def test_options_of_slurm_are_not_passed_over_in_silence(
     assert (done.returncode, done.stderr) == (0, "not used, as there is no Slurm here: --time, --mem, --slurm\n")
     done = submit("--config", config, "--dry-run", "--time", "soon", cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.startswith("error: --time soon: not a time limit; ")
+
+
+@pytest.mark.parametrize(
+    ("option", "told"),
+    [
+        ("nodes=3", "use --nodes"),
+        ("ntasks_per_node=2", "use --ranks-per-node"),
+        ("gpus-per-node=a100:2", "use --gpus-per-node"),
+        ("cpus-per-task=4", "use --cpus-per-rank"),
+        ("time=10", "use --time"),
+        ("array=0-3", "use --array"),
+        ("gpus-per-task=1", "is set by the launcher"),
+        ("wrap=hostname", "is set by the launcher"),
+        ("export=NONE", "is set by the launcher"),
+    ],
+)
+def test_what_the_batch_script_relies_on_is_not_passed_over_its_head(
+    config: Path, tmp_path: Path, slurm: FakeSlurm, option: str, told: str
+) -> None:
+    done = submit("--config", config, "--slurm", "exclusive", option, cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: --slurm {option}: {told}\n")
+    assert not (tmp_path / "runs").exists() and slurm.calls("sbatch") == []
 
 
 def test_missing_data_are_named_before_anything_starts(config: Path, tmp_path: Path) -> None:
@@ -283,7 +318,41 @@ def test_a_refused_array_takes_only_its_own_runs_with_it(config: Path, tmp_path:
     slurm.does("sbatch", "echo Submitted batch job 8")
     done = submit(*arguments, "seed=2,3", cwd=tmp_path)
     assert done.returncode == 0 and "job 8_1:" in done.stdout
+    assert (
+        done.stdout.splitlines()[0] == "runs/seeds: trains with the code of runs/seeds/code, from its first submission"
+    )
     assert all((array / f"seed={seed}" / "code" / "launch").is_dir() for seed in (1, 2, 3))
+
+
+def test_ctrl_c_while_sbatch_is_asked_leaves_nothing(config: Path, tmp_path: Path, slurm: FakeSlurm) -> None:
+    slurm.does("sbatch", "kill -INT $PPID; sleep 2; exit 1")
+    done = submit_apart("--config", config, "--array", "seed=0,1", cwd=tmp_path)
+    assert done.returncode == -signal.SIGINT
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_a_refused_continuation_leaves_the_configuration_as_it_was(
+    config: Path, tmp_path: Path, slurm: FakeSlurm
+) -> None:
+    slurm.does("sbatch", "echo 'sbatch: error: no room' >&2; exit 1")
+    run = create_run(load_config(config, [f"run.dir={tmp_path}"]), None, [])
+    before = (run / "config.yaml").read_bytes()
+    words = ["--resume", run, "--set", "checkpoint.keep=9"]
+    assert "no room" in submit(*words, cwd=tmp_path).stderr
+    assert (run / "config.yaml").read_bytes() == before
+    slurm.does("sbatch", "echo Submitted batch job 7")
+    assert submit(*words, cwd=tmp_path).returncode == 0
+    assert load_config(run / "config.yaml").checkpoint.keep == 9
+
+
+def test_a_run_folder_that_one_may_not_write_to_is_one_line(config: Path, tmp_path: Path) -> None:
+    """As root as well, without the right to write anywhere."""
+    run = create_run(load_config(config, [f"run.dir={tmp_path}"]), None, [])
+    run.chmod(0o555)
+    powerless = ["setpriv", "--bounding-set", "-dac_override"] if os.geteuid() == 0 else []
+    words = [*powerless, sys.executable, ROOT / "launch" / "submit.py", "--local", "--resume", run]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE_S)
+    assert (done.returncode, done.stderr) == (2, f"error: {run}: cannot be written to: Permission denied\n")
 
 
 def test_a_value_with_a_slash_makes_one_folder(config: Path, tmp_path: Path, slurm: FakeSlurm) -> None:
@@ -300,8 +369,10 @@ def test_a_command_that_is_told_can_be_typed(config: Path, tmp_path: Path, slurm
     done = submit("--config", config, "--set", "run.name=my run", cwd=tmp_path)
     assert done.stdout.splitlines()[-1] == "watch with: python launch/submit.py --follow 'runs/my run'"
     slurm.does("scontrol", "echo JobState=PENDING")
-    done = submit("--resume", "runs/my run", cwd=tmp_path)
-    assert done.stderr.endswith("or end it with: python launch/submit.py cancel 'runs/my run'\n")
+    for way in ([], ["--local"]):
+        done = submit("--resume", "runs/my run", *way, cwd=tmp_path)
+        assert done.returncode == 2
+        assert done.stderr.endswith("or end it with: python launch/submit.py cancel 'runs/my run'\n")
 
 
 def test_ctrl_c_while_an_array_is_watched_leaves_at_once(config: Path, tmp_path: Path, slurm: FakeSlurm) -> None:
@@ -314,6 +385,50 @@ def test_ctrl_c_while_an_array_is_watched_leaves_at_once(config: Path, tmp_path:
     _, err = following.communicate(timeout=PATIENCE_S)
     assert following.returncode == 130
     assert "job 7_0 goes on" in err and "7_1" not in err
+
+
+def test_a_job_submitted_from_inside_a_job_gets_nothing_of_that_one(
+    config: Path, tmp_path: Path, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """sbatch passes its environment on: the id of an array on a node would be that of the new job."""
+    slurm.does("sbatch", "env >$0.env; echo Submitted batch job 7")
+    outer = ("SLURM_ARRAY_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_CPU_BIND", "SLURMD_NODENAME", "SRUN_DEBUG")
+    ours = ("SUBMITIT_EXECUTOR", "MTBERT_BATCH_STARTED")
+    for name in (*outer, *ours, "SLURM_CONF", "SBATCH_ACCOUNT"):
+        monkeypatch.setenv(name, "5")
+    before = dict(os.environ)
+    assert submit("--config", config, cwd=tmp_path).returncode == 0
+    assert dict(os.environ) == before
+    passed = {line.partition("=")[0] for line in (slurm.place / "sbatch.env").read_text().splitlines()}
+    assert {"SLURM_CONF", "SBATCH_ACCOUNT"} <= passed and not passed & {*outer, *ours}
+
+
+def test_who_has_enough_of_a_job_on_slurm_leaves_it_running(config: Path, tmp_path: Path, slurm: FakeSlurm) -> None:
+    slurm.does("sbatch", "echo Submitted batch job 7")
+    slurm.does("scontrol", "echo JobState=RUNNING NodeList=n1")
+    slurm.does("scancel", "exit 0")
+    words = [ROOT / "launch" / "submit.py", "--config", config, "--array", "seed=0,1", "--follow"]
+    following = subprocess.Popen(
+        [sys.executable, *words], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert following.stderr and following.stdout
+    assert following.stderr.readline() == "job 7_0: running on n1\n"
+    following.stdout.close()
+    log = next((tmp_path / "runs").glob("*/seed=0")) / "logs" / "rank0.log"
+    log.parent.mkdir()
+    log.write_text("step 1\n")
+    with following.stderr as errors:
+        assert (errors.read(), following.wait(PATIENCE_S)) == ("", 141)
+    assert slurm.calls("scancel") == []
+
+
+def test_a_table_that_nobody_reads_to_its_end_is_no_traceback(run: Path) -> None:
+    words = [sys.executable, ROOT / "launch" / "submit.py", "status"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(words, cwd=run.parent, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=PATIENCE_S)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_a_preempted_job_that_slurm_cancelled_is_over(config: Path, tmp_path: Path, slurm: FakeSlurm) -> None:
@@ -444,6 +559,38 @@ def test_the_last_words_are_those_of_the_last_attempt_of_the_job(
     assert submit("status", run, cwd=tmp_path).stdout.splitlines()[1].split()[1:] == ["slurm", "7_1", "killed", "30"]
     (array / "job" / "7_1_0_log.err").unlink()
     assert "could not write to" in submit("--follow", run, cwd=tmp_path).stderr
+
+
+def test_all_that_the_runs_of_an_array_wrote_is_shown(
+    config: Path, tmp_path: Path, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also what one wrote before its turn; of a run that is continued, what it wrote since then."""
+    monkeypatch.setattr("launch.slurm.ASK_EVERY_S", 0.2)
+    speak = "for run in $(ls -d runs/seeds/*=*); do mkdir -p $run/logs; echo ${run##*/} >>$run/logs/rank0.log; done"
+    slurm.does("sbatch", f"{speak}; echo Submitted batch job 7")
+    slurm.does("scontrol", "echo JobState=CANCELLED Restarts=0")
+    done = submit("--config", config, "--set", "run.name=seeds", "--array", "seed=0,1", "--follow", cwd=tmp_path)
+    said = [line for line in done.stdout.splitlines() if line.startswith("seed=")]
+    assert said == ["seed=0", "seed=1"]
+    done = submit("--resume", "runs/seeds/seed=1", "--follow", cwd=tmp_path)
+    assert [line for line in done.stdout.splitlines() if line.startswith("seed=")] == ["seed=1"]
+
+
+def test_a_plain_job_whose_ranks_were_all_killed_says_what_slurm_says(
+    run: Path, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has none of submitit's logs; its ranks' say that the folder could be written to."""
+    monkeypatch.setattr("launch.slurm.ASK_EVERY_S", 0.2)
+    write_note(run, JobNote("slurm", "7", "sbatch7", "", 2, 1))
+    slurm.does("scontrol", "echo JobState=OUT_OF_MEMORY Restarts=0")
+    told = submit("--follow", run, cwd=run.parent).stderr.splitlines()[1]
+    assert told.startswith("error: the first node could not write to ") and "(Slurm says OUT_OF_MEMORY)" in told
+    (run / "logs").mkdir()
+    (run / "logs" / "rank0.log").touch()
+    done = submit("--follow", run, cwd=run.parent)
+    killed, way_on = done.stderr.splitlines()[1:]
+    assert done.returncode == 1 and way_on.startswith("continue with: ")
+    assert killed == f"error: the job was killed (Slurm says OUT_OF_MEMORY); see {run}/logs/"
 
 
 @pytest.mark.parametrize(
