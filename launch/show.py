@@ -9,6 +9,7 @@ from typing import TextIO
 
 from launch.records import End, JobNote, job_folder, log_path
 from mtbert.manifest import folders
+from mtbert.runs import NO_ROOM
 
 REMEMBERED = 4000
 """Bytes of a log shown to someone who joins late, about a screen and a half."""
@@ -39,13 +40,14 @@ def tell(words: str, stream: TextIO | None = None) -> None:
 
 
 def show(output: bytes) -> None:
-    """Raises `Unwatched` for the first that cannot be shown; later ones go nowhere."""
+    """Raises `Unwatched` for the first that nobody reads; that and later ones go nowhere, as where a disk is full."""
     try:
         sys.stdout.buffer.write(output)
         sys.stdout.flush()
-    except OSError:
+    except OSError as error:
         give_up(sys.stdout)
-        raise Unwatched from None
+        if error.errno not in NO_ROOM:  # the run folder has it all, and training outlives a full disk
+            raise Unwatched from None
 
 
 def length(path: Path) -> int:

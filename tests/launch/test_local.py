@@ -218,6 +218,16 @@ def test_a_reader_who_has_enough_asks_for_a_stop(launch: Launch, run: Path) -> N
     assert (run / "saved0").exists() and (run / "saved1").exists()
 
 
+def test_output_that_finds_no_room_stops_nobody(run: Path, tmp_path: Path) -> None:
+    """It is in the run folder, too."""
+    driver = DRIVER.format(root=str(ROOT), here=str(Path(__file__).parent))
+    with Path("/dev/full").open("wb") as full:
+        job = subprocess.run(
+            [sys.executable, "-c", driver, run, "tell"], cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert (job.returncode, job.stderr) == (0, "")
+
+
 @pytest.mark.parametrize("its_own", [True, False])
 def test_a_terminal_that_is_closed_asks_for_a_stop(run: Path, tmp_path: Path, its_own: bool) -> None:
     """Whether it also sends SIGHUP, as to its own session, or only takes nothing any more."""
