@@ -151,8 +151,7 @@ def _sigma(space: Space) -> str:
         "## σ\n\nσ is the number of steps of an epoch. Here trials see the same number of examples, so σ does not say "
         "how long a trial trains, and in round robin, where loaders simply go on, it changes nothing else: a "
         "difference between values of σ is due to the other parameters. σ acts where something happens once an epoch "
-        "(annealed or adaptive sampling, milestones, rising thresholds). How long to train is what the curves "
-        "above show."
+        "(annealed sampling, milestones, rising thresholds). How long to train is what the curves above show."
     )
 
 

@@ -26,7 +26,7 @@ import difflib
 import itertools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -140,6 +140,10 @@ class Space:
         """Dotted overrides for `load_config`."""
         pairs = [pair for name, value in values.items() for pair in self._settings(self[name], value)]
         return [f"{key}={inline_yaml(value)}" for key, value in pairs]
+
+    def config(self, values: Values, where: str = "configuration") -> Config:
+        """The base with these values laid over it. Raises `UserError`, which begins with `where`."""
+        return config_of(self.base, self.overrides(values), where)
 
     def describe(self) -> str:
         """All that makes it this space, as text."""
@@ -381,7 +385,17 @@ class _Corner:
 
 
 def _try_out(path: Path, space: Space) -> None:
-    """Builds a configuration at both ends of every range and with every option. Raises what it complains of.
+    """Builds a configuration at every corner. Raises what it complains of, and names the values."""
+    for enabled, values in corners(space):
+        try:
+            check_countable(enabled.config(values, str(path)))
+        except UserError as error:
+            told = str(error).removeprefix(f"{path}: ")
+            raise UserError(f"{path}: {told} (tried with {inline_yaml(values)})") from None
+
+
+def corners(space: Space) -> Iterator[tuple[Space, Values]]:
+    """Values at both ends of every range and with every option, and the space that they belong to.
 
     A parameter that this configuration leaves out is tried with one that does not.
     """
@@ -396,7 +410,17 @@ def _try_out(path: Path, space: Space) -> None:
             for place in range(len(parameter.options) or 2):
                 values = enabled.draw(_Corner({**places, label: place}, rng))
                 assert parameter.name in values
-                config_of(base, enabled.overrides(values), str(path))
+                yield enabled, values
+
+
+def check_countable(config: Config) -> None:
+    """Raises `UserError` where nobody can say before training how many examples a step will have."""
+    sizes = [task.batch_size or config.schedule.batch_size for task in config.tasks.values()]
+    if config.schedule.kind == "adaptive" and len(set(sizes)) > 1:
+        raise UserError(
+            "schedule.kind adaptive: scores decide which tasks are drawn, so trials would see unequal numbers of "
+            f"examples; give the tasks one batch_size, not {', '.join(map(str, sizes))}"
+        )
 
 
 def _enabling(space: Space, parameter: Parameter) -> tuple[dict[str, int], list[str]]:

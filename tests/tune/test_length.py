@@ -122,3 +122,12 @@ def test_steps_that_fall_into_other_parts_are_refused(cache: Path) -> None:
     """17 steps in parts of 3 are 6, in parts of 2 they are 9."""
     with pytest.raises(UserError, match=r"--evaluations 8: 17 steps fall into 6 equal parts, not 8; use fewer --eval"):
         of_equal_length(configured(cache, "schedule.batch_size=50"), 17 * 150, 8)
+
+
+def test_adaptive_sampling_is_counted_only_where_batches_are_alike(cache: Path) -> None:
+    """What it draws depends on scores, which nobody knows before."""
+    adaptive = "schedule.kind=adaptive"
+    _, seen = of_equal_length(configured(cache, adaptive), 3000, 4)
+    assert max(seen.values()) >= 3000
+    with pytest.raises(UserError, match="schedule.kind adaptive: .* give the tasks one batch_size, not 8, 32, 32"):
+        of_equal_length(configured(cache, adaptive, "tasks.sst.batch_size=8"), 3000, 4)

@@ -235,6 +235,10 @@ def test_the_spaces_that_come_with_us_fit_the_quick_start(path: Path, config: Co
             "parameters: {optimizer.lr: {uniform: [0, 1]}}\nstages: [[optimizer.lr]]",
             "only choices can be tried one by one",
         ),
+        (
+            "parameters: {schedule.kind: {choice: [round_robin, adaptive]}, tasks.sst.batch_size: {int: [8, 16]}}",
+            "give the tasks one batch_size, not ",
+        ),
         ("parameters: {x.*.weight: {uniform: [0, 1]}}", "* stands for the name of a task"),
         ("params: {}", "params: unknown key; valid keys: parameters, starts, stages"),
         ("starts: []", "parameters: missing"),
