@@ -6,6 +6,7 @@ import logging
 import shutil
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -45,6 +46,7 @@ class Conductor:
         self.numbers: dict[str, int] = {}  # Tune's trial → ours
         self.goals: dict[int, int] = {}  # trial → examples at its end
         self.explored = 0
+        self.asha: ASHAScheduler | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Nothing: Tune pickles what it is given, for a way of continuing that is not ours."""
@@ -116,19 +118,26 @@ class Conductor:
         )
         for trial in self.study.tried():  # of a search that is continued
             if trial.state != "running":
-                known = SimpleNamespace(trial_id=f"before-{trial.number}")
-                asha.on_trial_add(None, known)
-                for evaluation, (_, score) in enumerate(sorted(trial.curve.items()), 1):
-                    asha.on_trial_result(None, known, {"evaluation": evaluation, self.study.first_metric: score})
+                self._remind(asha, f"before-{trial.number}", sorted(trial.curve.items()))
+        self.asha = asha
         return asha
+
+    def _remind(self, asha: ASHAScheduler, tune_id: str, evaluations: Sequence[tuple[int, float]]) -> None:
+        """Of what a trial had shown before the search was stopped."""
+        known = SimpleNamespace(trial_id=tune_id)
+        asha.on_trial_add(None, known)
+        for number, (_, score) in enumerate(evaluations, 1):
+            asha.on_trial_result(None, known, {"evaluation": number, self.study.first_metric: score})
 
     # ------------------------------------------------------------------------------ what Tune asks and tells
 
     def suggest(self, tune_id: str) -> Any:
         """Settings of a trial, None for \"not now\", or `Searcher.FINISHED`."""
         while True:
+            known: list[tuple[int, float]] = []
             if self.interrupted:
                 number = self.interrupted.pop(0)
+                known = sorted(self.study.tried()[number].curve.items())
                 values = self.study.values_again(number)
                 if moves := lineage(self._run(number)):
                     values = moves[-1]["values"]
@@ -144,6 +153,9 @@ class Conductor:
                 self.study.finish(number, "failed", str(error))
                 self.board.show(number)
                 continue
+            if self.asha and known:
+                # it has passed these rungs, which others may have raised since; of the newest nobody knows
+                self._remind(self.asha, tune_id, known[:-1])
             self.numbers[tune_id] = number
             self.study.note(number, asked=time.time())
             self.board.show(number)
