@@ -16,7 +16,7 @@ from ray.tune import Callback, FailureConfig, PlacementGroupFactory, RunConfig, 
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, PopulationBasedTraining, TrialScheduler
 from ray.tune.search import Searcher
 
-from mtbert.config import Config, config_of, to_yaml
+from mtbert.config import Config, to_yaml
 from mtbert.errors import UserError
 from mtbert.randomness import addressed_rng
 from mtbert.runs import create_run
@@ -211,7 +211,7 @@ class Conductor:
 
     def _planned(self, number: int, values: Values) -> tuple[Plan, Config]:
         settings = self.settings
-        config = config_of(self.base.model_dump(mode="json"), self.space.overrides(values))
+        config = self.space.config(values)
         config, examples = of_equal_length(config, settings.examples, settings.evaluations)
         config = config.model_copy(
             update={

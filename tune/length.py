@@ -15,7 +15,7 @@ from mtbert.config import Config
 from mtbert.errors import UserError
 from mtbert.phases import Phase, plan
 from mtbert.tasks import Task
-from mtbert.trainer import build
+from mtbert.trainer import build, methods_of
 from tune.space import check_countable
 
 
@@ -32,9 +32,11 @@ def of_equal_length(config: Config, examples: int, evaluations: int) -> tuple[Co
     Returns: the configuration, and for each step after which it is evaluated the examples seen by then.
 
     Raises `UserError` when there are fewer steps than phases or evaluations, when they cannot be cut into as many
-    evaluations, when no number of steps comes within a step of `examples`, and as `check_countable`.
+    evaluations, when no number of steps comes within a step of `examples`, and as `check_countable`
+    and `methods_of`.
     """
     check_countable(config)
+    methods_of(config)
     tasks = build(config).tasks
     seen = _seen(config, tasks)
     phases = plan(config, [task.tokens_N("train") for task in tasks])

@@ -38,7 +38,7 @@ from mtbert.errors import CommandLine, UserError
 from mtbert.runs import create_run, user_path, write_atomically
 from mtbert.stops import stop_requests
 from mtbert.yaml_files import dump_yaml, inline_yaml, read_yaml
-from tune.space import Space, load_space
+from tune.space import Space, corners, load_space
 
 DEFAULT_CONFIG = ROOT / "configs" / "quickstart.yaml"
 DEFAULT_SPACE = ROOT / "configs" / "search" / "default.yaml"
@@ -153,10 +153,12 @@ def search(args: argparse.Namespace, command: list[str]) -> int:
     if args.resume is None:
         from tune.length import of_equal_length, own_examples  # with torch; opens the data, once for all trials
 
+        check_corners(source, space)
         settings = replace(settings, examples=settings.examples or own_examples(config))
         of_equal_length(config, settings.examples, settings.evaluations)
         folder = make_folder(searched, settings, config, command)
         config = load_config(folder / "base.yaml")  # with absolute paths
+        space = replace(space, base=config.model_dump(mode="json"))
     try:
         with _only_search(folder):
             study = open_study(folder, settings, space, config, args.resume is not None)
@@ -171,6 +173,17 @@ def search(args: argparse.Namespace, command: list[str]) -> int:
             return run(args, folder, settings, space, config, study)
     print(f"job {job}: search folder {folder}\nwatch with: tail -F {folder}/slurm.log")
     return 0
+
+
+def check_corners(source: Path, space: Space) -> None:
+    """Raises `UserError` for a method or option that does not exist, which `load_space` without torch cannot know."""
+    from mtbert.trainer import methods_of
+
+    for enabled, values in corners(space):
+        try:
+            methods_of(enabled.config(values))
+        except UserError as error:
+            raise UserError(f"{source}: {error} (tried with {inline_yaml(values)})") from None
 
 
 def check_place(args: argparse.Namespace, settings: Settings) -> None:

@@ -129,5 +129,5 @@ def test_adaptive_sampling_is_counted_only_where_batches_are_alike(cache: Path) 
     adaptive = "schedule.kind=adaptive"
     _, seen = of_equal_length(configured(cache, adaptive), 3000, 4)
     assert max(seen.values()) >= 3000
-    with pytest.raises(UserError, match="schedule.kind adaptive: .* give the tasks one batch_size, not 8, 32, 32"):
+    with pytest.raises(UserError, match=r"schedule.kind adaptive: .* give the tasks one batch_size, not 8, 32, 32"):
         of_equal_length(configured(cache, adaptive, "tasks.sst.batch_size=8"), 3000, 4)

@@ -340,6 +340,34 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
 
 
 @pytest.mark.parametrize(
+    ("parameters", "words", "complaint"),
+    [
+        (
+            {"surgery": {"choice": [{"method": "sum"}, {"method": "pcgrad", "options": {"reduktion": "mean"}}]}},
+            [],
+            r"reduktion.*\(tried with \{surgery: \{method: pcgrad",
+        ),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_a_space_that_cannot_be_searched_is_one_line_and_leaves_nothing(
+    parameters: dict[str, Any],
+    words: list[str],
+    complaint: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "space.yaml").write_text(yaml.safe_dump({"parameters": parameters}))
+    assert main(["--space", "space.yaml", "--set", f"data.cache={tmp_path}/cache", *words]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1
+    assert re.search(complaint, err)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
     ("options", "gpus"),
     [
         ([], 0),
