@@ -130,9 +130,10 @@ def _importances(space: Space, study: Study) -> str:
 
 
 def _labels(parameter: Parameter) -> list[str]:
-    """Of a choice's options in pictures: letters where they are too long."""
+    """Of a choice's options in pictures: letters where they are too long, and numbers after z."""
     texts = [brief(option) for option in parameter.options]
-    return texts if max(map(len, texts)) <= LONGEST_LABEL else list(string.ascii_lowercase[: len(texts)])
+    short = [*string.ascii_lowercase, *map(str, range(27, len(texts) + 1))][: len(texts)]
+    return texts if max(map(len, texts)) <= LONGEST_LABEL else short
 
 
 def _legend(space: Space) -> str:
@@ -386,7 +387,7 @@ def _scatter(figure: Any, parameters: Sequence[Parameter], tried: Sequence[Tried
     for row, (parameter, label, of) in enumerate(rows):
         for column, name in enumerate(names):
             axis: Axes = axes[row, column]
-            dots = [trial for trial in tried if parameter.name in trial.values]
+            dots = [trial for trial in tried if parameter.name in trial.values and name in trial.scores]
             axis.scatter(
                 [of(trial.values[parameter.name]) for trial in dots],
                 [trial.scores[name] for trial in dots],

@@ -153,7 +153,7 @@ def search(args: argparse.Namespace, command: list[str]) -> int:
     if args.resume is None:
         from tune.length import of_equal_length, own_examples  # with torch; opens the data, once for all trials
 
-        check_corners(source, space)
+        check_corners(source, space, settings.metrics)
         settings = replace(settings, examples=settings.examples or own_examples(config))
         of_equal_length(config, settings.examples, settings.evaluations)
         folder = make_folder(searched, settings, config, command)
@@ -175,15 +175,30 @@ def search(args: argparse.Namespace, command: list[str]) -> int:
     return 0
 
 
-def check_corners(source: Path, space: Space) -> None:
-    """Raises `UserError` for a method or option that does not exist, which `load_space` without torch cannot know."""
+def check_corners(source: Path, space: Space, metrics: Sequence[str]) -> None:
+    """Raises `UserError` for trials that cannot be compared, and for a method or option that does not exist, which
+    `load_space` without torch cannot know."""
     from mtbert.trainer import methods_of
 
+    own = _scored(config_of(space.base))
     for enabled, values in corners(space):
+        config = enabled.config(values)
+        other = {*own} ^ {*_scored(config)}
+        if other and (len(metrics) > 1 or metrics[0] in ("composite", *other)):
+            name = min(other)
+            kept = next((task for task in own if task not in other), "TASK")
+            raise UserError(
+                f"--metric {' '.join(metrics)}: needs the same tasks in all trials, and {name} is not in all of them "
+                f"({source}); judge by --metric {kept}, or leave tasks.{name} out of the space"
+            )
         try:
-            methods_of(enabled.config(values))
+            methods_of(config)
         except UserError as error:
             raise UserError(f"{source}: {error} (tried with {inline_yaml(values)})") from None
+
+
+def _scored(config: Config) -> list[str]:
+    return [name for name, task in config.tasks.items() if task.dev is not None]
 
 
 def check_place(args: argparse.Namespace, settings: Settings) -> None:
@@ -290,7 +305,7 @@ def _judged(settings: Settings) -> str:
 def new_settings(args: argparse.Namespace, config: Config, space: Space) -> Settings:
     """Raises `UserError` for what does not fit together."""
     metrics = args.metrics or ["composite"]
-    valid = ["composite", *(name for name, task in config.tasks.items() if task.dev is not None)]
+    valid = ["composite", *_scored(config)]
     for metric in metrics:
         if metric not in valid:
             raise UserError(f"--metric {metric}: no trial reports it; valid: {', '.join(valid)}")

@@ -339,6 +339,13 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
     assert not list(tmp_path.iterdir())
 
 
+DROPPING = {
+    "tasks.para": {
+        "choice": [None, load_config(TINY["base"]).model_dump(mode="json", exclude_none=True)["tasks"]["para"]]
+    }
+}
+
+
 @pytest.mark.parametrize(
     ("parameters", "words", "complaint"),
     [
@@ -347,6 +354,9 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
             [],
             r"reduktion.*\(tried with \{surgery: \{method: pcgrad",
         ),
+        (DROPPING, [], "--metric composite: needs the same tasks in all trials, and para is not .*; judge by .* sst,"),
+        (DROPPING, ["--metric", "sst", "sts"], "--metric sst sts: needs the same tasks in all trials, and para is not"),
+        (DROPPING, ["--metric", "para"], "--metric para: needs .* para is not .*; judge by --metric sst, "),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
