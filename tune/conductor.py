@@ -25,7 +25,7 @@ from tune.curves import lineage
 from tune.length import of_equal_length
 from tune.space import Space, Values
 from tune.study import Study
-from tune.trial import Plan, run_trial
+from tune.trial import SCORE, Plan, run_trial
 
 if TYPE_CHECKING:
     from tune.search import Settings
@@ -98,7 +98,7 @@ class Conductor:
         if settings.scheduler == "none":
             return FIFOScheduler()
         # by evaluations: where steps differ in size, two trials' evaluations lie at slightly different examples
-        common: dict[str, Any] = {"time_attr": "evaluation", "metric": self.study.first_metric, "mode": "max"}
+        common: dict[str, Any] = {"time_attr": "evaluation", "metric": SCORE + self.study.first_metric, "mode": "max"}
         if settings.scheduler == "pbt":
             # Tune recommends another kind of trainable
             warnings.filterwarnings("ignore", message="Consider boosting PBT", category=UserWarning)
@@ -127,7 +127,7 @@ class Conductor:
         known = SimpleNamespace(trial_id=tune_id)
         asha.on_trial_add(None, known)
         for number, (_, score) in enumerate(evaluations, 1):
-            asha.on_trial_result(None, known, {"evaluation": number, self.study.first_metric: score})
+            asha.on_trial_result(None, known, {"evaluation": number, SCORE + self.study.first_metric: score})
 
     # ------------------------------------------------------------------------------ what Tune asks and tells
 
@@ -167,7 +167,7 @@ class Conductor:
             self.board.show(self.numbers[tune_id])
 
     def _record(self, number: int, result: dict[str, Any]) -> None:
-        scores = {name: result[name] for name in ("composite", *self.base.tasks) if name in result}
+        scores = {key.removeprefix(SCORE): score for key, score in result.items() if key.startswith(SCORE)}
         self.study.report(number, result["examples"], scores, grafted=self.settings.scheduler == "pbt")
 
     def completed(self, tune_id: str, result: dict[str, Any] | None, error: bool) -> None:

@@ -23,6 +23,7 @@ from harness import PATIENCE_S
 from mtbert.config import load_config, to_yaml
 from mtbert.errors import UserError
 from mtbert.record import METRICS_FILE
+from mtbert.yaml_files import inline_yaml
 from tune.search import _gpus_per_node, main
 
 ROOT = Path(__file__).parent.parent.parent
@@ -280,10 +281,14 @@ def test_a_population_outlives_a_broken_member_and_a_stop(place: Place) -> None:
 
 @pytest.mark.ranks
 def test_several_metrics_leave_a_front(place: Place) -> None:
+    """Of tasks that are named as the fields of a trial's reports are."""
+    tasks = load_config(TINY["base"]).model_dump(mode="json", exclude_none=True)["tasks"]
+    given = {"error": tasks["sst"], "sst": None, "done": tasks["sts"], "sts": None}
     ended(
         place.start(
             *["--config", "tiny.yaml", "--space", "space.yaml", "--name", "front", "--trials", "2"],
-            *["--examples", "600", "--evaluations", "1", "--metric", "sst", "sts"],
+            *["--examples", "600", "--evaluations", "1", "--metric", "error", "done"],
+            *["--set", *(f"tasks.{name}={inline_yaml(task)}" for name, task in given.items())],
         )
     )
     study = optuna.load_study(study_name="front", storage=f"sqlite:///{place.run('front')}/study.db")
