@@ -61,7 +61,7 @@ class Settings:
     scheduler: Scheduler
     reduction: Annotated[Count, Field(ge=2)]
     sampler: Literal["tpe", "random"]
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)]
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
     ranks: Count
     cpus: Count
     gpus: Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -101,7 +101,7 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument("--evaluations", type=_count, metavar="N", help="of each trial, evenly spaced (default: 8)")
     how.add_argument("--reduction", type=_count, metavar="N", help="asha: one in N goes on at each rung (default: 3)")
     how.add_argument("--sampler", choices=("tpe", "random"), help="(default: tpe)")
-    how.add_argument("--seed", type=int, metavar="N", help="of the search; the trials' own is the configuration's")
+    how.add_argument("--seed", type=_seed, metavar="N", help="of the search; the trials' own is the configuration's")
     how.add_argument("--name", help="of the search folder and its study (default: date, config)")
     how.add_argument("--storage", metavar="URL", help="database of the Optuna study (default: SQLite in the folder)")
 
@@ -444,8 +444,17 @@ def _terminated() -> Iterator[None]:
 
 
 def _count(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1")
+    return _whole(text, 1, 2**31 - 1)
+
+
+def _seed(text: str) -> int:
+    return _whole(text, 0, 2**63 - 1)
+
+
+def _whole(text: str, low: int, high: int) -> int:
+    """As far as `search.yaml` takes it."""
+    if not text.isdecimal() or not low <= int(text) <= high:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from {low} to {high}")
     return int(text)
 
 
