@@ -37,10 +37,8 @@ RETRIES = 1
 class Conductor:
     """Runs the trials of a study that are not over."""
 
-    def __init__(
-        self, folder: Path, settings: Settings, space: Space, config: Config, study: Study, board: Board
-    ) -> None:
-        self.folder, self.settings, self.space, self.base = folder, settings, space, config
+    def __init__(self, folder: Path, settings: Settings, space: Space, study: Study, board: Board) -> None:
+        self.folder, self.settings, self.space = folder, settings, space
         self.study, self.board = study, board
         self.interrupted = [trial.number for trial in study.tried() if trial.state == "running"]
         self.numbers: dict[str, int] = {}  # Tune's trial → ours

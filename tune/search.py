@@ -129,6 +129,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # before trials run, or after
+        print("interrupted", file=sys.stderr)
+        return STOPPED
 
 
 def search(args: argparse.Namespace, command: list[str]) -> int:
@@ -159,18 +162,21 @@ def search(args: argparse.Namespace, command: list[str]) -> int:
         folder = make_folder(searched, settings, config, command)
         config = load_config(folder / "base.yaml")  # with absolute paths
         space = replace(space, base=config.model_dump(mode="json"))
+    study = None
     try:
         with _only_search(folder):
             study = open_study(folder, settings, space, config, args.resume is not None)
             write_settings(folder, settings)  # a resume may have changed them
         job = None if args.cluster is None else submit(args, folder, settings)
-    except UserError:
+    except BaseException:
         if args.resume is None:
+            if study is not None:  # which may lie elsewhere
+                study.delete()
             shutil.rmtree(folder)
         raise
     if job is None:
         with _only_search(folder):
-            return run(args, folder, settings, space, config, study)
+            return run(args, folder, settings, space, study)
     print(f"job {job}: search folder {folder}\nwatch with: tail -F {folder}/slurm.log")
     return 0
 
@@ -244,7 +250,7 @@ def submit(args: argparse.Namespace, folder: Path, settings: Settings) -> str:
     return allocation.submit(folder, settings.name, args.nodes or 1, _cpus_per_node(args, settings), options)
 
 
-def run(args: argparse.Namespace, folder: Path, settings: Settings, space: Space, config: Config, study: Any) -> int:
+def run(args: argparse.Namespace, folder: Path, settings: Settings, space: Space, study: Any) -> int:
     from tune import cluster
     from tune.board import Board
     from tune.report import write_best, write_report
@@ -269,7 +275,7 @@ def run(args: argparse.Namespace, folder: Path, settings: Settings, space: Space
                 from tune.conductor import Conductor  # imports Ray, which reads its variables then
 
                 slots = cluster.check_room(cluster.nodes(), settings.ranks, settings.cpus, settings.gpus)
-                Conductor(folder, settings, space, config, study, board).conduct(slots)
+                Conductor(folder, settings, space, study, board).conduct(slots)
         except KeyboardInterrupt:
             code = STOPPED
     study.note_search(seconds=study.notes.get("seconds", 0.0) + time.monotonic() - started)
@@ -380,10 +386,14 @@ def read_settings(folder: Path) -> Settings:
 def make_folder(space: dict[str, Any], settings: Settings, config: Config, command: list[str]) -> Path:
     """`space`: as YAML, whatever files it was laid together from."""
     folder = create_run(config, settings.source, command).absolute()
-    (folder / "config.yaml").rename(folder / "base.yaml")
-    (folder / "space.yaml").write_text(dump_yaml(space), encoding="utf-8")
-    snapshot_code(folder)
-    (folder / "trials").mkdir()
+    try:
+        (folder / "config.yaml").rename(folder / "base.yaml")
+        (folder / "space.yaml").write_text(dump_yaml(space), encoding="utf-8")
+        snapshot_code(folder)
+        (folder / "trials").mkdir()
+    except BaseException:  # Ctrl-C as well: a half-made folder would keep the name
+        shutil.rmtree(folder)
+        raise
     return folder
 
 

@@ -202,6 +202,10 @@ class Study:
         else:
             self.study.tell(number, state=TrialState.PRUNED if state == "pruned" else TrialState.FAIL)
 
+    def delete(self) -> None:
+        """Out of its database."""
+        optuna.delete_study(study_name=self.study.study_name, storage=self.study._storage)
+
     def _trial(self, number: int) -> FrozenTrial:
         return self.study.get_trials(deepcopy=False)[number]
 

@@ -21,8 +21,7 @@ from tune.space import load_space
 from tune.study import Study
 
 folder = Path(sys.argv[1])
-config = load_config(folder / "base.yaml")
-space = load_space(folder / "space.yaml", config)
+space = load_space(folder / "space.yaml", load_config(folder / "base.yaml"))
 settings = Settings("q", 3, 5500, 8, ["composite"], "asha", 3, "random", 0, 1, 1, 0.0, None, "", "n")
 study = Study(space, None, "n", {}, ["composite"], "random", 0, 3)
 curves = [[0.60, 0.66, 0.70, 0.74, 0.76, 0.78], [0.70, 0.71], [0.80, 0.81, 0.82]]
@@ -32,7 +31,7 @@ for curve in curves:
         study.report(number, 375 * evaluation, {"composite": score})
 for number in (1, 2):
     study.finish(number, "pruned")
-conductor = Conductor(folder, settings, space, config, study, Board(study, settings))
+conductor = Conductor(folder, settings, space, study, Board(study, settings))
 asha = conductor._scheduler()
 suggested = conductor.suggest("tune-id")
 assert suggested["plan"]["number"] == 0, study.tried()[0].error

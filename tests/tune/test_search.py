@@ -388,6 +388,46 @@ def test_a_space_that_cannot_be_searched_is_one_line_and_leaves_nothing(
     assert not (tmp_path / "runs").exists()
 
 
+def words_of_a_tiny_search(folder: Path, *words: str) -> list[str]:
+    """With a space that does not vary much; `folder` is where it leaves its data."""
+    (folder / "lr.yaml").write_text("parameters: {optimizer.lr: {uniform: [0.001, 0.01]}}")
+    small = [f"data.cache={folder}/cache", "data.generate={train: 100, dev: 30}", f"run.dir={folder}/runs"]
+    return ["--space", str(folder / "lr.yaml"), "--name", "mine", "--evaluations", "4", *words, "--set", *small]
+
+
+def refusing_sbatch(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sbatch = folder / "bin" / "sbatch"
+    sbatch.parent.mkdir()
+    sbatch.write_text("#!/bin/sh\necho 'sbatch: error: no such partition' >&2\nexit 1\n")
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{sbatch.parent}:{os.environ['PATH']}")
+
+
+def test_a_search_that_sbatch_refuses_leaves_no_study(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refusing_sbatch(tmp_path, monkeypatch)
+    storage = f"sqlite:///{tmp_path}/studies.db"
+    for _ in range(2):
+        assert main(words_of_a_tiny_search(tmp_path, "--cluster", "slurm", "--storage", storage)) == 2
+        assert capsys.readouterr().err == "error: sbatch refused the search: no such partition\n"
+        assert not (tmp_path / "runs" / "mine").exists()
+    assert optuna.get_all_study_names(storage) == []
+
+
+@pytest.mark.parametrize("where", ["snapshot_code", "open_study"])
+def test_ctrl_c_before_a_search_has_begun_takes_it_back(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def pressed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"tune.search.{where}", pressed)
+    assert main(words_of_a_tiny_search(tmp_path)) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+    assert not (tmp_path / "runs" / "mine").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "gpus"),
     [
