@@ -35,7 +35,7 @@ from launch.records import ROOT, snapshot_code
 from launch.show import STOPPED
 from mtbert.config import Config, config_of, load_config, to_yaml
 from mtbert.errors import CommandLine, UserError
-from mtbert.runs import create_run, user_path, write_atomically
+from mtbert.runs import create_run, redacted, user_path, written_aside
 from mtbert.stops import stop_requests
 from mtbert.yaml_files import dump_yaml, inline_yaml, read_yaml
 from tune.space import Space, corners, load_space
@@ -399,7 +399,12 @@ def make_folder(space: dict[str, Any], settings: Settings, config: Config, comma
 
 def write_settings(folder: Path, settings: Settings) -> None:
     lines = [f"{key}: {inline_yaml(value)}\n" for key, value in asdict(settings).items()]
-    write_atomically(folder / "search.yaml", "".join(lines))
+    with written_aside(folder / "search.yaml") as new, new.open("w", encoding="utf-8") as file:
+        if redacted(settings.storage) != settings.storage:
+            new.chmod(0o600)  # before the password is in it
+        file.write("".join(lines))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def open_study(folder: Path, settings: Settings, space: Space, config: Config, resume: bool) -> Any:

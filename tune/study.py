@@ -21,6 +21,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from mtbert.errors import UserError
 from mtbert.randomness import addressed_rng
+from mtbert.runs import redacted
 from tune.space import Space, Values
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -86,6 +87,7 @@ class Study:
         resume: bool = False,
     ) -> None:
         self.space, self.metrics, self.seed, self._sampler = space, list(metrics), seed, sampler
+        where = f"--storage {redacted(storage or 'none')}"
         self._startup = min(10, max(4, trials // 4))
         # TPE's conditional groups and the importances are called experimental since 2021
         warnings.filterwarnings("ignore", category=ExperimentalWarning)
@@ -95,17 +97,17 @@ class Study:
             database = RDBStorage(storage, engine_kwargs=options) if storage else InMemoryStorage()
             known = {each.study_name: each for each in optuna.get_all_study_summaries(database)}
         except (SQLAlchemyError, ImportError, ValueError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"--storage {storage}: cannot open it as a study's database: {reason}") from None
+            reason = redacted(" ".join(str(error).split()))[:200]
+            raise UserError(f"{where}: cannot open it as a study's database: {reason}") from None
         if name in known:
-            _compare(f"--storage {storage}: study {name!r}", known[name].user_attrs.get("identity", {}), identity)
+            _compare(f"{where}: study {name!r}", known[name].user_attrs.get("identity", {}), identity)
             if not resume:
                 raise UserError(
-                    f"--storage {storage}: study {name!r} is there already, of this same search; "
+                    f"{where}: study {name!r} is there already, of this same search; "
                     f"continue it with --resume, or choose another --name"
                 )
         elif resume:
-            raise UserError(f"--storage {storage}: no study {name!r} is in it")
+            raise UserError(f"{where}: no study {name!r} is in it")
         self.study = optuna.create_study(
             storage=database, study_name=name, directions=["maximize"] * len(self.metrics), load_if_exists=True
         )

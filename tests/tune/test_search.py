@@ -24,7 +24,7 @@ from mtbert.config import load_config, to_yaml
 from mtbert.errors import UserError
 from mtbert.record import METRICS_FILE
 from mtbert.yaml_files import inline_yaml
-from tune.search import _gpus_per_node, main
+from tune.search import Settings, _gpus_per_node, main, read_settings, write_settings
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -494,6 +494,17 @@ def test_settings_that_no_search_wrote(
     assert main(["--resume", str(tmp_path)]) == 2
     err = capsys.readouterr().err
     assert f"search.yaml: {complaint}" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("storage", "mode"), [("postgresql://me:geheim@host/db", 0o600), ("sqlite:////x.db", 0o644)])
+def test_settings_with_a_password_are_the_users_alone(tmp_path: Path, storage: str, mode: int) -> None:
+    before = os.umask(0o022)
+    try:
+        write_settings(tmp_path, Settings(**{**SETTINGS, "storage": storage}))
+    finally:
+        os.umask(before)
+    assert (tmp_path / "search.yaml").stat().st_mode & 0o777 == mode
+    assert read_settings(tmp_path).storage == storage
 
 
 def test_stages_cannot_be_asked_for_more_trials(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

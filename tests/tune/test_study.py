@@ -157,6 +157,13 @@ def test_what_matters_is_found_important(space: Space) -> None:
     assert "schedule.alpha" in shares
 
 
+def test_a_password_is_in_no_message(space: Space) -> None:
+    for storage in ("postgresql://me:geheim12@localhost:1/db", "nonsense://me:geheim12@localhost/db"):
+        with pytest.raises(UserError, match=r"--storage .*//\[redacted\]@localhost") as refused:
+            study_of(space, storage)
+        assert "geheim12" not in str(refused.value)
+
+
 @pytest.mark.parametrize(
     ("storage", "changes", "complaint"),
     [
