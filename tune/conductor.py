@@ -166,7 +166,10 @@ class Conductor:
 
     def _record(self, number: int, result: dict[str, Any]) -> None:
         scores = {key.removeprefix(SCORE): score for key, score in result.items() if key.startswith(SCORE)}
-        self.study.report(number, result["examples"], scores, grafted=self.settings.scheduler == "pbt")
+        settings = self.settings
+        evaluation = result["evaluation"] or settings.evaluations  # 0 is the last
+        rung = round(settings.examples * evaluation / settings.evaluations)
+        self.study.report(number, result["examples"], scores, rung=rung, grafted=settings.scheduler == "pbt")
 
     def completed(self, tune_id: str, result: dict[str, Any] | None, error: bool) -> None:
         number = self.numbers.pop(tune_id)

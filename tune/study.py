@@ -47,7 +47,7 @@ class Tried:
     examples: int
     error: str
     notes: dict[str, Any]
-    curve: dict[int, float]  # examples → first metric, where there is one metric
+    curve: dict[int, float]  # examples of its rungs → first metric, where there is one metric
     params: dict[str, Any]  # in Optuna's words
 
 
@@ -168,16 +168,21 @@ class Study:
 
     # ----------------------------------------------------------------------------------------- recording
 
-    def report(self, number: int, examples: int, scores: Scores, *, grafted: bool = False) -> None:
+    def report(
+        self, number: int, examples: int, scores: Scores, *, rung: int | None = None, grafted: bool = False
+    ) -> None:
         """After an evaluation. One that is known already is let pass: a continued trial tells all of them again.
 
+        `rung`: the examples that this evaluation of any trial stands for, `examples` by default. Steps differ in size,
+        and TPE ranks trials that were stopped by how far they came before it looks at their scores.
         `grafted`: the trial may have gone on from the weights of one that had seen less.
         """
         trial = self._trial(number)
         if examples <= trial.user_attrs.get("examples", 0) and not grafted:
             return
         if len(self.metrics) == 1:
-            self.study._storage.set_trial_intermediate_value(trial._trial_id, examples, scores[self.metrics[0]])
+            step = examples if rung is None else rung
+            self.study._storage.set_trial_intermediate_value(trial._trial_id, step, scores[self.metrics[0]])
         self.note(number, examples=examples, scores=dict(scores))
 
     def note(self, number: int, **notes: Any) -> None:
