@@ -100,7 +100,7 @@ class Study:
             reason = redacted(" ".join(str(error).split()))[:200]
             raise UserError(f"{where}: cannot open it as a study's database: {reason}") from None
         if name in known:
-            _compare(f"{where}: study {name!r}", known[name].user_attrs.get("identity", {}), identity)
+            _compare(f"{where}: study {name!r}", known[name].user_attrs.get("identity", {}), identity, resume)
             if not resume:
                 raise UserError(
                     f"{where}: study {name!r} is there already, of this same search; "
@@ -284,10 +284,15 @@ def _tried(trial: FrozenTrial) -> Tried:
     )
 
 
-def _compare(where: str, known: Mapping[str, str], identity: Mapping[str, str]) -> None:
-    for part, text in identity.items():
-        if known.get(part) != text:
-            raise UserError(
-                f"{where} belongs to a search with another {part}; choose another --name or --storage, "
-                f"or continue that search with --resume"
-            )
+def _compare(where: str, known: Mapping[str, str], identity: Mapping[str, str], resume: bool) -> None:
+    changed = [part for part, text in identity.items() if known.get(part) != text]
+    if changed and resume:
+        raise UserError(
+            f"{where} was begun with another {changed[0]}: space.yaml or base.yaml has changed since, or mtbert has; "
+            f"put back what was there, or begin a new search with --config and --space"
+        )
+    if changed:
+        raise UserError(
+            f"{where} belongs to a search with another {changed[0]}; choose another --name or --storage, "
+            f"or continue that search with --resume"
+        )

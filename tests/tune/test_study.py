@@ -172,7 +172,8 @@ def test_a_password_is_in_no_message(space: Space) -> None:
         (
             "sqlite:///{}/study.db",
             {"identity": {"space": "that"}, "resume": True},
-            "belongs to a search with another space",
+            "study 'name' was begun with another space: space.yaml or base.yaml has changed since, or mtbert has; put "
+            "back what was there, or begin a new search",
         ),
         ("sqlite:///{}/other.db", {"resume": True}, "no study 'name' is in it"),
         ("sqlite:///{}/no/folder/study.db", {}, "cannot open it as a study's database"),
