@@ -14,6 +14,8 @@ from __future__ import annotations
 import argparse
 import datetime
 import os
+import re
+import shlex
 import shutil
 import signal
 import sys
@@ -102,7 +104,7 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument("--reduction", type=_count, metavar="N", help="asha: one in N goes on at each rung (default: 3)")
     how.add_argument("--sampler", choices=("tpe", "random"), help="(default: tpe)")
     how.add_argument("--seed", type=_seed, metavar="N", help="of the search; the trials' own is the configuration's")
-    how.add_argument("--name", help="of the search folder and its study (default: date, config)")
+    how.add_argument("--name", help="of the search folder and its study (default: run.name, or date, config)")
     how.add_argument("--storage", metavar="URL", help="database of the Optuna study (default: SQLite in the folder)")
 
     where = parser.add_argument_group("where")
@@ -289,9 +291,15 @@ def run(args: argparse.Namespace, folder: Path, settings: Settings, space: Space
         print("error: no trial saw all its examples; report.md says what became of each", file=sys.stderr)
     print(f"report: {folder}/report.md\ncurves: tensorboard --logdir {folder}/trials")
     if code == STOPPED:
-        print(f"stopped; continue with: python -m tune --resume {folder}")
+        print(f"stopped; continue with: {again(args, folder)}")
         return STOPPED
     return 0 if best is not None else 1
+
+
+def again(args: argparse.Namespace, folder: Path) -> str:
+    """The command that continues a search."""
+    where = f" --cluster slurm --nodes {args.nodes or 1}" if args.address else ""
+    return f"python -m tune --resume {shlex.quote(str(folder))}{where}"
 
 
 def _judged(settings: Settings) -> str:
@@ -351,8 +359,11 @@ def new_settings(args: argparse.Namespace, config: Config, space: Space) -> Sett
         cpus=args.cpus_per_rank or 1,
         gpus=gpus,
         concurrent=args.concurrent,
-        storage=args.storage or "",
-        name=args.name or f"{stamp}-search-{Path(source).stem}",
+        # found again from any folder
+        storage=re.sub(
+            r"^sqlite[^:]*:///(?!/|:|file:|$)", lambda start: f"{start[0]}{Path.cwd()}/", args.storage or ""
+        ),
+        name=args.name or config.run.name or f"{stamp}-search-{Path(source).stem}",
     )
 
 
@@ -362,7 +373,8 @@ def resumed_settings(args: argparse.Namespace) -> Settings:
         raise UserError(f"--resume {args.resume}: no search folder, search.yaml is missing there")
     free = {"resume", "trials", "concurrent", "address", "dashboard", "cluster", "nodes", "cpus_per_node", "slurm"}
     if given := [name for name, value in vars(args).items() if name not in free and value not in (None, [])]:
-        raise UserError(f"--resume: a search goes on as it began; leave out --{given[0].replace('_', '-')}")
+        option = {"overrides": "set", "metrics": "metric"}.get(given[0], given[0].replace("_", "-"))
+        raise UserError(f"--resume: a search goes on as it began; leave out --{option}")
     settings = read_settings(args.resume)
     if args.trials is not None and args.trials < settings.trials:
         raise UserError(f"--trials {args.trials}: the search has {settings.trials} already; ask for more")

@@ -99,8 +99,10 @@ class Parameter:
             if (text := inline_yaml(value)) not in self._texts:
                 raise ValueError(f"expected one of {', '.join(self._texts)}")
             return {self.name: text}
-        if isinstance(value, bool) or not isinstance(value, int | float) or not self.low <= value <= self.high:
-            raise ValueError(f"expected a number from {self.low:g} to {self.high:g}")
+        whole = self.kind in ("int", "logint")
+        number = int if whole else (int, float)
+        if isinstance(value, bool) or not isinstance(value, number) or not self.low <= value <= self.high:
+            raise ValueError(f"expected a {'whole ' * whole}number from {self.low:g} to {self.high:g}")
         return {self.name: value}
 
     @property

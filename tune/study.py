@@ -11,6 +11,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import optuna
@@ -88,6 +89,9 @@ class Study:
     ) -> None:
         self.space, self.metrics, self.seed, self._sampler = space, list(metrics), seed, sampler
         where = f"--storage {redacted(storage or 'none')}"
+        file = storage.partition(":///")[2].partition("?")[0] if storage and storage.startswith("sqlite") else ""
+        if resume and file.startswith("/") and not Path(file).exists():  # to open it would make it
+            raise UserError(f"{where}: no study {name!r} is in it")
         self._startup = min(10, max(4, trials // 4))
         # TPE's conditional groups and the importances are called experimental since 2021
         warnings.filterwarnings("ignore", category=ExperimentalWarning)

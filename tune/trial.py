@@ -71,6 +71,7 @@ def run_trial(settings: dict[str, Any]) -> None:
     """
     plan = Plan(**settings["plan"])
     folder = Path(plan.trials) / Path(ray_tune.get_context().get_trial_dir()).name
+    (folder / "error.txt").unlink(missing_ok=True)  # an attempt before; this one may be killed
     try:
         _train(folder, plan)
     except Exception as error:

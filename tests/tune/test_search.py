@@ -24,7 +24,8 @@ from mtbert.config import load_config, to_yaml
 from mtbert.errors import UserError
 from mtbert.record import METRICS_FILE
 from mtbert.yaml_files import inline_yaml
-from tune.search import Settings, _gpus_per_node, main, read_settings, write_settings
+from tune.search import Settings, _gpus_per_node, again, main, new_settings, parser, read_settings, write_settings
+from tune.space import load_space
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -401,6 +402,51 @@ def refusing_sbatch(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sbatch.write_text("#!/bin/sh\necho 'sbatch: error: no such partition' >&2\nexit 1\n")
     sbatch.chmod(0o755)
     monkeypatch.setenv("PATH", f"{sbatch.parent}:{os.environ['PATH']}")
+
+
+@pytest.mark.parametrize(
+    ("words", "option"), [(["--set", "a=b"], "--set"), (["--metric", "sst"], "--metric"), (["--seed", "0"], "--seed")]
+)
+def test_what_a_resume_does_not_take_is_named_as_typed(
+    words: list[str], option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "search.yaml").write_text(yaml.safe_dump(SETTINGS))
+    assert main(["--resume", str(tmp_path), *words]) == 2
+    assert capsys.readouterr().err == f"error: --resume: a search goes on as it began; leave out {option}\n"
+
+
+def settings_of(*words: str) -> Settings:
+    config = load_config(TINY["base"], [word for word in words if word.startswith("run.")])
+    space = load_space(ROOT / "configs" / "search" / "default.yaml", config)
+    return new_settings(parser().parse_args([word for word in words if not word.startswith("run.")]), config, space)
+
+
+def test_a_search_is_called_as_its_configuration() -> None:
+    assert settings_of("run.name=mine").name == "mine"
+    assert settings_of("run.name=mine", "--name", "yours").name == "yours"
+
+
+@pytest.mark.parametrize(
+    ("typed", "kept"),
+    [
+        ("sqlite:///studies/own.db", "sqlite:///{}/studies/own.db"),
+        ("sqlite:////tmp/own.db", "sqlite:////tmp/own.db"),
+        ("postgresql://host/db", "postgresql://host/db"),
+    ],
+)
+def test_a_storage_is_found_again_from_anywhere(
+    typed: str, kept: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert settings_of("--storage", typed).storage == kept.format(tmp_path)
+
+
+def test_a_search_on_a_cluster_is_continued_there() -> None:
+    words = ["--resume", "x", "--address", "host:1", "--nodes", "2"]
+    assert again(parser().parse_args(words), Path("/a b")) == (
+        "python -m tune --resume '/a b' --cluster slurm --nodes 2"
+    )
+    assert again(parser().parse_args([]), Path("/a/b")) == "python -m tune --resume /a/b"
 
 
 def test_a_search_that_sbatch_refuses_leaves_no_study(

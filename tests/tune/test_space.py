@@ -282,6 +282,10 @@ def test_the_configuration_is_found_among_whole_sections(tmp_path: Path) -> None
             "expected a number from 0 to 1 (got 2)",
         ),
         (
+            "parameters: {schedule.length: {int: [10, 100]}}\nstarts: [{schedule.length: 20.5}]",
+            "expected a whole number from 10 to 100 (got 20.5)",
+        ),
+        (
             "parameters: {optimizer.lr: {uniform: [0, 1]}}\nstages: [[optimizer.lr]]",
             "only choices can be tried one by one",
         ),

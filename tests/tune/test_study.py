@@ -190,3 +190,4 @@ def test_a_storage_that_does_not_fit_is_refused(
         study_of(space, storage.format(tmp_path), **changes)
     assert complaint in str(refused.value)
     assert "\n" not in str(refused.value)
+    assert {path.name for path in tmp_path.iterdir()} == {"text.db", "study.db"}
