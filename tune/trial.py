@@ -99,7 +99,7 @@ def _train(folder: Path, plan: Plan) -> None:
         for step, scores in ranks.evaluations(after=last):
             # nothing is decided at the end: a trial that is over can neither be stopped nor take over another's weights
             evaluation = 0 if step == max(plan.examples) else 1 + sorted(plan.examples).index(step)
-            result = {"step": step, "examples": plan.examples[step], "evaluation": evaluation}
+            result: dict[str, Any] = {"step": step, "examples": plan.examples[step], "evaluation": evaluation}
             result |= {SCORE + name: score for name, score in scores.items()}
             if broken := [name for name, score in scores.items() if score is None]:
                 seen = plan.examples[step]
