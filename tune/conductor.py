@@ -6,6 +6,7 @@ import logging
 import shutil
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from ray.tune import Callback, FailureConfig, PlacementGroupFactory, RunConfig, 
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, PopulationBasedTraining, TrialScheduler
 from ray.tune.search import Searcher
 
-from mtbert.config import Config, config_of, to_yaml
+from mtbert.config import Config, to_yaml
 from mtbert.errors import UserError
 from mtbert.randomness import addressed_rng
 from mtbert.runs import create_run
@@ -24,7 +25,7 @@ from tune.curves import lineage
 from tune.length import of_equal_length
 from tune.space import Space, Values
 from tune.study import Study
-from tune.trial import Plan, run_trial
+from tune.trial import SCORE, Plan, run_trial
 
 if TYPE_CHECKING:
     from tune.search import Settings
@@ -36,15 +37,14 @@ RETRIES = 1
 class Conductor:
     """Runs the trials of a study that are not over."""
 
-    def __init__(
-        self, folder: Path, settings: Settings, space: Space, config: Config, study: Study, board: Board
-    ) -> None:
-        self.folder, self.settings, self.space, self.base = folder, settings, space, config
+    def __init__(self, folder: Path, settings: Settings, space: Space, study: Study, board: Board) -> None:
+        self.folder, self.settings, self.space = folder, settings, space
         self.study, self.board = study, board
         self.interrupted = [trial.number for trial in study.tried() if trial.state == "running"]
         self.numbers: dict[str, int] = {}  # Tune's trial → ours
         self.goals: dict[int, int] = {}  # trial → examples at its end
         self.explored = 0
+        self.asha: ASHAScheduler | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Nothing: Tune pickles what it is given, for a way of continuing that is not ours."""
@@ -96,7 +96,7 @@ class Conductor:
         if settings.scheduler == "none":
             return FIFOScheduler()
         # by evaluations: where steps differ in size, two trials' evaluations lie at slightly different examples
-        common: dict[str, Any] = {"time_attr": "evaluation", "metric": self.study.first_metric, "mode": "max"}
+        common: dict[str, Any] = {"time_attr": "evaluation", "metric": SCORE + self.study.first_metric, "mode": "max"}
         if settings.scheduler == "pbt":
             # Tune recommends another kind of trainable
             warnings.filterwarnings("ignore", message="Consider boosting PBT", category=UserWarning)
@@ -116,19 +116,26 @@ class Conductor:
         )
         for trial in self.study.tried():  # of a search that is continued
             if trial.state != "running":
-                known = SimpleNamespace(trial_id=f"before-{trial.number}")
-                asha.on_trial_add(None, known)
-                for evaluation, (_, score) in enumerate(sorted(trial.curve.items()), 1):
-                    asha.on_trial_result(None, known, {"evaluation": evaluation, self.study.first_metric: score})
+                self._remind(asha, f"before-{trial.number}", sorted(trial.curve.items()))
+        self.asha = asha
         return asha
+
+    def _remind(self, asha: ASHAScheduler, tune_id: str, evaluations: Sequence[tuple[int, float]]) -> None:
+        """Of what a trial had shown before the search was stopped."""
+        known = SimpleNamespace(trial_id=tune_id)
+        asha.on_trial_add(None, known)
+        for number, (_, score) in enumerate(evaluations, 1):
+            asha.on_trial_result(None, known, {"evaluation": number, SCORE + self.study.first_metric: score})
 
     # ------------------------------------------------------------------------------ what Tune asks and tells
 
     def suggest(self, tune_id: str) -> Any:
         """Settings of a trial, None for \"not now\", or `Searcher.FINISHED`."""
         while True:
+            known: list[tuple[int, float]] = []
             if self.interrupted:
                 number = self.interrupted.pop(0)
+                known = sorted(self.study.tried()[number].curve.items())
                 values = self.study.values_again(number)
                 if moves := lineage(self._run(number)):
                     values = moves[-1]["values"]
@@ -144,6 +151,9 @@ class Conductor:
                 self.study.finish(number, "failed", str(error))
                 self.board.show(number)
                 continue
+            if self.asha and known:
+                # it has passed these rungs, which others may have raised since; of the newest nobody knows
+                self._remind(self.asha, tune_id, known[:-1])
             self.numbers[tune_id] = number
             self.study.note(number, asked=time.time())
             self.board.show(number)
@@ -155,8 +165,11 @@ class Conductor:
             self.board.show(self.numbers[tune_id])
 
     def _record(self, number: int, result: dict[str, Any]) -> None:
-        scores = {name: result[name] for name in ("composite", *self.base.tasks) if name in result}
-        self.study.report(number, result["examples"], scores, grafted=self.settings.scheduler == "pbt")
+        scores = {key.removeprefix(SCORE): score for key, score in result.items() if key.startswith(SCORE)}
+        settings = self.settings
+        evaluation = result["evaluation"] or settings.evaluations  # 0 is the last
+        rung = round(settings.examples * evaluation / settings.evaluations)
+        self.study.report(number, result["examples"], scores, rung=rung, grafted=settings.scheduler == "pbt")
 
     def completed(self, tune_id: str, result: dict[str, Any] | None, error: bool) -> None:
         number = self.numbers.pop(tune_id)
@@ -199,7 +212,7 @@ class Conductor:
 
     def _planned(self, number: int, values: Values) -> tuple[Plan, Config]:
         settings = self.settings
-        config = config_of(self.base.model_dump(mode="json"), self.space.overrides(values))
+        config = self.space.config(values)
         config, examples = of_equal_length(config, settings.examples, settings.evaluations)
         config = config.model_copy(
             update={

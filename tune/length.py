@@ -7,18 +7,16 @@ trial are stretched or cut to the same number of examples, and evaluations lie a
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from mtbert.config import Config
 from mtbert.errors import UserError
-from mtbert.phases import plan
+from mtbert.phases import Phase, plan
 from mtbert.tasks import Task
-from mtbert.trainer import build
-
-ROUNDS = 8
-"""Phases and annealing depend on the length, and so on themselves; two or three rounds settle it."""
+from mtbert.trainer import build, methods_of
+from tune.space import check_countable
 
 
 def own_examples(config: Config) -> int:
@@ -33,40 +31,68 @@ def of_equal_length(config: Config, examples: int, evaluations: int) -> tuple[Co
 
     Returns: the configuration, and for each step after which it is evaluated the examples seen by then.
 
-    Raises `UserError` when there are fewer steps than phases or evaluations.
+    Raises `UserError` when there are fewer steps than phases or evaluations, when they cannot be cut into as many
+    evaluations, when no number of steps comes within a step of `examples`, and as `check_countable`
+    and `methods_of`.
     """
+    check_countable(config)
+    methods_of(config)
     tasks = build(config).tasks
-    for _ in range(ROUNDS):
-        seen = _seen(config, tasks)
-        before = [0, *seen][-2]
-        if before < examples <= seen[-1]:
-            break
-        # the last step over the aim is kept: where steps are alike this is their number in the first round
-        steps = max(1, -(-examples * len(seen) // seen[-1]))
-        phases = plan(config, [task.tokens_N("train") for task in tasks])
-        lengths = np.diff([0, *(round((phase.last + 1) * steps / len(seen)) for phase in phases)]).tolist()
-        if min(lengths) < 1 or steps < evaluations:
-            raise UserError(
-                f"--examples {examples}: only {steps} steps, for {len(phases)} phase(s) and {evaluations} evaluation(s)"
-            )
-        if steps == len(seen):  # the estimate rests where steps differ in size; the last phase takes the rest
-            lengths[-1] += 1 if seen[-1] < examples else -1
-        updated = [
-            phase.config.model_copy(update={"epochs": None, "steps": length})
-            for phase, length in zip(phases, lengths, strict=True)
-        ]
-        config = config.model_copy(update={"phases": updated})
     seen = _seen(config, tasks)
-    steps = len(seen)
+    phases = plan(config, [task.tokens_N("train") for task in tasks])
+    # where steps are alike the guess is the answer; where they differ, or change with the length, it is near
+    guess = max(1, -(-examples * len(seen) // seen[-1]))
+    steps = _fewest_steps(lambda steps: _seen(_stretched(config, phases, steps), tasks)[-1] >= examples, guess)
+    config = _stretched(config, phases, steps)
+    if min(phase.steps or 0 for phase in config.phases) < 1 or steps < evaluations:
+        raise UserError(
+            f"--examples {examples}: only {steps} steps, for {len(phases)} phase(s) and {evaluations} evaluation(s)"
+        )
+    seen = _seen(config, tasks)
+    step = max(np.diff([0, *seen]))
+    if seen[-1] - examples >= step:
+        raise UserError(
+            f"--examples {examples}: {steps} steps see {seen[-1]} and one less too few, for this schedule changes "
+            f"with its length; ask for {seen[-1]}"
+        )
     every = -(-steps // evaluations)
+    ends = [*range(every, steps, every), steps]
+    if len(ends) != evaluations:
+        raise UserError(
+            f"--evaluations {evaluations}: {steps} steps fall into {len(ends)} equal parts, not {evaluations}; "
+            f"use fewer --evaluations or more --examples"
+        )
     config = config.model_copy(
         update={
             "run": config.run.model_copy(update={"evaluate_every": every}),
             "checkpoint": config.checkpoint.model_copy(update={"every_steps": every}),
         }
     )
-    ends = [*range(every, steps, every), steps]
     return config, {end: seen[end - 1] for end in ends}
+
+
+def _fewest_steps(enough: Callable[[int], bool], guess: int) -> int:
+    """Steps that are enough where one less is not: from the guess in growing strides, then by bisection."""
+    low, high, stride = guess - 1, guess, 1
+    while not enough(high):
+        low, high, stride = high, high + stride, 2 * stride
+    while low and enough(low):
+        low, high, stride = max(0, low - stride), low, 2 * stride
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return high
+
+
+def _stretched(config: Config, phases: Sequence[Phase], steps: int) -> Config:
+    """With phases of so many steps together, each with the share that it has in `phases`."""
+    ends = [round((phase.last + 1) * steps / (phases[-1].last + 1)) for phase in phases]
+    lengths = np.diff([0, *ends]).tolist()
+    updated = [
+        phase.config.model_copy(update={"epochs": None, "steps": length})
+        for phase, length in zip(phases, lengths, strict=True)
+    ]
+    return config.model_copy(update={"phases": updated})
 
 
 def _seen(config: Config, tasks: Sequence[Task]) -> list[int]:

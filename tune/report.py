@@ -130,9 +130,10 @@ def _importances(space: Space, study: Study) -> str:
 
 
 def _labels(parameter: Parameter) -> list[str]:
-    """Of a choice's options in pictures: letters where they are too long."""
+    """Of a choice's options in pictures: letters where they are too long, and numbers after z."""
     texts = [brief(option) for option in parameter.options]
-    return texts if max(map(len, texts)) <= LONGEST_LABEL else list(string.ascii_lowercase[: len(texts)])
+    short = [*string.ascii_lowercase, *map(str, range(27, len(texts) + 1))][: len(texts)]
+    return texts if max(map(len, texts)) <= LONGEST_LABEL else short
 
 
 def _legend(space: Space) -> str:
@@ -151,8 +152,7 @@ def _sigma(space: Space) -> str:
         "## σ\n\nσ is the number of steps of an epoch. Here trials see the same number of examples, so σ does not say "
         "how long a trial trains, and in round robin, where loaders simply go on, it changes nothing else: a "
         "difference between values of σ is due to the other parameters. σ acts where something happens once an epoch "
-        "(annealed or adaptive sampling, milestones, rising thresholds). How long to train is what the curves "
-        "above show."
+        "(annealed sampling, milestones, rising thresholds). How long to train is what the curves above show."
     )
 
 
@@ -387,7 +387,7 @@ def _scatter(figure: Any, parameters: Sequence[Parameter], tried: Sequence[Tried
     for row, (parameter, label, of) in enumerate(rows):
         for column, name in enumerate(names):
             axis: Axes = axes[row, column]
-            dots = [trial for trial in tried if parameter.name in trial.values]
+            dots = [trial for trial in tried if parameter.name in trial.values and name in trial.scores]
             axis.scatter(
                 [of(trial.values[parameter.name]) for trial in dots],
                 [trial.scores[name] for trial in dots],

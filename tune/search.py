@@ -14,6 +14,8 @@ from __future__ import annotations
 import argparse
 import datetime
 import os
+import re
+import shlex
 import shutil
 import signal
 import sys
@@ -35,10 +37,10 @@ from launch.records import ROOT, snapshot_code
 from launch.show import STOPPED
 from mtbert.config import Config, config_of, load_config, to_yaml
 from mtbert.errors import CommandLine, UserError
-from mtbert.runs import create_run, user_path, write_atomically
+from mtbert.runs import create_run, redacted, user_path, written_aside
 from mtbert.stops import stop_requests
 from mtbert.yaml_files import dump_yaml, inline_yaml, read_yaml
-from tune.space import Space, load_space
+from tune.space import Space, corners, load_space
 
 DEFAULT_CONFIG = ROOT / "configs" / "quickstart.yaml"
 DEFAULT_SPACE = ROOT / "configs" / "search" / "default.yaml"
@@ -61,7 +63,7 @@ class Settings:
     scheduler: Scheduler
     reduction: Annotated[Count, Field(ge=2)]
     sampler: Literal["tpe", "random"]
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)]
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
     ranks: Count
     cpus: Count
     gpus: Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -101,8 +103,8 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument("--evaluations", type=_count, metavar="N", help="of each trial, evenly spaced (default: 8)")
     how.add_argument("--reduction", type=_count, metavar="N", help="asha: one in N goes on at each rung (default: 3)")
     how.add_argument("--sampler", choices=("tpe", "random"), help="(default: tpe)")
-    how.add_argument("--seed", type=int, metavar="N", help="of the search; the trials' own is the configuration's")
-    how.add_argument("--name", help="of the search folder and its study (default: date, config)")
+    how.add_argument("--seed", type=_seed, metavar="N", help="of the search; the trials' own is the configuration's")
+    how.add_argument("--name", help="of the search folder and its study (default: run.name, or date, config)")
     how.add_argument("--storage", metavar="URL", help="database of the Optuna study (default: SQLite in the folder)")
 
     where = parser.add_argument_group("where")
@@ -129,6 +131,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # before trials run, or after
+        print("interrupted", file=sys.stderr)
+        return STOPPED
 
 
 def search(args: argparse.Namespace, command: list[str]) -> int:
@@ -153,24 +158,55 @@ def search(args: argparse.Namespace, command: list[str]) -> int:
     if args.resume is None:
         from tune.length import of_equal_length, own_examples  # with torch; opens the data, once for all trials
 
+        check_corners(source, space, settings.metrics)
         settings = replace(settings, examples=settings.examples or own_examples(config))
         of_equal_length(config, settings.examples, settings.evaluations)
         folder = make_folder(searched, settings, config, command)
         config = load_config(folder / "base.yaml")  # with absolute paths
+        space = replace(space, base=config.model_dump(mode="json"))
+    study = None
     try:
         with _only_search(folder):
             study = open_study(folder, settings, space, config, args.resume is not None)
             write_settings(folder, settings)  # a resume may have changed them
         job = None if args.cluster is None else submit(args, folder, settings)
-    except UserError:
+    except BaseException:
         if args.resume is None:
+            if study is not None:  # which may lie elsewhere
+                study.delete()
             shutil.rmtree(folder)
         raise
     if job is None:
         with _only_search(folder):
-            return run(args, folder, settings, space, config, study)
+            return run(args, folder, settings, space, study)
     print(f"job {job}: search folder {folder}\nwatch with: tail -F {folder}/slurm.log")
     return 0
+
+
+def check_corners(source: Path, space: Space, metrics: Sequence[str]) -> None:
+    """Raises `UserError` for trials that cannot be compared, and for a method or option that does not exist, which
+    `load_space` without torch cannot know."""
+    from mtbert.trainer import methods_of
+
+    own = _scored(config_of(space.base))
+    for enabled, values in corners(space):
+        config = enabled.config(values)
+        other = {*own} ^ {*_scored(config)}
+        if other and (len(metrics) > 1 or metrics[0] in ("composite", *other)):
+            name = min(other)
+            kept = next((task for task in own if task not in other), "TASK")
+            raise UserError(
+                f"--metric {' '.join(metrics)}: needs the same tasks in all trials, and {name} is not in all of them "
+                f"({source}); judge by --metric {kept}, or leave tasks.{name} out of the space"
+            )
+        try:
+            methods_of(config)
+        except UserError as error:
+            raise UserError(f"{source}: {error} (tried with {inline_yaml(values)})") from None
+
+
+def _scored(config: Config) -> list[str]:
+    return [name for name, task in config.tasks.items() if task.dev is not None]
 
 
 def check_place(args: argparse.Namespace, settings: Settings) -> None:
@@ -216,7 +252,7 @@ def submit(args: argparse.Namespace, folder: Path, settings: Settings) -> str:
     return allocation.submit(folder, settings.name, args.nodes or 1, _cpus_per_node(args, settings), options)
 
 
-def run(args: argparse.Namespace, folder: Path, settings: Settings, space: Space, config: Config, study: Any) -> int:
+def run(args: argparse.Namespace, folder: Path, settings: Settings, space: Space, study: Any) -> int:
     from tune import cluster
     from tune.board import Board
     from tune.report import write_best, write_report
@@ -241,7 +277,7 @@ def run(args: argparse.Namespace, folder: Path, settings: Settings, space: Space
                 from tune.conductor import Conductor  # imports Ray, which reads its variables then
 
                 slots = cluster.check_room(cluster.nodes(), settings.ranks, settings.cpus, settings.gpus)
-                Conductor(folder, settings, space, config, study, board).conduct(slots)
+                Conductor(folder, settings, space, study, board).conduct(slots)
         except KeyboardInterrupt:
             code = STOPPED
     study.note_search(seconds=study.notes.get("seconds", 0.0) + time.monotonic() - started)
@@ -255,9 +291,15 @@ def run(args: argparse.Namespace, folder: Path, settings: Settings, space: Space
         print("error: no trial saw all its examples; report.md says what became of each", file=sys.stderr)
     print(f"report: {folder}/report.md\ncurves: tensorboard --logdir {folder}/trials")
     if code == STOPPED:
-        print(f"stopped; continue with: python -m tune --resume {folder}")
+        print(f"stopped; continue with: {again(args, folder)}")
         return STOPPED
     return 0 if best is not None else 1
+
+
+def again(args: argparse.Namespace, folder: Path) -> str:
+    """The command that continues a search."""
+    where = f" --cluster slurm --nodes {args.nodes or 1}" if args.address else ""
+    return f"python -m tune --resume {shlex.quote(str(folder))}{where}"
 
 
 def _judged(settings: Settings) -> str:
@@ -277,7 +319,7 @@ def _judged(settings: Settings) -> str:
 def new_settings(args: argparse.Namespace, config: Config, space: Space) -> Settings:
     """Raises `UserError` for what does not fit together."""
     metrics = args.metrics or ["composite"]
-    valid = ["composite", *(name for name, task in config.tasks.items() if task.dev is not None)]
+    valid = ["composite", *_scored(config)]
     for metric in metrics:
         if metric not in valid:
             raise UserError(f"--metric {metric}: no trial reports it; valid: {', '.join(valid)}")
@@ -317,8 +359,11 @@ def new_settings(args: argparse.Namespace, config: Config, space: Space) -> Sett
         cpus=args.cpus_per_rank or 1,
         gpus=gpus,
         concurrent=args.concurrent,
-        storage=args.storage or "",
-        name=args.name or f"{stamp}-search-{Path(source).stem}",
+        # found again from any folder
+        storage=re.sub(
+            r"^sqlite[^:]*:///(?!/|:|file:|$)", lambda start: f"{start[0]}{Path.cwd()}/", args.storage or ""
+        ),
+        name=args.name or config.run.name or f"{stamp}-search-{Path(source).stem}",
     )
 
 
@@ -328,7 +373,8 @@ def resumed_settings(args: argparse.Namespace) -> Settings:
         raise UserError(f"--resume {args.resume}: no search folder, search.yaml is missing there")
     free = {"resume", "trials", "concurrent", "address", "dashboard", "cluster", "nodes", "cpus_per_node", "slurm"}
     if given := [name for name, value in vars(args).items() if name not in free and value not in (None, [])]:
-        raise UserError(f"--resume: a search goes on as it began; leave out --{given[0].replace('_', '-')}")
+        option = {"overrides": "set", "metrics": "metric"}.get(given[0], given[0].replace("_", "-"))
+        raise UserError(f"--resume: a search goes on as it began; leave out --{option}")
     settings = read_settings(args.resume)
     if args.trials is not None and args.trials < settings.trials:
         raise UserError(f"--trials {args.trials}: the search has {settings.trials} already; ask for more")
@@ -352,16 +398,25 @@ def read_settings(folder: Path) -> Settings:
 def make_folder(space: dict[str, Any], settings: Settings, config: Config, command: list[str]) -> Path:
     """`space`: as YAML, whatever files it was laid together from."""
     folder = create_run(config, settings.source, command).absolute()
-    (folder / "config.yaml").rename(folder / "base.yaml")
-    (folder / "space.yaml").write_text(dump_yaml(space), encoding="utf-8")
-    snapshot_code(folder)
-    (folder / "trials").mkdir()
+    try:
+        (folder / "config.yaml").rename(folder / "base.yaml")
+        (folder / "space.yaml").write_text(dump_yaml(space), encoding="utf-8")
+        snapshot_code(folder)
+        (folder / "trials").mkdir()
+    except BaseException:  # Ctrl-C as well: a half-made folder would keep the name
+        shutil.rmtree(folder)
+        raise
     return folder
 
 
 def write_settings(folder: Path, settings: Settings) -> None:
     lines = [f"{key}: {inline_yaml(value)}\n" for key, value in asdict(settings).items()]
-    write_atomically(folder / "search.yaml", "".join(lines))
+    with written_aside(folder / "search.yaml") as new, new.open("w", encoding="utf-8") as file:
+        if redacted(settings.storage) != settings.storage:
+            new.chmod(0o600)  # before the password is in it
+        file.write("".join(lines))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def open_study(folder: Path, settings: Settings, space: Space, config: Config, resume: bool) -> Any:
@@ -416,8 +471,17 @@ def _terminated() -> Iterator[None]:
 
 
 def _count(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1")
+    return _whole(text, 1, 2**31 - 1)
+
+
+def _seed(text: str) -> int:
+    return _whole(text, 0, 2**63 - 1)
+
+
+def _whole(text: str, low: int, high: int) -> int:
+    """As far as `search.yaml` takes it."""
+    if not text.isdecimal() or not low <= int(text) <= high:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from {low} to {high}")
     return int(text)
 
 

@@ -26,7 +26,7 @@ import difflib
 import itertools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -99,8 +99,10 @@ class Parameter:
             if (text := inline_yaml(value)) not in self._texts:
                 raise ValueError(f"expected one of {', '.join(self._texts)}")
             return {self.name: text}
-        if isinstance(value, bool) or not isinstance(value, int | float) or not self.low <= value <= self.high:
-            raise ValueError(f"expected a number from {self.low:g} to {self.high:g}")
+        whole = self.kind in ("int", "logint")
+        number = int if whole else (int, float)
+        if isinstance(value, bool) or not isinstance(value, number) or not self.low <= value <= self.high:
+            raise ValueError(f"expected a {'whole ' * whole}number from {self.low:g} to {self.high:g}")
         return {self.name: value}
 
     @property
@@ -136,10 +138,13 @@ class Space:
                 encoded |= parameter.encode(values[parameter.name])
         return encoded
 
-    def overrides(self, values: Values) -> list[str]:
-        """Dotted overrides for `load_config`."""
+    def config(self, values: Values, where: str = "configuration") -> Config:
+        """The base with these values laid over it. Raises `UserError`, which begins with `where`."""
         pairs = [pair for name, value in values.items() for pair in self._settings(self[name], value)]
-        return [f"{key}={inline_yaml(value)}" for key, value in pairs]
+        base = self.base
+        for key, value in pairs:
+            base = _freed(base, key, value)
+        return config_of(base, [f"{key}={inline_yaml(value)}" for key, value in pairs], where)
 
     def describe(self) -> str:
         """All that makes it this space, as text."""
@@ -328,17 +333,30 @@ def _own_start(space: Space) -> Values:
     """The configuration's own values, without those that no draw would give."""
     start: Values = {}
     for parameter in space.parameters:
-        found = [_at(space.base, key) for key in parameter.keys]
-        value: Any = found[0]
-        if parameter.kind == "simplex":
-            value = [weight * parameter.total / (sum(found) or 1) for weight in found]
-        elif any(other != value for other in found):
+        value = _own_option(space, parameter) if parameter.kind == "choice" else _own_number(space, parameter)
+        if value is MISSING or not space._applies(parameter, start):
             continue
         with contextlib.suppress(ValueError):
             parameter.encode(value)
-            if space._applies(parameter, start):
-                start[parameter.name] = value
+            start[parameter.name] = value
     return start
+
+
+def _own_option(space: Space, parameter: Parameter) -> Any:
+    """That which changes nothing, whatever a section leaves out."""
+    own = config_of(space.base)
+    for option in parameter.options:
+        with contextlib.suppress(UserError):  # of an option that does not fit
+            if space.config({parameter.name: option}) == own:
+                return option
+    return MISSING
+
+
+def _own_number(space: Space, parameter: Parameter) -> Any:
+    found: list[Any] = [_at(space.base, key) for key in parameter.keys]
+    if parameter.kind == "simplex":
+        return [weight * parameter.total / (sum(found) or 1) for weight in found]
+    return found[0] if found.count(found[0]) == len(found) else MISSING
 
 
 def _stages(path: Path, raw: Mapping[str, Any], parameters: Sequence[Parameter]) -> tuple[tuple[str, ...], ...]:
@@ -381,7 +399,17 @@ class _Corner:
 
 
 def _try_out(path: Path, space: Space) -> None:
-    """Builds a configuration at both ends of every range and with every option. Raises what it complains of.
+    """Builds a configuration at every corner. Raises what it complains of, and names the values."""
+    for enabled, values in corners(space):
+        try:
+            check_countable(enabled.config(values, str(path)))
+        except UserError as error:
+            told = str(error).removeprefix(f"{path}: ")
+            raise UserError(f"{path}: {told} (tried with {inline_yaml(values)})") from None
+
+
+def corners(space: Space) -> Iterator[tuple[Space, Values]]:
+    """Values at both ends of every range and with every option, and the space that they belong to.
 
     A parameter that this configuration leaves out is tried with one that does not.
     """
@@ -389,20 +417,30 @@ def _try_out(path: Path, space: Space) -> None:
     for parameter in space.parameters:
         places, settings = _enabling(space, parameter)
         base = space.base
-        for setting in settings:
-            base = merge(base, parse_override(setting))
+        for key, value in settings:
+            base = merge(_freed(base, key, value), parse_override(f"{key}={inline_yaml(value)}"))
         enabled = replace(space, base=base)
         for label in parameter.labels:
             for place in range(len(parameter.options) or 2):
                 values = enabled.draw(_Corner({**places, label: place}, rng))
                 assert parameter.name in values
-                config_of(base, enabled.overrides(values), str(path))
+                yield enabled, values
 
 
-def _enabling(space: Space, parameter: Parameter) -> tuple[dict[str, int], list[str]]:
+def check_countable(config: Config) -> None:
+    """Raises `UserError` where nobody can say before training how many examples a step will have."""
+    sizes = [task.batch_size or config.schedule.batch_size for task in config.tasks.values()]
+    if config.schedule.kind == "adaptive" and len(set(sizes)) > 1:
+        raise UserError(
+            "schedule.kind adaptive: scores decide which tasks are drawn, so trials would see unequal numbers of "
+            f"examples; give the tasks one batch_size, not {', '.join(map(str, sizes))}"
+        )
+
+
+def _enabling(space: Space, parameter: Parameter) -> tuple[dict[str, int], list[tuple[str, Any]]]:
     """Options of other parameters, and overrides of the configuration, under which `parameter` is searched."""
     places: dict[str, int] = {}
-    settings: list[str] = []
+    settings: list[tuple[str, Any]] = []
     for name, wanted in parameter.when.items():
         other = next((each for each in space.parameters if each.name == name), None)
         if other is not None:
@@ -410,7 +448,7 @@ def _enabling(space: Space, parameter: Parameter) -> tuple[dict[str, int], list[
             places |= {**above, name: other.options.index(wanted[0])}
             settings += further
         elif _at(space.base, name) not in wanted:
-            settings.append(f"{name}={inline_yaml(wanted[0])}")
+            settings.append((name, wanted[0]))
     return places, settings
 
 
@@ -418,6 +456,29 @@ def _enabling(space: Space, parameter: Parameter) -> tuple[dict[str, int], list[
 
 
 MISSING = object()
+
+BELONGING = {
+    "schedule": ("kind", ("alpha", "anneal", "targets", "tasks_per_step")),
+    "surgery": ("method", ("options",)),
+    "weighting": ("method", ("options",)),
+}
+"""Section → the key that says which of these others mean anything."""
+
+
+def _freed(values: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
+    """`values` without what belonged to the kind or method that `value` at `key` replaces; a section always does."""
+    section, _, inner = key.partition(".")
+    if section not in BELONGING:
+        return values
+    name, belonging = BELONGING[section]
+    before = values[section]
+    whole = not inner and isinstance(value, dict)
+    chosen = value.get(name) if whole else value if inner == name else None
+    if chosen is None or (not whole and chosen == before[name]):
+        return values
+    if before.get("length") == "unbalanced" and chosen != "round_robin":
+        belonging = (*belonging, "length")
+    return {**values, section: {name: each for name, each in before.items() if name not in belonging}}
 
 
 def _at(values: Mapping[str, Any], key: str) -> Any:

@@ -11,6 +11,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import optuna
@@ -21,6 +22,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from mtbert.errors import UserError
 from mtbert.randomness import addressed_rng
+from mtbert.runs import redacted
 from tune.space import Space, Values
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -46,7 +48,7 @@ class Tried:
     examples: int
     error: str
     notes: dict[str, Any]
-    curve: dict[int, float]  # examples → first metric, where there is one metric
+    curve: dict[int, float]  # examples of its rungs → first metric, where there is one metric
     params: dict[str, Any]  # in Optuna's words
 
 
@@ -86,6 +88,10 @@ class Study:
         resume: bool = False,
     ) -> None:
         self.space, self.metrics, self.seed, self._sampler = space, list(metrics), seed, sampler
+        where = f"--storage {redacted(storage or 'none')}"
+        file = storage.partition(":///")[2].partition("?")[0] if storage and storage.startswith("sqlite") else ""
+        if resume and file.startswith("/") and not Path(file).exists():  # to open it would make it
+            raise UserError(f"{where}: no study {name!r} is in it")
         self._startup = min(10, max(4, trials // 4))
         # TPE's conditional groups and the importances are called experimental since 2021
         warnings.filterwarnings("ignore", category=ExperimentalWarning)
@@ -95,17 +101,17 @@ class Study:
             database = RDBStorage(storage, engine_kwargs=options) if storage else InMemoryStorage()
             known = {each.study_name: each for each in optuna.get_all_study_summaries(database)}
         except (SQLAlchemyError, ImportError, ValueError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"--storage {storage}: cannot open it as a study's database: {reason}") from None
+            reason = redacted(" ".join(str(error).split()))[:200]
+            raise UserError(f"{where}: cannot open it as a study's database: {reason}") from None
         if name in known:
-            _compare(f"--storage {storage}: study {name!r}", known[name].user_attrs.get("identity", {}), identity)
+            _compare(f"{where}: study {name!r}", known[name].user_attrs.get("identity", {}), identity, resume)
             if not resume:
                 raise UserError(
-                    f"--storage {storage}: study {name!r} is there already, of this same search; "
+                    f"{where}: study {name!r} is there already, of this same search; "
                     f"continue it with --resume, or choose another --name"
                 )
         elif resume:
-            raise UserError(f"--storage {storage}: no study {name!r} is in it")
+            raise UserError(f"{where}: no study {name!r} is in it")
         self.study = optuna.create_study(
             storage=database, study_name=name, directions=["maximize"] * len(self.metrics), load_if_exists=True
         )
@@ -166,16 +172,21 @@ class Study:
 
     # ----------------------------------------------------------------------------------------- recording
 
-    def report(self, number: int, examples: int, scores: Scores, *, grafted: bool = False) -> None:
+    def report(
+        self, number: int, examples: int, scores: Scores, *, rung: int | None = None, grafted: bool = False
+    ) -> None:
         """After an evaluation. One that is known already is let pass: a continued trial tells all of them again.
 
+        `rung`: the examples that this evaluation of any trial stands for, `examples` by default. Steps differ in size,
+        and TPE ranks trials that were stopped by how far they came before it looks at their scores.
         `grafted`: the trial may have gone on from the weights of one that had seen less.
         """
         trial = self._trial(number)
         if examples <= trial.user_attrs.get("examples", 0) and not grafted:
             return
         if len(self.metrics) == 1:
-            self.study._storage.set_trial_intermediate_value(trial._trial_id, examples, scores[self.metrics[0]])
+            step = examples if rung is None else rung
+            self.study._storage.set_trial_intermediate_value(trial._trial_id, step, scores[self.metrics[0]])
         self.note(number, examples=examples, scores=dict(scores))
 
     def note(self, number: int, **notes: Any) -> None:
@@ -201,6 +212,10 @@ class Study:
             self.study.tell(number, [scores[metric] for metric in self.metrics])
         else:
             self.study.tell(number, state=TrialState.PRUNED if state == "pruned" else TrialState.FAIL)
+
+    def delete(self) -> None:
+        """Out of its database."""
+        optuna.delete_study(study_name=self.study.study_name, storage=self.study._storage)
 
     def _trial(self, number: int) -> FrozenTrial:
         return self.study.get_trials(deepcopy=False)[number]
@@ -273,10 +288,15 @@ def _tried(trial: FrozenTrial) -> Tried:
     )
 
 
-def _compare(where: str, known: Mapping[str, str], identity: Mapping[str, str]) -> None:
-    for part, text in identity.items():
-        if known.get(part) != text:
-            raise UserError(
-                f"{where} belongs to a search with another {part}; choose another --name or --storage, "
-                f"or continue that search with --resume"
-            )
+def _compare(where: str, known: Mapping[str, str], identity: Mapping[str, str], resume: bool) -> None:
+    changed = [part for part, text in identity.items() if known.get(part) != text]
+    if changed and resume:
+        raise UserError(
+            f"{where} was begun with another {changed[0]}: space.yaml or base.yaml has changed since, or mtbert has; "
+            f"put back what was there, or begin a new search with --config and --space"
+        )
+    if changed:
+        raise UserError(
+            f"{where} belongs to a search with another {changed[0]}; choose another --name or --storage, "
+            f"or continue that search with --resume"
+        )

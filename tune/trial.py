@@ -35,6 +35,8 @@ from tune.owner import Owner
 
 TOKEN = "trial"
 """The token of a trial's job: all its attempts are one job, so a new one takes the folder over at once."""
+SCORE = "score/"
+"""Before a task's name in what is reported: a task may be called `error` or `step`."""
 POLL_S = 0.2
 WRITTEN_S = 60.0
 """A checkpoint is written in the background after the evaluation it belongs to."""
@@ -61,13 +63,15 @@ class Plan:
 
 
 def run_trial(settings: dict[str, Any]) -> None:
-    """Ray Tune's trainable. Reports `examples`, `step` and every score after each evaluation, with a checkpoint.
+    """Ray Tune's trainable. Reports `examples`, `step` and every score (`score/sst`) after each evaluation, with a
+    checkpoint.
 
     A mistake of the configuration and a score that is not a number are reported as `error`, and the trial ends: trying
     it again would give the same. Anything else that goes wrong raises, and Tune starts the trial again.
     """
     plan = Plan(**settings["plan"])
     folder = Path(plan.trials) / Path(ray_tune.get_context().get_trial_dir()).name
+    (folder / "error.txt").unlink(missing_ok=True)  # an attempt before; this one may be killed
     try:
         _train(folder, plan)
     except Exception as error:
@@ -95,7 +99,8 @@ def _train(folder: Path, plan: Plan) -> None:
         for step, scores in ranks.evaluations(after=last):
             # nothing is decided at the end: a trial that is over can neither be stopped nor take over another's weights
             evaluation = 0 if step == max(plan.examples) else 1 + sorted(plan.examples).index(step)
-            result = {"step": step, "examples": plan.examples[step], "evaluation": evaluation, **scores}
+            result: dict[str, Any] = {"step": step, "examples": plan.examples[step], "evaluation": evaluation}
+            result |= {SCORE + name: score for name, score in scores.items()}
             if broken := [name for name, score in scores.items() if score is None]:
                 seen = plan.examples[step]
                 ray_tune.report({"error": f"score of {', '.join(broken)} is not a number after {seen:,} examples"})

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from mtbert.errors import UserError
-from tune.cluster import joined_ray
+from tune.cluster import check_room, joined_ray
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -29,7 +29,7 @@ with local_ray(1, 0, False):
 """
 CLIENT = """
 import sys
-from tune.cluster import joined_ray, nodes
+from tune.cluster import check_room, joined_ray, nodes
 with joined_ray(sys.argv[1], 1):
     print(len(nodes()), "node")
 """
@@ -101,3 +101,8 @@ def test_no_cluster_is_joined_without_a_token(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
     with pytest.raises(UserError, match="RAY_AUTH_MODE=token"), joined_ray("127.0.0.1:1", 1):
         pass
+
+
+@pytest.mark.parametrize(("share", "trials"), [(0.6, 2), (0.5, 4), (0.3, 6), (0.1, 20), (1.0, 2), (2.0, 1), (0.0, 64)])
+def test_a_rank_has_its_part_of_one_gpu(share: float, trials: int) -> None:
+    assert check_room([{"CPU": 64, "GPU": 2}], 1, 1, share) == trials

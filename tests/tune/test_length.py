@@ -64,6 +64,31 @@ def test_examples_are_those_asked_for(cache: Path, overrides: list[str]) -> None
             assert examples - number * 750 <= number * max(per_step)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "examples"),
+    [
+        (["schedule.kind=sequential", "tasks.sst.batch_size=4", "tasks.sts.batch_size=100"], 3000),
+        (["schedule.kind=sequential", "tasks.sst.batch_size=2", "tasks.sts.batch_size=200"], 1001),
+        (["schedule.length=unbalanced", "tasks.sst.batch_size=2", "tasks.sts.batch_size=100"], 2500),
+        (
+            [
+                *["schedule.kind=sampled", "schedule.alpha=1", "schedule.anneal=0.8", "schedule.length=30"],
+                *["tasks.sst.batch_size=4", "tasks.sts.batch_size=100"],
+            ],
+            3000,
+        ),
+        (["phases=[{epochs: 1, tasks: [sst]}, {epochs: 1}]", "tasks.sst.batch_size=4"], 3000),
+    ],
+    ids=str,
+)
+def test_steps_of_different_sizes_see_the_examples_to_a_step(cache: Path, overrides: list[str], examples: int) -> None:
+    config, seen = of_equal_length(configured(cache, *overrides), examples, 2)
+    schedules = [(phase.schedule, phase.offset + step) for phase in planned(config) for step in range(phase.steps)]
+    per_step = [sum(share.examples for share in schedule.shares(step, 0, 1)) for schedule, step in schedules]
+    assert sum(per_step) == list(seen.values())[-1]
+    assert examples <= sum(per_step) < examples + max(per_step)
+
+
 def test_phases_keep_their_shares(cache: Path) -> None:
     config, _ = of_equal_length(configured(cache, "phases=[{epochs: 1, trainable: heads}, {epochs: 3}]"), 6000, 4)
     first, second = (phase.steps for phase in config.phases)
@@ -91,3 +116,18 @@ def test_what_a_configuration_sees_by_itself(cache: Path) -> None:
 def test_too_few_examples_are_refused(cache: Path) -> None:
     with pytest.raises(UserError, match=r"--examples 200: only 3 steps, for 1 phase\(s\) and 4 evaluation\(s\)"):
         of_equal_length(configured(cache), 200, 4)
+
+
+def test_steps_that_fall_into_other_parts_are_refused(cache: Path) -> None:
+    """17 steps in parts of 3 are 6, in parts of 2 they are 9."""
+    with pytest.raises(UserError, match=r"--evaluations 8: 17 steps fall into 6 equal parts, not 8; use fewer --eval"):
+        of_equal_length(configured(cache, "schedule.batch_size=50"), 17 * 150, 8)
+
+
+def test_adaptive_sampling_is_counted_only_where_batches_are_alike(cache: Path) -> None:
+    """What it draws depends on scores, which nobody knows before."""
+    adaptive = "schedule.kind=adaptive"
+    _, seen = of_equal_length(configured(cache, adaptive), 3000, 4)
+    assert max(seen.values()) >= 3000
+    with pytest.raises(UserError, match=r"schedule.kind adaptive: .* give the tasks one batch_size, not 8, 32, 32"):
+        of_equal_length(configured(cache, adaptive, "tasks.sst.batch_size=8"), 3000, 4)

@@ -23,7 +23,9 @@ from harness import PATIENCE_S
 from mtbert.config import load_config, to_yaml
 from mtbert.errors import UserError
 from mtbert.record import METRICS_FILE
-from tune.search import _gpus_per_node, main
+from mtbert.yaml_files import inline_yaml
+from tune.search import Settings, _gpus_per_node, again, main, new_settings, parser, read_settings, write_settings
+from tune.space import load_space
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -280,10 +282,14 @@ def test_a_population_outlives_a_broken_member_and_a_stop(place: Place) -> None:
 
 @pytest.mark.ranks
 def test_several_metrics_leave_a_front(place: Place) -> None:
+    """Of tasks that are named as the fields of a trial's reports are."""
+    tasks = load_config(TINY["base"]).model_dump(mode="json", exclude_none=True)["tasks"]
+    given = {"error": tasks["sst"], "sst": None, "done": tasks["sts"], "sts": None}
     ended(
         place.start(
             *["--config", "tiny.yaml", "--space", "space.yaml", "--name", "front", "--trials", "2"],
-            *["--examples", "600", "--evaluations", "1", "--metric", "sst", "sts"],
+            *["--examples", "600", "--evaluations", "1", "--metric", "error", "done"],
+            *["--set", *(f"tasks.{name}={inline_yaml(task)}" for name, task in given.items())],
         )
     )
     study = optuna.load_study(study_name="front", storage=f"sqlite:///{place.run('front')}/study.db")
@@ -321,6 +327,9 @@ def test_several_metrics_leave_a_front(place: Place) -> None:
             r"^error: --name ../elsewhere: run.name: expected a name that stays inside of run.dir",
         ),
         (["--set", "optimizer.lrr=3"], "did you mean 'lr'"),
+        (["--seed", "-1"], r"--seed: '-1' is not a number from 0 to 9223372036854775807"),
+        (["--seed", str(2**63)], "is not a number from 0"),
+        (["--trials", str(2**31)], "--trials: '2147483648' is not a number from 1 to 2147483647"),
     ],
     ids=lambda words: " ".join(words) if isinstance(words, list) else "",
 )
@@ -332,11 +341,137 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(words) == 2
+    try:
+        code: object = main(words)
+    except SystemExit as end:  # the parser's
+        code = end.code
+    out, err = capsys.readouterr()
+    assert (code, out) == (2, "") and "error: " in err and err.count("\n") == 1
+    assert re.search(complaint, err)
+    assert not list(tmp_path.iterdir())
+
+
+DROPPING = {
+    "tasks.para": {
+        "choice": [None, load_config(TINY["base"]).model_dump(mode="json", exclude_none=True)["tasks"]["para"]]
+    }
+}
+
+
+@pytest.mark.parametrize(
+    ("parameters", "words", "complaint"),
+    [
+        (
+            {"surgery": {"choice": [{"method": "sum"}, {"method": "pcgrad", "options": {"reduktion": "mean"}}]}},
+            [],
+            r"reduktion.*\(tried with \{surgery: \{method: pcgrad",
+        ),
+        (DROPPING, [], "--metric composite: needs the same tasks in all trials, and para is not .*; judge by .* sst,"),
+        (DROPPING, ["--metric", "sst", "sts"], "--metric sst sts: needs the same tasks in all trials, and para is not"),
+        (DROPPING, ["--metric", "para"], "--metric para: needs .* para is not .*; judge by --metric sst, "),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_a_space_that_cannot_be_searched_is_one_line_and_leaves_nothing(
+    parameters: dict[str, Any],
+    words: list[str],
+    complaint: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "space.yaml").write_text(yaml.safe_dump({"parameters": parameters}))
+    assert main(["--space", "space.yaml", "--set", f"data.cache={tmp_path}/cache", *words]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: ") and err.count("\n") == 1
     assert re.search(complaint, err)
-    assert not list(tmp_path.iterdir())
+    assert not (tmp_path / "runs").exists()
+
+
+def words_of_a_tiny_search(folder: Path, *words: str) -> list[str]:
+    """With a space that does not vary much; `folder` is where it leaves its data."""
+    (folder / "lr.yaml").write_text("parameters: {optimizer.lr: {uniform: [0.001, 0.01]}}")
+    small = [f"data.cache={folder}/cache", "data.generate={train: 100, dev: 30}", f"run.dir={folder}/runs"]
+    return ["--space", str(folder / "lr.yaml"), "--name", "mine", "--evaluations", "4", *words, "--set", *small]
+
+
+def refusing_sbatch(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sbatch = folder / "bin" / "sbatch"
+    sbatch.parent.mkdir()
+    sbatch.write_text("#!/bin/sh\necho 'sbatch: error: no such partition' >&2\nexit 1\n")
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{sbatch.parent}:{os.environ['PATH']}")
+
+
+@pytest.mark.parametrize(
+    ("words", "option"), [(["--set", "a=b"], "--set"), (["--metric", "sst"], "--metric"), (["--seed", "0"], "--seed")]
+)
+def test_what_a_resume_does_not_take_is_named_as_typed(
+    words: list[str], option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "search.yaml").write_text(yaml.safe_dump(SETTINGS))
+    assert main(["--resume", str(tmp_path), *words]) == 2
+    assert capsys.readouterr().err == f"error: --resume: a search goes on as it began; leave out {option}\n"
+
+
+def settings_of(*words: str) -> Settings:
+    config = load_config(TINY["base"], [word for word in words if word.startswith("run.")])
+    space = load_space(ROOT / "configs" / "search" / "default.yaml", config)
+    return new_settings(parser().parse_args([word for word in words if not word.startswith("run.")]), config, space)
+
+
+def test_a_search_is_called_as_its_configuration() -> None:
+    assert settings_of("run.name=mine").name == "mine"
+    assert settings_of("run.name=mine", "--name", "yours").name == "yours"
+
+
+@pytest.mark.parametrize(
+    ("typed", "kept"),
+    [
+        ("sqlite:///studies/own.db", "sqlite:///{}/studies/own.db"),
+        ("sqlite:////tmp/own.db", "sqlite:////tmp/own.db"),
+        ("postgresql://host/db", "postgresql://host/db"),
+    ],
+)
+def test_a_storage_is_found_again_from_anywhere(
+    typed: str, kept: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert settings_of("--storage", typed).storage == kept.format(tmp_path)
+
+
+def test_a_search_on_a_cluster_is_continued_there() -> None:
+    words = ["--resume", "x", "--address", "host:1", "--nodes", "2"]
+    assert again(parser().parse_args(words), Path("/a b")) == (
+        "python -m tune --resume '/a b' --cluster slurm --nodes 2"
+    )
+    assert again(parser().parse_args([]), Path("/a/b")) == "python -m tune --resume /a/b"
+
+
+def test_a_search_that_sbatch_refuses_leaves_no_study(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refusing_sbatch(tmp_path, monkeypatch)
+    storage = f"sqlite:///{tmp_path}/studies.db"
+    for _ in range(2):
+        assert main(words_of_a_tiny_search(tmp_path, "--cluster", "slurm", "--storage", storage)) == 2
+        assert capsys.readouterr().err == "error: sbatch refused the search: no such partition\n"
+        assert not (tmp_path / "runs" / "mine").exists()
+    assert optuna.get_all_study_names(storage) == []
+
+
+@pytest.mark.parametrize("where", ["snapshot_code", "open_study"])
+def test_ctrl_c_before_a_search_has_begun_takes_it_back(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def pressed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"tune.search.{where}", pressed)
+    assert main(words_of_a_tiny_search(tmp_path)) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+    assert not (tmp_path / "runs" / "mine").exists()
 
 
 @pytest.mark.parametrize(
@@ -405,6 +540,17 @@ def test_settings_that_no_search_wrote(
     assert main(["--resume", str(tmp_path)]) == 2
     err = capsys.readouterr().err
     assert f"search.yaml: {complaint}" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("storage", "mode"), [("postgresql://me:geheim@host/db", 0o600), ("sqlite:////x.db", 0o644)])
+def test_settings_with_a_password_are_the_users_alone(tmp_path: Path, storage: str, mode: int) -> None:
+    before = os.umask(0o022)
+    try:
+        write_settings(tmp_path, Settings(**{**SETTINGS, "storage": storage}))
+    finally:
+        os.umask(before)
+    assert (tmp_path / "search.yaml").stat().st_mode & 0o777 == mode
+    assert read_settings(tmp_path).storage == storage
 
 
 def test_stages_cannot_be_asked_for_more_trials(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from launch import submit
 from mtbert.config import load_config, to_yaml
+from mtbert.yaml_files import dump_yaml
 from tune.report import write_best, write_report
 from tune.search import Settings
 from tune.space import load_space
@@ -34,6 +35,29 @@ def test_long_options_are_letters_in_pictures(metrics: list[str], tmp_path: Path
     assert "`surgery.method`" not in report
     for picture in ("progress", "curves", "parallel", "sigma", "values", *(["pareto"] if len(metrics) > 1 else [])):
         assert (tmp_path / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_report_of_trials_with_other_tasks_and_of_many_options(tmp_path: Path) -> None:
+    path = tmp_path / "space.yaml"
+    base = load_config(ROOT / "configs" / "quickstart.yaml")
+    para = base.model_dump(mode="json")["tasks"]["para"]
+    options = [{"method": "pcgrad", "options": {"number": number}} for number in range(30)]
+    path.write_text(dump_yaml({"parameters": {"tasks.para": {"choice": [None, para]}, "surgery": {"choice": options}}}))
+    space = load_space(path, base)
+    study = Study(space, None, "name", {}, ["sst"], "random", 0, 12)
+    for number in range(6):
+        asked = study.ask()
+        assert asked is not None
+        study.report(number, 100, dict.fromkeys(("composite", *space.config(asked[1]).tasks), number / 12))
+        study.finish(number, "complete")
+    settings = Settings(
+        *("quickstart.yaml", 6, 100, 1, ["sst"], "asha", 3, "random", 0, 1, 1, 0.0, None, "", "name"),
+    )
+    write_report(tmp_path, settings, space, study)
+    report = (tmp_path / "report.md").read_text()
+    assert "y = {method: pcgrad, options: {number: 24}}; z = " in report
+    assert "27 = {method: pcgrad, options: {number: 26}}" in report
+    assert (tmp_path / "values.png").exists()
 
 
 def test_the_command_in_best_yaml_names_a_file_that_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,8 @@ import pytest
 
 from mtbert.config import Config, config_of, load_config
 from mtbert.errors import UserError
-from tune.space import Space, load_space
+from mtbert.trainer import methods_of
+from tune.space import Space, corners, load_space
 
 ROOT = Path(__file__).parent.parent.parent
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
@@ -85,7 +86,7 @@ def test_every_kind_reaches_its_keys_and_stays_in_range(tmp_path: Path, config: 
     kinds = set()
     for seed in range(60):
         values = space.draw(Uniform(seed))
-        tried = config_of(space.base, space.overrides(values))
+        tried = space.config(values)
         assert 1e-5 <= tried.optimizer.lr == values["optimizer.lr"] <= 1e-2
         assert {tried.encoder.dropout, *(task.head.dropout for task in tried.tasks.values())} == {values["dropout"]}
         assert sum(task.weight for task in tried.tasks.values()) == pytest.approx(3)
@@ -143,7 +144,7 @@ def test_perturbing_keeps_choices_and_ranges(tmp_path: Path, config: Config) -> 
     for seed in range(50):
         values = space.draw(Uniform(seed))
         moved = space.perturb(values, np.random.default_rng(seed))
-        config_of(space.base, space.overrides(moved))
+        space.config(moved)
         space.encode(moved)  # raises outside the ranges
         for name, value in values.items():
             parameter = space[name]
@@ -168,6 +169,55 @@ def test_stages_try_every_choice_at_the_best_of_the_stages_before(tmp_path: Path
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "search").glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_spaces_that_come_with_us_fit_the_quick_start(path: Path, config: Config) -> None:
     load_space(path, config)
+
+
+def test_the_default_space_suits_every_configuration_that_comes_with_us() -> None:
+    for path in sorted([*(ROOT / "configs").glob("*.yaml"), *(ROOT / "configs" / "papers").glob("*.yaml")]):
+        space = load_space(ROOT / "configs" / "search" / "default.yaml", load_config(path))
+        for enabled, values in corners(space):
+            methods_of(enabled.config(values))
+
+
+def test_another_kind_or_method_starts_without_what_belonged_to_the_one_before(tmp_path: Path) -> None:
+    base = ["schedule={kind: sampled, alpha: 1, anneal: 0.8, tasks_per_step: 2, length: 132}"]
+    base += ["surgery={method: pcgrad, options: {reduction: mean}}"]
+    annealed = load_config(QUICKSTART, base)
+    kinds = "schedule.kind: {choice: [round_robin, sampled]}, surgery.method: {choice: [pcgrad, cagrad]}"
+    space = space_of(tmp_path, annealed, f"parameters: {{{kinds}}}")
+    assert space.config({"schedule.kind": "sampled", "surgery.method": "pcgrad"}) == annealed
+    other = space.config({"schedule.kind": "round_robin", "surgery.method": "cagrad"})
+    assert (other.schedule.alpha, other.schedule.anneal, other.schedule.length) == (1, 0, 132)
+    assert other.surgery.options == {}
+
+    sections = "schedule: {choice: [{kind: sampled, alpha: 0.5}, {kind: sequential, length: longest}]}"
+    space = space_of(
+        tmp_path, annealed, f"parameters: {{{sections}, surgery: {{choice: [{{method: pcgrad}}, {{method: sum}}]}}}}"
+    )
+    one = space.config({"schedule": {"kind": "sampled", "alpha": 0.5}, "surgery": {"method": "pcgrad"}})
+    assert (one.schedule.alpha, one.schedule.anneal, one.schedule.tasks_per_step, one.schedule.length) == (
+        0.5,
+        0,
+        1,
+        132,
+    )
+    assert one.surgery.options == {}
+    unbalanced = load_config(QUICKSTART, ["schedule.length=unbalanced"])
+    space = space_of(tmp_path, unbalanced, "parameters: {schedule.kind: {choice: [round_robin, sampled]}}")
+    assert space.config({"schedule.kind": "sampled"}).schedule.length == "longest"
+
+
+def test_the_configuration_is_found_among_whole_sections(tmp_path: Path) -> None:
+    """An option is the configuration's own when it changes nothing, whatever it leaves out."""
+    sections = (
+        "surgery: {choice: [{method: sum}, {method: pcgrad}]},"
+        " schedule: {choice: [{kind: sampled, alpha: 0.5}, {kind: sampled, alpha: 0.5, tasks_per_step: 3}]}"
+    )
+    own = load_config(QUICKSTART, ["schedule={kind: sampled, alpha: 0.5, tasks_per_step: 3}"])
+    space = space_of(tmp_path, own, f"parameters: {{{sections}}}\nstarts: [configuration]")
+    assert space.starts == (
+        {"surgery": {"method": "pcgrad"}, "schedule": {"kind": "sampled", "alpha": 0.5, "tasks_per_step": 3}},
+    )
+    assert space.config(space.starts[0]) == own
 
 
 @pytest.mark.parametrize(
@@ -232,8 +282,20 @@ def test_the_spaces_that_come_with_us_fit_the_quick_start(path: Path, config: Co
             "expected a number from 0 to 1 (got 2)",
         ),
         (
+            "parameters: {schedule.length: {int: [10, 100]}}\nstarts: [{schedule.length: 20.5}]",
+            "expected a whole number from 10 to 100 (got 20.5)",
+        ),
+        (
             "parameters: {optimizer.lr: {uniform: [0, 1]}}\nstages: [[optimizer.lr]]",
             "only choices can be tried one by one",
+        ),
+        (
+            "parameters: {schedule.kind: {choice: [round_robin, adaptive]}, tasks.sst.batch_size: {int: [8, 16]}}",
+            "give the tasks one batch_size, not ",
+        ),
+        (
+            "parameters: {schedule.kind: {choice: [round_robin, sequential]}, schedule.length: {int: [10, 20]}}",
+            "leave length out, or set it to longest (tried with {schedule.kind: ",
         ),
         ("parameters: {x.*.weight: {uniform: [0, 1]}}", "* stands for the name of a task"),
         ("params: {}", "params: unknown key; valid keys: parameters, starts, stages"),

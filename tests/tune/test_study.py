@@ -157,6 +157,13 @@ def test_what_matters_is_found_important(space: Space) -> None:
     assert "schedule.alpha" in shares
 
 
+def test_a_password_is_in_no_message(space: Space) -> None:
+    for storage in ("postgresql://me:geheim12@localhost:1/db", "nonsense://me:geheim12@localhost/db"):
+        with pytest.raises(UserError, match=r"--storage .*//\[redacted\]@localhost") as refused:
+            study_of(space, storage)
+        assert "geheim12" not in str(refused.value)
+
+
 @pytest.mark.parametrize(
     ("storage", "changes", "complaint"),
     [
@@ -165,7 +172,8 @@ def test_what_matters_is_found_important(space: Space) -> None:
         (
             "sqlite:///{}/study.db",
             {"identity": {"space": "that"}, "resume": True},
-            "belongs to a search with another space",
+            "study 'name' was begun with another space: space.yaml or base.yaml has changed since, or mtbert has; put "
+            "back what was there, or begin a new search",
         ),
         ("sqlite:///{}/other.db", {"resume": True}, "no study 'name' is in it"),
         ("sqlite:///{}/no/folder/study.db", {}, "cannot open it as a study's database"),
@@ -182,3 +190,4 @@ def test_a_storage_that_does_not_fit_is_refused(
         study_of(space, storage.format(tmp_path), **changes)
     assert complaint in str(refused.value)
     assert "\n" not in str(refused.value)
+    assert {path.name for path in tmp_path.iterdir()} == {"text.db", "study.db"}

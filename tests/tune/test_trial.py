@@ -37,3 +37,24 @@ def test_a_graft_brings_the_best_checkpoint_along(trained_run: Path, tmp_path: P
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert find_checkpoint(folder, "latest").step == step and find_checkpoint(folder, "best").step == 1
+
+
+KILLED = """
+import sys
+from types import SimpleNamespace
+from tune import trial
+plan = trial.Plan(0, sys.argv[1], "", {}, {}, True, 1, 1, 0.0)
+trial.ray_tune.get_context = lambda: SimpleNamespace(get_trial_dir=lambda: "0000")
+trial._train = lambda folder, plan: sys.exit(9)
+trial.run_trial(plan.settings())
+"""
+
+
+def test_the_error_of_an_attempt_is_not_told_of_the_next_one(tmp_path: Path) -> None:
+    """Which is killed and cannot tell its own."""
+    told = tmp_path / "0000" / "error.txt"
+    told.parent.mkdir()
+    told.write_text("of the first attempt")
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 9, done.stderr
+    assert not told.exists()
