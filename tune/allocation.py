@@ -28,6 +28,8 @@ from tune.cluster import OBJECT_STORE_BYTES, ray_folder, ray_home, set_variables
 
 JOIN_S = 120
 """For all nodes to come; Slurm starts the tasks of a step together, so this is for slow file systems."""
+STARTS = 3
+"""Of Ray on a node, before the node is given up."""
 POLL_S = 0.5
 
 SCRIPT = """#!/bin/bash
@@ -97,16 +99,19 @@ def _drive(folder: Path, token: Path, home: Path, address: str, port: int, nodes
 
 
 def _lend(token: Path, home: Path, host: str, port: int) -> int:
-    """Until the head is gone; Ray itself would look for it for minutes."""
+    """Until the head is gone; Ray itself would look for it for minutes. Ray gives its own start 30 s, which is little
+    where nodes are busy or import from a slow file system."""
     _wait_for(host, port)
     set_variables(home, token)
-    ray = _ray_start(home, f"--address={host}:{port}")
-    with contextlib.suppress(ConnectionRefusedError):
-        while ray.poll() is None:
-            with contextlib.suppress(TimeoutError):
-                _knock(host, port)
+    code = 0
+    for _ in range(STARTS):
+        ray = _ray_start(home, f"--address={host}:{port}")
+        while ray.poll() is None and _listens(host, port):
             time.sleep(POLL_S)
-    return ray.poll() or 0
+        code = ray.poll() or 0
+        if not code or not _listens(host, port):
+            break
+    return code
 
 
 def _ray_start(home: Path, *options: str) -> subprocess.Popen[bytes]:
@@ -137,6 +142,17 @@ def _wait_for(host: str, port: int) -> None:
             if time.monotonic() > deadline:
                 raise SystemExit(f"error: Ray's head did not come up on {host}:{port} within {JOIN_S} s") from None
             time.sleep(POLL_S)
+
+
+def _listens(host: str, port: int) -> bool:
+    """One that is only slow does."""
+    try:
+        _knock(host, port)
+    except ConnectionRefusedError:
+        return False
+    except TimeoutError:
+        return True
+    return True
 
 
 def _knock(host: str, port: int) -> None:

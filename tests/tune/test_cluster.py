@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import stat
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 
 from mtbert.errors import UserError
+from tune import allocation
 from tune.cluster import check_room, joined_ray
 
 ROOT = Path(__file__).parent.parent.parent
@@ -106,3 +108,30 @@ def test_no_cluster_is_joined_without_a_token(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(("share", "trials"), [(0.6, 2), (0.5, 4), (0.3, 6), (0.1, 20), (1.0, 2), (2.0, 1), (0.0, 64)])
 def test_a_rank_has_its_part_of_one_gpu(share: float, trials: int) -> None:
     assert check_room([{"CPU": 64, "GPU": 2}], 1, 1, share) == trials
+
+
+@pytest.mark.parametrize(("fails", "code"), [(0, 0), (2, 0), (9, 1)])
+def test_a_node_on_which_ray_does_not_start_in_time_tries_again(
+    fails: int, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray's part is played by a process that ends or stays; a node stays until the head is gone."""
+    head = socket.create_server(("127.0.0.1", 0))
+    started: list[subprocess.Popen[bytes]] = []
+
+    def ray_start(home: Path, *options: str) -> subprocess.Popen[bytes]:
+        late = len(started) < fails
+        started.append(subprocess.Popen(["sh", "-c", "exit 1" if late else "sleep 600"]))
+        if not late:
+            head.close()
+        return started[-1]
+
+    monkeypatch.setattr(allocation, "_ray_start", ray_start)
+    monkeypatch.setattr(allocation, "set_variables", lambda home, token: None)
+    try:
+        assert allocation._lend(tmp_path, tmp_path, "127.0.0.1", head.getsockname()[1]) == code
+    finally:
+        head.close()
+        for process in started:
+            process.kill()
+            process.wait()
+    assert len(started) == min(fails + 1, allocation.STARTS)
