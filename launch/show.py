@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import TextIO
@@ -10,6 +9,7 @@ from typing import TextIO
 from launch.records import End, JobNote, job_folder, log_path
 from mtbert.manifest import folders
 from mtbert.runs import NO_ROOM
+from mtbert.stops import give_up
 
 REMEMBERED = 4000
 """Bytes of a log shown to someone who joins late, about a screen and a half."""
@@ -17,17 +17,9 @@ REMEMBERED = 4000
 STOPPED = 130
 """Exit code of a job that was stopped or cancelled: what shells use after Ctrl-C."""
 
-UNREAD = 141
-"""Exit code where nobody reads our output any more: what shells say of a process that SIGPIPE ended."""
-
 
 class Unwatched(Exception):
     """The reader of our stdout has enough (`| head`), or its terminal was closed."""
-
-
-def give_up(stream: TextIO) -> None:
-    """What is still in its buffer would be written, and fail again, when Python ends."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def tell(words: str, stream: TextIO | None = None) -> None:

@@ -43,9 +43,10 @@ from launch.records import (
     submit_command,
     writable_by_me_alone,
 )
-from launch.show import STOPPED, UNREAD, Tail, Unwatched, launcher_logs, report, tell
+from launch.show import STOPPED, Tail, Unwatched, launcher_logs, report, tell
 from mtbert.errors import UserError
 from mtbert.runs import alive
+from mtbert.stops import UNREAD
 
 GRACE_S = 90
 """Seconds before the time limit at which ranks are asked to save; half the limit where that is shorter."""

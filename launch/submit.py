@@ -31,7 +31,7 @@ from launch.records import (
     write_note,
     writing_to,
 )
-from launch.show import UNREAD, give_up, length
+from launch.show import length
 from mtbert.config import Config, SurgeryConfig, WeightingConfig, load_config, to_yaml
 from mtbert.errors import CommandLine, UserError
 from mtbert.runs import (
@@ -44,6 +44,7 @@ from mtbert.runs import (
     user_path,
     write_atomically,
 )
+from mtbert.stops import UNREAD, give_up
 
 DEFAULT_CONFIG = Path("configs") / "quickstart.yaml"
 

@@ -22,7 +22,7 @@ from mtbert.errors import CommandLine, UserError
 from mtbert.lock import RunLock
 from mtbert.reference import reference
 from mtbert.runs import Rank, check_run, create_run, discard_unstarted, user_path
-from mtbert.stops import stop_requests
+from mtbert.stops import UNREAD, give_up, stop_requests
 
 if TYPE_CHECKING:
     from mtbert.evaluate import Evaluation
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 
 STOPPED = 130
 """Exit code after Ctrl-C or SIGTERM, as shells have it."""
-UNREAD = 128 + signal.SIGPIPE
-"""Exit code where the reader of stdout has enough (`| head`): what shells say of a process that SIGPIPE ended."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("mtbert: interrupted", file=sys.stderr)
         return STOPPED
     except BrokenPipeError:
-        _give_up_stdout()
+        give_up(sys.stdout)
         return UNREAD
     return status
 
@@ -68,13 +66,8 @@ def _told_of_stdout() -> Iterator[None]:
     except BrokenPipeError:
         raise
     except OSError as error:
-        _give_up_stdout()
+        give_up(sys.stdout)
         raise UserError(f"stdout: cannot be written: {error.strerror}") from None
-
-
-def _give_up_stdout() -> None:
-    """What is still in its buffer would be written, and fail again, when Python ends."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,16 +1,25 @@
-"""Requests to stop that come as signals."""
+"""Requests to stop that come as signals, and readers that are gone."""
 
 from __future__ import annotations
 
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import TextIO
 
 ECHO_S = 0.5
 """Signals that come within this time of one are no second request."""
+UNREAD = 128 + signal.SIGPIPE
+"""Exit code where the reader of stdout has enough (`| head`): what shells say of a process that SIGPIPE ended."""
+
+
+def give_up(stream: TextIO) -> None:
+    """What is still in its buffer would be written, and fail again, when Python ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 @contextmanager
