@@ -176,9 +176,8 @@ def build(config: Config, run_dir: Path | None = None, initial: bool = True) -> 
     if weights and model.encoder.load_weights(weights) and encoder.pooling == "pooler":
         notes.append(f"{encoder.pretrained} has no pooler: it starts from scratch (encoder.pooling: mean needs none)")
     if encoder.max_length > shape.max_positions:
-        notes.append(
-            f"encoder.max_length {encoder.max_length}: this encoder takes {shape.max_positions} tokens; so it is"
-        )
+        cut = f"texts are cut at the {shape.max_positions} tokens that this encoder takes"
+        notes.append(f"encoder.max_length {encoder.max_length}: {cut}")
     joint = [name for name, task in config.tasks.items() if task.head.kind == "joint"]
     if joint and shape.type_vocab_size < 2:
         raise UserError(

@@ -269,11 +269,14 @@ def test_steps_of_one_task_give_surgery_nothing_to_do(config: Config, capsys: py
 
 def test_what_will_do_nothing_is_told_at_the_start(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
     mnrl = "tasks.sts.mnrl={threshold: label, start: 4.5, rise: 1}"
-    sequential = ["schedule={kind: sequential}", "phases=[{steps: 500}]", "weighting.method=dwa", mnrl]
+    same = [f"tasks.sst.dev={config.tasks['sst'].train}", "encoder.max_length=9999"]
+    sequential = ["schedule={kind: sequential}", "phases=[{steps: 500}]", "weighting.method=dwa", mnrl, *same]
     run = new_run(config_of(config.model_dump(mode="json"), sequential), "sequential")
     train(run, Rank(), lambda: True)
     told = capsys.readouterr().out
     assert "note: weighting dwa has nothing to do in steps of one task; schedule.kind round_robin has all" in told
+    assert f"note: tasks.sst is scored on what it is trained on, {config.tasks['sst'].train}" in told
+    assert re.search(r"encoder\.max_length 9999: texts are cut at the \d+ tokens that this encoder takes", told)
     assert re.search(r"note: sts: mnrl's threshold rises to \d+\.5, above 5: no pair is a positive then", told)
 
 
