@@ -182,6 +182,7 @@ class Trained:
         deadline = time.monotonic() + timeout
         wait_until(lambda: self.step() >= 0, timeout, "the first step")
         pids = self.ranks()
+        assert pids, "the ranks were gone before they could be held"
         while True:
             send(signal.SIGSTOP, pids)
             if condition():
@@ -206,7 +207,9 @@ def send(number: signal.Signals, pids: dict[int, int]) -> None:
 
 
 def scontrol(*words: str) -> str:
-    return subprocess.run(["scontrol", *words], check=True, capture_output=True, text=True).stdout
+    done = subprocess.run(["scontrol", *words], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, f"scontrol {' '.join(words)}: {done.stderr.strip()}"
+    return done.stdout
 
 
 def wait_until(condition: Callable[[], bool], timeout: float, what: str) -> None:
