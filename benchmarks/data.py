@@ -25,7 +25,8 @@ import torch
 from tokenizers import Tokenizer
 
 from benchmarks import options
-from mtbert.config import DataConfig, ScheduleConfig, TaskConfig, load_config
+from mtbert.config import DataConfig, ScheduleConfig, TaskConfig
+from mtbert.config_files import load_config
 from mtbert.data import load_dataset, load_tokenizer, sequence_lengths
 from mtbert.errors import UserError
 from mtbert.randomness import addressed_rng

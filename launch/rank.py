@@ -21,7 +21,7 @@ if __name__ == "__main__":
 from launch.job import Job
 from launch.records import JobNote, Lock, make_job_folder, read_note, write_note, writing_to
 from launch.submit import DEFAULT_CONFIG, check_resumable
-from mtbert.config import load_config, to_yaml
+from mtbert.config_files import load_config, to_yaml
 from mtbert.errors import CommandLine, UserError
 from mtbert.runs import create_run, independent, user_path, write_atomically
 

@@ -32,7 +32,8 @@ from launch.records import (
     writing_to,
 )
 from launch.show import length
-from mtbert.config import Config, SurgeryConfig, WeightingConfig, load_config, to_yaml
+from mtbert.config import Config, SurgeryConfig, WeightingConfig
+from mtbert.config_files import load_config, to_yaml
 from mtbert.errors import CommandLine, UserError
 from mtbert.runs import (
     check_encoder,
@@ -253,7 +254,7 @@ def _check_methods(configs: list[Config]) -> None:
     """Raises `UserError` for an option that the method of weighting or surgery does not take, or a missing package."""
     for config in configs:
         if config.surgery != SurgeryConfig() or config.weighting != WeightingConfig():
-            from mtbert.trainer import methods_of
+            from mtbert.building import methods_of
 
             methods_of(config)
 

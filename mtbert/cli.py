@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mtbert.config import Config, load_config, schema, to_yaml
+from mtbert.config import Config
+from mtbert.config_files import load_config, schema, to_yaml
 from mtbert.errors import CommandLine, UserError
 from mtbert.lock import RunLock
 from mtbert.reference import reference

@@ -6,14 +6,18 @@ import datetime
 import os
 import resource
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from mtbert.config import EngineConfig
+from mtbert.errors import UserError
 from mtbert.runs import Rank
+
+T = TypeVar("T")
 
 
 def local_device(rank: Rank) -> torch.device:
@@ -102,3 +106,24 @@ def lowest_common(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     fast = torch.tensor(float(dtype == torch.bfloat16), device=device)
     dist.all_reduce(fast, dist.ReduceOp.MIN)
     return torch.bfloat16 if fast else torch.float32
+
+
+def in_turn(rank: Rank, make: Callable[[], T]) -> T:
+    """`make()`, on each host's first rank before the others, which find the caches filled. Collective.
+
+    A `UserError` of one rank is raised on all.
+    """
+    made: list[T] = []
+    trouble = None
+    group = patient_group()
+    for turn in (True, False):
+        if (rank.local_rank == 0) == turn:
+            try:
+                made.append(make())
+            except UserError as error:
+                trouble = str(error)
+        troubles: list[str | None] = [None] * rank.world
+        dist.all_gather_object(troubles, trouble, group=group)
+        if any(troubles):
+            raise UserError(next(text for text in troubles if text))
+    return made[0]

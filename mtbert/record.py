@@ -25,7 +25,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field, ValidationError
 
-from mtbert.config import Config, TaskConfig, load_config
+from mtbert.config import Config, TaskConfig
+from mtbert.config_files import load_config
 from mtbert.errors import UserError
 from mtbert.runs import check_run, read_small, write_atomically
 

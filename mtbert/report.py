@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mtbert.config import TaskConfig, to_yaml
+from mtbert.config import TaskConfig
+from mtbert.config_files import to_yaml
 from mtbert.data import locate_file
 from mtbert.errors import UserError
 from mtbert.figures import data_uri, evaluation_figures

@@ -23,7 +23,8 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from mtbert.config import Config, EncoderConfig, to_yaml
+from mtbert.config import Config, EncoderConfig
+from mtbert.config_files import to_yaml
 from mtbert.errors import UserError
 
 T = TypeVar("T")

@@ -25,7 +25,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from mtbert.checkpoint import load_weights
-from mtbert.config import Config, TaskConfig, load_config
+from mtbert.config import Config, TaskConfig
+from mtbert.config_files import load_config
 from mtbert.data import Dataset, Strings, collate, load_tokenizer, sequence_lengths, special_ids
 from mtbert.encoder import EncoderShape
 from mtbert.errors import UserError

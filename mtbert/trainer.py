@@ -11,7 +11,7 @@ import json
 import math
 import shlex
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from mtbert.building import Built, build, methods_of
 from mtbert.checkpoint import Checkpointer
-from mtbert.config import ENCODER, Config, load_config, to_yaml
+from mtbert.config import ENCODER, Config
+from mtbert.config_files import load_config, to_yaml
 from mtbert.data import Batch, prefetch
-from mtbert.encoder import EncoderShape
 from mtbert.engine import (
     Engine,
     Group,
@@ -36,22 +36,20 @@ from mtbert.errors import UserError
 from mtbert.evaluate import Evaluation, evaluate_all
 from mtbert.figures import cosine_map, evaluation_figures
 from mtbert.flops import encoder_flops, peak_flops
-from mtbert.heads import MultiTaskModel
 from mtbert.manifest import Checkpoint, Course
 from mtbert.metrics import metric_of
 from mtbert.phases import Phase, plan
-from mtbert.pretrained import load_pretrained
-from mtbert.pretrained import origin as pretrained_origin
 from mtbert.randomness import addressed_generator
-from mtbert.ranks import close_ranks, join_ranks, patient_group, peak_memory
+from mtbert.ranks import close_ranks, in_turn, join_ranks, peak_memory
 from mtbert.record import RunRecord, Said, kept_id, settings, write_predictions
-from mtbert.runs import NO_ROOM, Outcome, Rank, Stopwatch, check_encoder, check_run, write_atomically
+from mtbert.runs import NO_ROOM, Outcome, Rank, Stopwatch, check_run, write_atomically
 from mtbert.schedule import Schedule, Share
 from mtbert.surgery import Surgery, conflicts
-from mtbert.tasks import Task, load_tasks, locate_data, locate_tokenizer
+from mtbert.tasks import Task, load_tasks, locate_data
 from mtbert.tracking import Tracker
-from mtbert.trained import KeptEncoder, keep_encoder, kept_encoder, load_run
+from mtbert.trained import keep_encoder, load_run
 from mtbert.weighting import Weighting
+from mtbert.window import Window
 from mtbert.zero import Loss
 
 if TYPE_CHECKING:
@@ -89,7 +87,7 @@ def train(
         checkpointer = Checkpointer(run_dir, rank, config.checkpoint.keep, seconds)
         notes: list[str] = []
         checkpoint = checkpointer.latest(notes.append)
-        built = _in_turn(rank, lambda: build(config, run_dir, initial=checkpoint is None))
+        built = in_turn(rank, lambda: build(config, run_dir, initial=checkpoint is None))
         if rank.first:
             keep_encoder(run_dir, built.encoder)
         built.notes.extend(notes)
@@ -101,94 +99,6 @@ def train(
         raise
     close_ranks()
     return outcome
-
-
-def methods_of(config: Config) -> tuple[Surgery, Weighting]:
-    """Raises `UserError` for an unknown method or option, an impossible value, or a missing pip extra."""
-    surgery = Surgery(config.surgery.method, config.surgery.options, config.seed)
-    regression = [task.kind == "pair_regression" for task in config.tasks.values()]
-    return surgery, Weighting(config.weighting.method, config.weighting.options, regression, config.seed)
-
-
-@dataclass(frozen=True)
-class Built:
-    """What a configuration describes, before anything is trained."""
-
-    model: MultiTaskModel
-    encoder: KeptEncoder
-    tasks: list[Task]
-    notes: list[str]  # for the user to know
-
-
-def _in_turn(rank: Rank, make: Callable[[], Built]) -> Built:
-    """Each host's first rank fills the caches, then the others find them. A `UserError` of one is raised on all."""
-    built: Built | None = None
-    trouble = None
-    group = patient_group()
-    for turn in (True, False):
-        if (rank.local_rank == 0) == turn:
-            try:
-                built = make()
-            except UserError as error:
-                trouble = str(error)
-        troubles: list[str | None] = [None] * rank.world
-        dist.all_gather_object(troubles, trouble, group=group)
-        if any(troubles):
-            raise UserError(next(text for text in troubles if text))
-    assert built is not None
-    return built
-
-
-def build(config: Config, run_dir: Path | None = None, initial: bool = True) -> Built:
-    """The model and the tasks with their data.
-
-    Args:
-        run_dir: of a run; once it has started, its encoder is the one that it keeps.
-        initial: whether the model needs its initial weights; not where a checkpoint is about to replace them.
-    """
-    encoder = config.encoder
-    check_encoder(encoder)
-    kept = kept_encoder(run_dir) if run_dir else None
-    weights: Mapping[str, Tensor] = {}
-    folder, origin = None, kept.origin if kept else {}
-    if encoder.pretrained is not None and (initial or kept is None):
-        shape, weights, folder = load_pretrained(encoder.pretrained, origin.get("revision"))
-        found = pretrained_origin(encoder.pretrained, folder)
-        if origin and found["sha256"] != origin["sha256"]:
-            raise UserError(
-                f"encoder.pretrained {encoder.pretrained}: its weights have changed since this run started; "
-                f"put the old ones back, or start a new run"
-            )
-        origin = found
-    data = locate_data(config)
-    if kept is None:
-        tokenizer = locate_tokenizer(config, data, folder)
-        if encoder.shape is not None:
-            shape = EncoderShape(vocab_size=tokenizer.get_vocab_size(), **encoder.shape.model_dump())
-        kept = KeptEncoder(shape, tokenizer, origin)
-    shape, tokenizer = kept.shape, kept.tokenizer
-    if encoder.shape is not None and any(getattr(shape, key) != size for key, size in encoder.shape):
-        raise UserError(
-            f"encoder.shape: is not the one in {run_dir}/encoder; what the run holds belongs to another configuration"
-        )
-    model = MultiTaskModel(shape, encoder, config.tasks, config.seed, config.shared_layers)
-    notes = []
-    if weights and model.encoder.load_weights(weights) and encoder.pooling == "pooler":
-        notes.append(f"{encoder.pretrained} has no pooler: it starts from scratch (encoder.pooling: mean needs none)")
-    if encoder.max_length > shape.max_positions:
-        cut = f"texts are cut at the {shape.max_positions} tokens that this encoder takes"
-        notes.append(f"encoder.max_length {encoder.max_length}: {cut}")
-    joint = [name for name, task in config.tasks.items() if task.head.kind == "joint"]
-    if joint and shape.type_vocab_size < 2:
-        raise UserError(
-            f"tasks.{joint[0]}.head.kind joint: this encoder does not tell two texts of a sequence apart "
-            f"(type_vocab_size {shape.type_vocab_size}); choose concat, difference or weighted_dot"
-        )
-    for name, task in config.tasks.items():
-        if task.dev and task.train == task.dev:
-            notes.append(f"note: tasks.{name} is scored on what it is trained on, {task.dev}")
-    tasks = load_tasks(config, data, tokenizer, min(encoder.max_length, shape.max_positions))
-    return Built(model, kept, tasks, notes)
 
 
 def evaluate_run(run_dir: Path, which: Literal["best", "latest"]) -> tuple[int, list[Evaluation], float]:
@@ -253,7 +163,7 @@ class _Run:
         self.work = partial(encoder_flops, built.encoder.shape, only_first=config.encoder.pooling != "mean")
         peak = config.engine.peak_tflops
         self.peak = 1e12 * peak if peak else peak_flops(self.device, self.engine.dtype)
-        self.window = _Window([task.name for task in built.tasks], self.peak)
+        self.window = Window([task.name for task in built.tasks], self.peak)
         self.cosines: dict[tuple[str, str], tuple[float, int]] = {}  # sum and number since the last evaluation
         if checkpoint is not None:
             self._take_course(checkpoint)
@@ -273,7 +183,9 @@ class _Run:
                 data = next(steps)
                 waited = time.monotonic() - started
                 result = self._step(step, phase, data, save=self.rank.first and self.checkpointer.due())
-                self.window.add(data, result, waited, time.monotonic() - started, self._flops(phase, data))
+                self.window.add(
+                    data.shares, data.batches, result, waited, time.monotonic() - started, self._flops(phase, data)
+                )
                 self._record(step, phase, data, result)
                 if step == self.first_step:
                     self._tell_launch(launch)
@@ -648,52 +560,3 @@ def _baselines(task: Task, result: Evaluation) -> tuple[float, float]:
     rows = training_rows(len(train))
     words = bag_of_words_baseline(kind, train.raw(rows), train.labels_N[rows], dev.raw(np.arange(len(dev))))
     return metric(trivial, dev.labels_N), metric(words, dev.labels_N)
-
-
-class _Window:
-    """What is summed up between two lines of the log."""
-
-    def __init__(self, names: Sequence[str], peak: float | None) -> None:
-        self.names = names
-        self.peak = peak  # FLOP/s of a rank's device, where known
-        self.losses: dict[str, float] = {}  # the last means known of every task
-        self._open()
-
-    def _open(self) -> None:
-        self.sums: dict[str, list[float]] = {}
-        self.counts = dict.fromkeys(("seconds", "waited", "flops", "examples", "tokens", "padded", "skipped"), 0.0)
-
-    def add(self, data: _StepData, result: StepResult, waited: float, seconds: float, flops: float) -> None:
-        """`seconds` a step took, `waited` of them for its data; evaluations and saves count for neither."""
-        packed = [batch.packed for batches in data.batches for batch in batches]
-        new = {
-            "seconds": seconds,
-            "waited": waited,
-            "flops": flops,
-            "examples": sum(share.examples for share in data.shares),
-            "tokens": sum(each.tokens for each in packed),
-            "padded": sum(each.padded for each in packed),
-            "skipped": result.skipped,
-        }
-        for name, value in new.items():
-            self.counts[name] += value
-        for task, loss in zip(result.tasks, result.losses_K.tolist(), strict=True):
-            self.sums.setdefault(self.names[task], []).append(loss)
-
-    def close(self, world: int) -> dict[str, float]:
-        count = self.counts
-        seconds = max(count["seconds"], 1e-9)
-        self.losses |= {name: float(np.mean(values)) for name, values in self.sums.items()}
-        values = {
-            "speed/examples_per_second": count["examples"] / seconds,
-            # this rank's tokens; the schedule gives every rank the same number to within a few per cent
-            "speed/tokens_per_second": world * count["tokens"] / seconds,
-            "speed/model_tflops": count["flops"] / seconds / 1e12,  # of this rank; `encoder_flops` says what is counted
-            "speed/padding_avoided": 1 - count["tokens"] / max(count["padded"], 1),
-            "speed/waiting_for_data": count["waited"] / seconds,
-            "skipped_steps": count["skipped"],
-        }
-        if self.peak:
-            values["speed/mfu"] = count["flops"] / seconds / self.peak
-        self._open()
-        return values

@@ -13,7 +13,7 @@ from harness import PATIENCE_S, Ranks, run_ranks
 from hypothesis import settings
 
 from mtbert import synthetic
-from mtbert.config import load_config
+from mtbert.config_files import load_config
 
 ROOT = Path(__file__).parent.parent
 

@@ -23,7 +23,7 @@ from harness import PATIENCE_S
 from launch.submit import main as submit
 from mtbert import __version__
 from mtbert.cli import _stop_on_signals, main
-from mtbert.config import load_config
+from mtbert.config_files import load_config
 from mtbert.lock import RunLock
 from mtbert.stops import ECHO_S
 

@@ -12,7 +12,7 @@ from scipy import stats
 
 from mtbert.cli import main
 from mtbert.compare import bootstrap, compare, grouped, holm
-from mtbert.config import load_config, to_yaml
+from mtbert.config_files import load_config, to_yaml
 from mtbert.errors import UserError
 from mtbert.figures import panels, svg
 from mtbert.metrics import METRICS

@@ -17,7 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from mtbert.config import Config, Section, config_of, load_config, schema, to_yaml
+from mtbert.config import Config, Section
+from mtbert.config_files import config_of, load_config, schema, to_yaml
 from mtbert.errors import UserError
 from mtbert.reference import reference
 from mtbert.yaml_files import parse_yaml

@@ -16,7 +16,8 @@ from hub import serving, stand_in_hub, use_hub
 from huggingface_hub import close_session
 
 from mtbert.cli import main
-from mtbert.config import DataConfig, load_config
+from mtbert.config import DataConfig
+from mtbert.config_files import load_config
 from mtbert.data import load_dataset, load_tokenizer, locate_file
 from mtbert.datasets import SOURCES, Source, _rewritten, check, fetch, wanted_by, wanted_files
 from mtbert.errors import UserError

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from mtbert.cli import main
-from mtbert.config import load_config
+from mtbert.config_files import load_config
 
 DOCS = Path(__file__).parent.parent / "docs"
 WITHOUT = {"curl", "tensorboard", "python launch/submit.py", "python -m mtbert serve", "python -m mtbert data fetch"}

@@ -501,7 +501,7 @@ def read_files(folder: Path) -> dict[str, bytes]:
 def load_elsewhere(names: Sequence[str], endpoint: str, home: Path) -> list[list[str]]:
     """`load_pretrained` in a process of its own, since the hub's client reads its environment when imported."""
     program = (
-        "import sys; from mtbert.config import UserError; from mtbert.pretrained import load_pretrained\n"
+        "import sys; from mtbert.errors import UserError; from mtbert.pretrained import load_pretrained\n"
         "for name in sys.argv[1:]:\n"
         "    try: shape, state, folder = load_pretrained(name); print(shape, len(state), folder, sep='\\t')\n"
         "    except UserError as error: print('UserError', error, sep='\\t')"

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import distributed as dist
 
-from mtbert.config import Config, load_config
+from mtbert.config import Config
+from mtbert.config_files import load_config
 from mtbert.encoder import EncoderShape
 from mtbert.evaluate import Evaluation, evaluate_all
 from mtbert.heads import MultiTaskModel

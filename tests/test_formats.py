@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from mtbert.checkpoint import load_weights
-from mtbert.config import load_config
+from mtbert.config_files import load_config
 from mtbert.manifest import find_checkpoint, survey
 from mtbert.runs import FORMAT, Rank, check_run, create_run
 from mtbert.trained import load_run

@@ -23,7 +23,8 @@ from benchmarks.papers import running
 from benchmarks.papers.record import RECORD, Entry, Line, Record, Search, compact, portable, unpacked
 from benchmarks.papers.rows import ROWS, TASKS, Row, identity, recipes, shortened
 from mtbert import synthetic
-from mtbert.config import Config, load_config, to_yaml
+from mtbert.config import Config
+from mtbert.config_files import load_config, to_yaml
 from mtbert.errors import UserError
 from mtbert.heads import Head
 from mtbert.manifest import find_checkpoint

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import yaml
 
-from mtbert.config import Config, load_config
+from mtbert.config import Config
+from mtbert.config_files import load_config
 from mtbert.errors import UserError
 from mtbert.phases import Phase, plan
 

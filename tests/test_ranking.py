@@ -16,6 +16,7 @@ from harness import Ranks
 from torch import Tensor
 from torch.nn import functional as F
 
+from mtbert.building import build
 from mtbert.checkpoint import load_weights
 from mtbert.config import (
     Config,
@@ -38,7 +39,7 @@ from mtbert.runs import Rank, create_run
 from mtbert.surgery import Surgery
 from mtbert.synthetic import train_tokenizer
 from mtbert.tasks import Task
-from mtbert.trainer import build, train
+from mtbert.trainer import train
 
 N, D = 8, 6
 

@@ -1,10 +1,12 @@
-"""The harness that the distributed tests stand on: it must join, return, tell and kill."""
+"""The processes of a run, and the harness that the distributed tests stand on: it must join, return, tell and kill."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from harness import Ranks
 from torch import distributed as dist
 
 from mtbert.config import EngineConfig
-from mtbert.ranks import close_ranks, join_ranks
+from mtbert.ranks import close_ranks, in_turn, join_ranks
 from mtbert.runs import Rank
 
 pytestmark = pytest.mark.ranks
@@ -83,3 +85,38 @@ def test_threads_are_those_configured_or_those_of_openmp_or_the_rank_s_cores(
     finally:
         close_ranks()
         torch.set_num_threads(before)
+
+
+def _leave() -> None:
+    """The harness's group, once all are in it: gloo fails where a peer goes while another still connects."""
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def slow_first(rank: Rank, rendezvous: str) -> str:
+    _leave()
+    join_ranks(replace(rank, rendezvous=rendezvous), EngineConfig(threads=1), timeout_s=10)
+
+    def make() -> str:
+        time.sleep(13 if rank.first else 0)
+        return f"built by {rank.rank}"
+
+    return in_turn(rank, make)
+
+
+def left_before_an_engine(rank: Rank, folder: Path) -> bool:
+    """DeepSpeed is imported, for ranks are forked from a server that has, but nothing was made with it."""
+    _leave()
+    join_ranks(replace(rank, rendezvous=f"file://{folder / 'first'}"), EngineConfig(threads=1))
+    close_ranks()
+    closed = not dist.is_initialized()
+    join_ranks(replace(rank, rendezvous=f"file://{folder / 'second'}"), EngineConfig(threads=1))  # the harness ends it
+    return closed and "deepspeed" in sys.modules
+
+
+def test_a_run_that_ends_before_its_engine_leaves_no_group(ranks: Ranks, tmp_path: Path) -> None:
+    assert ranks(2, left_before_an_engine, tmp_path) == [True, True]
+
+
+def test_ranks_wait_longer_than_a_collective_for_the_first_one_s_data(ranks: Ranks, tmp_path: Path) -> None:
+    assert ranks(2, slow_first, f"file://{tmp_path}/rendezvous") == ["built by 0", "built by 1"]

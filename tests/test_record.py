@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mtbert.config import load_config, to_yaml
+from mtbert.config_files import load_config, to_yaml
 from mtbert.errors import UserError
 from mtbert.record import MAX_ID, RunRecord, Said, kept_id, settings, write_predictions
 from mtbert.runs import Rank

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from mtbert.cli import main
-from mtbert.config import load_config, to_yaml
+from mtbert.config_files import load_config, to_yaml
 from mtbert.pages import run_pictures
 from mtbert.record import RunRecord, Said, write_predictions
 from mtbert.runs import Rank, write_atomically

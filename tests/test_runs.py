@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from mtbert.config import Config, DataConfig, EncoderConfig, load_config
+from mtbert.config import Config, DataConfig, EncoderConfig
+from mtbert.config_files import load_config
 from mtbert.errors import UserError
 from mtbert.record import RunRecord
 from mtbert.runs import Outcome, Rank, alive, create_run, discard_unstarted, sweep, write_atomically
@@ -131,7 +132,7 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
 FULL_DISK = """
     import resource, signal, sys
     from pathlib import Path
-    from mtbert.config import load_config
+    from mtbert.config_files import load_config
     from mtbert.errors import UserError
     from mtbert.runs import create_run, write_atomically
     task = "tasks.a={kind: classification, train: t, dev: d}"

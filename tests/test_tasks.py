@@ -19,7 +19,8 @@ from tokenizers import Tokenizer
 from torch.nn import functional as F
 
 from mtbert import synthetic
-from mtbert.config import Config, load_config
+from mtbert.config import Config
+from mtbert.config_files import load_config
 from mtbert.data import load_tokenizer
 from mtbert.encoder import EncoderShape
 from mtbert.errors import UserError

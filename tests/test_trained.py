@@ -12,6 +12,7 @@ import yaml
 from hub import stand_in_hub, use_hub
 from test_trainer import TINY, digests
 
+from mtbert.building import build
 from mtbert.config import Config
 from mtbert.data import load_tokenizer
 from mtbert.encoder import Encoder, EncoderShape, initialise
@@ -20,7 +21,7 @@ from mtbert.pretrained import save_pretrained
 from mtbert.runs import Outcome, Rank, create_run
 from mtbert.synthetic import train_tokenizer
 from mtbert.trained import keep_encoder, kept_encoder, load_run
-from mtbert.trainer import build, evaluate_run, train
+from mtbert.trainer import evaluate_run, train
 
 ROOT = Path(__file__).parent.parent
 

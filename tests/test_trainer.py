@@ -9,9 +9,8 @@ import os
 import random
 import re
 import signal
-import sys
 import time
-from dataclasses import fields, replace
+from dataclasses import fields
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -21,29 +20,20 @@ import pytest
 import torch
 import torch.multiprocessing
 import yaml
-from harness import PATIENCE_S, Ranks, forking_context
+from harness import PATIENCE_S, forking_context
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch import distributed as dist
 
 from mtbert import checkpoint
+from mtbert.building import build
 from mtbert.checkpoint import _Reader, load_weights
-from mtbert.config import (
-    CheckpointConfig,
-    Config,
-    EngineConfig,
-    OptimizerConfig,
-    PhaseConfig,
-    config_of,
-    load_config,
-    to_yaml,
-)
+from mtbert.config import CheckpointConfig, Config, OptimizerConfig, PhaseConfig
+from mtbert.config_files import config_of, load_config, to_yaml
 from mtbert.errors import UserError
 from mtbert.manifest import find_checkpoint, folder_of, open_checkpoint, sealed
 from mtbert.metrics import METRICS
-from mtbert.ranks import close_ranks, join_ranks
 from mtbert.record import RunRecord, Said
 from mtbert.runs import Rank, create_run
-from mtbert.trainer import _in_turn, build, evaluate_run, train
+from mtbert.trainer import evaluate_run, train
 from mtbert.zero import Span
 
 STEPS = 12
@@ -299,43 +289,6 @@ def test_an_adaptive_run_goes_by_its_scores_and_resumes_alike(config: Config) ->
         found = [said[f"sampling/{name}"] for name in targets | {"sts": 1.0}]
         assert found == pytest.approx((weights / weights.sum()).tolist())
         assert found[2] > 0.5
-
-
-def _leave() -> None:
-    """The harness's group, once all are in it: gloo fails where a peer goes while another still connects."""
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def slow_first(rank: Rank, rendezvous: str) -> str:
-    _leave()
-    join_ranks(replace(rank, rendezvous=rendezvous), EngineConfig(threads=1), timeout_s=10)
-
-    def make() -> Any:
-        time.sleep(13 if rank.first else 0)
-        return f"built by {rank.rank}"
-
-    return str(_in_turn(rank, make))
-
-
-def left_before_an_engine(rank: Rank, folder: Path) -> bool:
-    """DeepSpeed is imported, for ranks are forked from a server that has, but nothing was made with it."""
-    _leave()
-    join_ranks(replace(rank, rendezvous=f"file://{folder / 'first'}"), EngineConfig(threads=1))
-    close_ranks()
-    closed = not dist.is_initialized()
-    join_ranks(replace(rank, rendezvous=f"file://{folder / 'second'}"), EngineConfig(threads=1))  # the harness ends it
-    return closed and "deepspeed" in sys.modules
-
-
-@pytest.mark.ranks
-def test_a_run_that_ends_before_its_engine_leaves_no_group(ranks: Ranks, tmp_path: Path) -> None:
-    assert ranks(2, left_before_an_engine, tmp_path) == [True, True]
-
-
-@pytest.mark.ranks
-def test_ranks_wait_longer_than_a_collective_for_the_first_one_s_data(ranks: Ranks, tmp_path: Path) -> None:
-    assert ranks(2, slow_first, f"file://{tmp_path}/rendezvous") == ["built by 0", "built by 1"]
 
 
 def test_a_damaged_checkpoint_is_passed_over(config: Config) -> None:

@@ -16,7 +16,8 @@ from ray.tune import Callback, FailureConfig, PlacementGroupFactory, RunConfig, 
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, PopulationBasedTraining, TrialScheduler
 from ray.tune.search import Searcher
 
-from mtbert.config import Config, to_yaml
+from mtbert.config import Config
+from mtbert.config_files import to_yaml
 from mtbert.errors import UserError
 from mtbert.randomness import addressed_rng
 from mtbert.runs import create_run

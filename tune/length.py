@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from mtbert.building import build, methods_of
 from mtbert.config import Config
 from mtbert.errors import UserError
 from mtbert.phases import Phase, plan
 from mtbert.tasks import Task
-from mtbert.trainer import build, methods_of
 from tune.space import check_countable
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mtbert.config import load_config, to_yaml
+from mtbert.config_files import load_config, to_yaml
 from mtbert.record import METRICS_FILE
 from mtbert.runs import write_atomically
 from tune.board import brief

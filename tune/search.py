@@ -35,7 +35,8 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from launch.records import ROOT, snapshot_code
 from launch.show import STOPPED
-from mtbert.config import Config, config_of, load_config, to_yaml
+from mtbert.config import Config
+from mtbert.config_files import config_of, load_config, to_yaml
 from mtbert.errors import CommandLine, UserError
 from mtbert.runs import create_run, redacted, user_path, written_aside
 from mtbert.stops import stop_requests
@@ -186,7 +187,7 @@ def search(args: argparse.Namespace, command: list[str]) -> int:
 def check_corners(source: Path, space: Space, metrics: Sequence[str]) -> None:
     """Raises `UserError` for trials that cannot be compared, and for a method or option that does not exist, which
     `load_space` without torch cannot know."""
-    from mtbert.trainer import methods_of
+    from mtbert.building import methods_of
 
     own = _scored(config_of(space.base))
     for enabled, values in corners(space):

@@ -33,7 +33,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from mtbert.config import Config, config_of
+from mtbert.config import Config
+from mtbert.config_files import config_of
 from mtbert.errors import UserError
 from mtbert.yaml_files import inline_yaml, merge, parse_override, read_yaml
 

@@ -26,7 +26,7 @@ from ray.util.placement_group import PlacementGroup, get_current_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from launch.records import End, job_folder, read_end
-from mtbert.config import load_config, to_yaml
+from mtbert.config_files import load_config, to_yaml
 from mtbert.manifest import with_the_best
 from mtbert.record import METRICS_FILE
 from mtbert.runs import write_atomically

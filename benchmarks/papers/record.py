@@ -20,7 +20,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from benchmarks.papers.rows import PLACES, ROOT, ROWS, Recipe, key
-from mtbert.config import Config, config_of
+from mtbert.config import Config
+from mtbert.config_files import config_of
 from mtbert.errors import UserError
 from mtbert.record import Curve
 from mtbert.runs import read_small, write_atomically

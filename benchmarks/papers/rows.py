@@ -9,7 +9,8 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from mtbert.config import Config, load_config
+from mtbert.config import Config
+from mtbert.config_files import load_config
 from mtbert.record import settings as bearing_settings
 
 ROOT = Path(__file__).parents[2]

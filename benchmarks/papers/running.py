@@ -27,7 +27,8 @@ from benchmarks import options
 from benchmarks.papers.page import PICTURED
 from benchmarks.papers.record import SEARCH, Entry, Record, Search, compact, portable, rounded
 from benchmarks.papers.rows import ROOT, Recipe, config_path, differing, identity
-from mtbert.config import Config, load_config
+from mtbert.config import Config
+from mtbert.config_files import load_config
 from mtbert.data import locate_file
 from mtbert.errors import UserError
 from mtbert.manifest import folders, read_manifest, sha256

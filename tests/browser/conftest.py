@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mtbert.config import load_config
+from mtbert.config_files import load_config
 from mtbert.record import RunRecord
 from mtbert.runs import create_run
 

@@ -76,7 +76,7 @@ def _parquet(content: bytes, place: Path) -> Any:
 
 
 def _yaml(content: bytes, place: Path) -> Any:
-    from mtbert.config import load_config, to_yaml
+    from mtbert.config_files import load_config, to_yaml
 
     path = place / "x.yaml"
     path.write_bytes(content)

@@ -24,7 +24,7 @@ from safetensors.numpy import save_file
 
 from launch.records import Lock, last_end, read_note
 from mtbert.cli import main
-from mtbert.config import load_config
+from mtbert.config_files import load_config
 from mtbert.data import load_tokenizer
 from mtbert.encoder import EncoderShape
 from mtbert.errors import UserError

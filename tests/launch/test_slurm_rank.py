@@ -18,7 +18,7 @@ from launch import job, records
 from launch.job import Attempt, Place, _interface, _set_variables
 from launch.records import ROOT, read_end, read_note, slurm_state
 from launch.slurm import standing
-from mtbert.config import load_config
+from mtbert.config_files import load_config
 from mtbert.errors import UserError
 from mtbert.runs import Rank
 

@@ -21,7 +21,7 @@ from launch import records
 from launch.records import End, EndRecord, JobNote, Lock, stop_path, write_note
 from launch.slurm import standings
 from launch.submit import main
-from mtbert.config import load_config
+from mtbert.config_files import load_config
 from mtbert.runs import create_run
 
 ROOT = Path(__file__).parent.parent.parent

@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 import pytest
 import yaml
 
-from mtbert.config import load_config
+from mtbert.config_files import load_config
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent

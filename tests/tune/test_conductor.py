@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-from mtbert.config import load_config
+from mtbert.config_files import load_config
 from tune.board import Board
 from tune.conductor import Conductor
 from tune.search import Settings

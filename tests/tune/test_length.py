@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mtbert.config import Config, load_config
+from mtbert.building import build
+from mtbert.config import Config
+from mtbert.config_files import load_config
 from mtbert.errors import UserError
 from mtbert.phases import Phase, plan
-from mtbert.trainer import build
 from tune.length import of_equal_length, own_examples
 
 ROOT = Path(__file__).parent.parent.parent

@@ -20,7 +20,7 @@ import pytest
 import yaml
 from harness import PATIENCE_S
 
-from mtbert.config import load_config, to_yaml
+from mtbert.config_files import load_config, to_yaml
 from mtbert.errors import UserError
 from mtbert.record import METRICS_FILE
 from mtbert.yaml_files import inline_yaml

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from launch import submit
-from mtbert.config import load_config, to_yaml
+from mtbert.config_files import load_config, to_yaml
 from mtbert.yaml_files import dump_yaml
 from tune.report import write_best, write_report
 from tune.search import Settings

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mtbert.config import Config, config_of, load_config
+from mtbert.building import methods_of
+from mtbert.config import Config
+from mtbert.config_files import config_of, load_config
 from mtbert.errors import UserError
-from mtbert.trainer import methods_of
 from tune.space import Space, corners, load_space
 
 ROOT = Path(__file__).parent.parent.parent

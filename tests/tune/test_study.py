@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mtbert.config import load_config
+from mtbert.config_files import load_config
 from mtbert.errors import UserError
 from tune.space import Space, Values, load_space
 from tune.study import Study
