@@ -28,7 +28,7 @@ ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
 from launch.show import STOPPED  # noqa: E402
-from mtbert.config import load_config  # noqa: E402
+from mtbert.config_files import load_config  # noqa: E402
 from mtbert.manifest import Checkpoint, prune, survey  # noqa: E402
 from mtbert.runs import alive  # noqa: E402
 
