@@ -2,7 +2,7 @@
 
     parameters:
       optimizer.lr: {loguniform: [1e-4, 1e-2]}
-      schedule.length: {logint: [50, 1000]}                       # σ
+      schedule.length: {logint: [50, 1000], when: {schedule.anneal: 0.8}}   # σ
       surgery.method: {choice: [pcgrad, sum]}
       dropout: {uniform: [0, 0.3], keys: [encoder.dropout, tasks.*.head.dropout]}
       weights: {simplex: 3, keys: [tasks.*.weight], when: {surgery.method: sum}}
