@@ -463,7 +463,8 @@ BELONGING = {
     "surgery": ("method", ("options",)),
     "weighting": ("method", ("options",)),
 }
-"""Section → the key that says which of these others mean anything."""
+"""Section → the key that says which of these others mean anything. More than what `Config` refuses: to adaptive, α is
+another thing than to sampled."""
 
 
 def _freed(values: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
