@@ -34,7 +34,7 @@ setup(
     description="Multi-task BERT with sharded gradient surgery",
     license="Apache-2.0",
     packages=find_packages(include=["mtbert", "mtbert.*", "launch", "launch.*", "tune", "tune.*"]),
-    package_data={"mtbert": ["templates/*.html"]},
+    package_data={"mtbert": ["templates/*"]},  # not configs/: what is installed without the checkout needs --config
     python_requires=">=3.10,<3.14",
     install_requires=[
         # narrow on purpose: the engine needs Tensor.grad_dtype of this torch and private names of this DeepSpeed

@@ -1,4 +1,4 @@
-"""Several runs side by side: scores, their spread over seeds, and which differences can be called one.
+"""Several runs side by side: scores, their spread over seeds, and which differences are significant.
 
     N examples, R resamples, G groups of runs
 
@@ -64,7 +64,7 @@ class Difference:
     @property
     def verdict(self) -> str:
         if not self.p < LEVEL:
-            return "not told apart"
+            return "not significant"
         return "better" if self.difference > 0 else "worse"
 
 
@@ -80,8 +80,8 @@ class Comparison:
 def compare(folders: Sequence[Path], which: Which, resamples: int) -> Comparison:
     """Read, group and judge. The first folder's group is what the others are held against.
 
-    `resamples` is what there is at least: many differences need more to be told at all. Of runs that have their seed in
-    common, too, the first counts.
+    `resamples` is what there is at least: many differences need more for any to be significant. Of runs that have their
+    seed in common, too, the first counts.
 
     Raises `UserError` for a folder that is no run's, was not evaluated, or is named twice.
     """
@@ -269,7 +269,7 @@ def difference_table(comparison: Comparison) -> Table:
         [d.group, d.task, f"{d.difference:+.4f}", f"{d.low:+.4f} … {d.high:+.4f}", f"{d.p:.3f}", d.verdict]
         for d in comparison.differences
     ]
-    return ["run", "task", "difference", "95 % interval", "p", "told"], rows
+    return ["run", "task", "difference", "95 % interval", "p", "verdict"], rows
 
 
 def as_json(comparison: Comparison) -> dict[str, Any]:
@@ -283,7 +283,7 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
             }
             for group, steps, scores in zip(comparison.groups, comparison.steps, comparison.scores, strict=True)
         ],
-        "differences": [{**asdict(difference), "told": difference.verdict} for difference in comparison.differences],
+        "differences": [{**asdict(difference), "verdict": difference.verdict} for difference in comparison.differences],
         "notes": comparison.notes,
     }
 

@@ -7,7 +7,8 @@ blocks of nearly equal length, on CUDA in half precision on a variable-length ke
 Shapes: B sequences, T tokens of all sequences together, D width (hidden size), H heads, F inner width of the
 feed-forward layer; inside a block N sequences padded to L tokens. Activations have the dtype of the weights.
 
-Dropout is on when a `torch.Generator` is passed, off when it is None; `module.training` plays no part.
+Dropout is on when a `torch.Generator` is passed, off when it is None; `module.training` plays no part. It falls on the
+embeddings and before both residual connections, as in BERT, but not on attention probabilities, which BERT drops too.
 """
 
 from __future__ import annotations

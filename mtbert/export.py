@@ -32,6 +32,7 @@ from mtbert.data import special_ids
 from mtbert.encoder import Encoder, Layer, Pooling
 from mtbert.errors import UserError
 from mtbert.heads import Head, MultiTaskModel
+from mtbert.pages import render
 from mtbert.pretrained import save_pretrained
 from mtbert.record import RunRecord
 from mtbert.runs import aside, sweep, user_path
@@ -287,73 +288,25 @@ def model_card(run: Trained) -> str:
     kept = kept_encoder(run.run_dir)
     base = kept.origin.get("pretrained") if kept else None
     hub_name = base if kept and kept.origin.get("revision") else None
-    front = [
-        "library_name: sentence-transformers",
-        "pipeline_tag: sentence-similarity",
-        "tags: [bert, multi-task, mtbert]",
-    ]
-    front += [f"base_model: {json.dumps(hub_name)}"] * bool(hub_name)
-    start = f"from {hub_name or Path(base).name}" if base else "from scratch"
-    shape, config = run.shape, run.config
     scores = _scores(run)
-    name_of_run = run.run_dir.resolve().name
-    lines = ["---", *front, "---", "", f"# {name_of_run}", ""]
-    lines += [
-        f"A BERT encoder ({shape.layers} layers, width {shape.hidden_size}, {shape.vocab_size:,} wordpieces), trained "
-        f"by mtbert {__version__} on {len(config.tasks)} task(s) at once, {start}; weights after {run.step:,} steps. "
-        f"Sentence vectors: {config.encoder.pooling} pooling, up to {run.max_length} tokens.",
-        "",
-        "## Use",
-        "",
-        "```python",
-        "from sentence_transformers import SentenceTransformer",
-        'vectors = SentenceTransformer("PATH_OF_THIS_FOLDER").encode(["A sentence."])',
-        "```",
-        "",
-        "`heads.json` and `heads.safetensors` hold what each task puts on top of the sentence vector.",
-        "",
-        "## Tasks and scores",
-        "",
-        "On the development sets, at exactly these weights. They chose the checkpoint, so a test set will say less.",
-        "",
-        "| task | kind | head | loss | trained on | metric | score |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for name, task in config.tasks.items():
+    rows = []
+    for name, task in run.config.tasks.items():
         score = scores.get(f"metric/{name}/{task.metric_kind}")
         shown = "not evaluated at this step" if score is None else f"{score:.4f}"
-        lines.append(
-            f"| {name} | {task.kind} | {task.head.kind} | {task.loss_kind} | {_cell(Path(task.train).name)} "
-            f"| {task.metric_kind} | {shown} |"
-        )
-    method = config.surgery.method
-    generated = config.data.generate is not None
-    lines += [
-        "",
-        "## Training",
-        "",
-        f"Gradient surgery `{method}`, schedule `{config.schedule.kind}`, batches of {config.schedule.batch_size} per "
-        f"task, learning rates {config.optimizer.lr:g} (encoder) and {config.optimizer.head_lr:g} (heads), "
-        f"seed {config.seed}. The whole configuration is in `config.yaml` of the run folder `{name_of_run}`, "
-        "which this folder does not hold.",
-        "",
-        "## Limits",
-        "",
-    ]
-    if generated:
-        lines.append("- Trained on generated sentences with a vocabulary of their own: of no use on real text.")
-    if base:
-        lines.append(
-            "- **Contamination.** The pretrained encoder may have seen the texts it is scored on. all-MiniLM-L6-v2, "
-            "for one, was trained on Quora duplicates, SNLI and MultiNLI: scores on those say little of unseen text."
-        )
-        lines.append("- The pretrained weights come with a licence of their own.")
-    lines += [
-        "- The licences of the training data apply; some (Quora question pairs) allow non-commercial use only.",
-        "- Labels, and whatever bias they hold, come from the data sets named above.",
-        "",
-    ]
-    return "\n".join(lines)
+        source = _cell(Path(task.train).name)
+        rows.append([name, task.kind, task.head.kind, task.loss_kind, source, task.metric_kind, shown])
+    return render(
+        "model_card.md",
+        name=run.run_dir.resolve().name,
+        version=__version__,
+        hub_name=hub_name,
+        pretrained=hub_name or (Path(base).name if base else None),
+        shape=run.shape,
+        step=run.step,
+        max_length=run.max_length,
+        config=run.config,
+        tasks=rows,
+    )
 
 
 def _cell(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Self-contained HTML: no script, no network, and text from data is text (Jinja escapes whatever is filled in)."""
+"""Pages from templates. HTML is self-contained (no script, no network), and Jinja escapes whatever is filled in."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ def render(template: str, **values: Any) -> str:
 
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("mtbert"),
-        autoescape=True,
+        autoescape=jinja2.select_autoescape(["html"]),
+        keep_trailing_newline=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

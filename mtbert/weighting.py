@@ -34,8 +34,8 @@ import torch
 from torch import Tensor
 
 from mtbert.errors import UserError
+from mtbert.methods import build_method
 from mtbert.randomness import addressed_rng
-from mtbert.surgery import build_method
 
 TINY = 1e-8  # keeps logarithms and quotients of losses finite, as in FAMO's published code
 

@@ -82,12 +82,12 @@ def test_groups_are_runs_that_differ_in_seed_alone(runs: list[Path]) -> None:
     ]
 
 
-def test_what_is_a_difference_is_told_and_what_is_none_is_not(runs: list[Path]) -> None:
+def test_a_real_difference_is_significant_and_chance_is_not(runs: list[Path]) -> None:
     comparison = compare(runs, "latest", 400)
-    told = {(d.group, d.task): d.verdict for d in comparison.differences}
+    verdicts = {(d.group, d.task): d.verdict for d in comparison.differences}
     better, same = comparison.groups[1].label, comparison.groups[2].label
-    assert {told[better, task] for task in ("sst", "sts", "composite")} == {"better"}
-    assert {told[same, task] for task in ("sst", "sts", "composite")} == {"not told apart"}
+    assert {verdicts[better, task] for task in ("sst", "sts", "composite")} == {"better"}
+    assert {verdicts[same, task] for task in ("sst", "sts", "composite")} == {"not significant"}
     for difference in comparison.differences:
         assert difference.low < difference.difference < difference.high
     own = [
@@ -99,8 +99,8 @@ def test_what_is_a_difference_is_told_and_what_is_none_is_not(runs: list[Path]) 
     assert comparison.scores[2]["sst"].deviation is None
 
 
-def test_many_differences_can_be_told(tmp_path: Path) -> None:
-    """Nine, of which Holm's adjustment of 200 resamples would tell none; 32 would be too many for 1,000."""
+def test_many_differences_can_be_significant(tmp_path: Path) -> None:
+    """Nine: with 200 resamples, none would be after Holm's adjustment; 32 would be too many for 1,000."""
     bad = make(tmp_path / "bad", 0.3, 0)
     good = [make(tmp_path / f"good{n}", 0.9, n, f"optimizer.lr={n}e-3") for n in range(2, 5)]
     comparison = compare([bad, *good], "latest", 100)
@@ -114,7 +114,7 @@ def test_a_repeat_is_no_other_seed(tmp_path: Path, runs: list[Path]) -> None:
     assert comparison.notes == ["again: has the settings and the seed of pcgrad-0; only that one counts"]
 
 
-def test_a_worse_run_is_told_from_the_other_side(runs: list[Path]) -> None:
+def test_a_worse_run_is_significant_on_the_other_side(runs: list[Path]) -> None:
     comparison = compare([runs[3], runs[0]], "best", 200)
     assert [d.verdict for d in comparison.differences] == ["worse"] * 3
 
@@ -192,6 +192,9 @@ def test_at_the_command_line(runs: list[Path], tmp_path: Path, capsys: pytest.Ca
     assert main(["compare", *names[:2], "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
     assert record["groups"][0]["runs"] == names[:2] and record["differences"] == []
+    assert main(["compare", names[0], names[3], "--json"]) == 0
+    verdicts = {each["verdict"] for each in json.loads(capsys.readouterr().out)["differences"]}
+    assert verdicts <= {"better", "worse", "not significant"} and verdicts
 
 
 @pytest.mark.parametrize(

@@ -227,6 +227,7 @@ def test_the_model_card_says_what_the_run_recorded(trained_run: Path, tmp_path: 
     )
     assert "from scratch; weights after 6 steps" in card and "base_model" not in card
     assert card.startswith("---\nlibrary_name: sentence-transformers\n")
+    assert "\n\n## Limits\n\n- The licences of the training data apply" in card
 
 
 def test_nothing_is_overwritten_and_nothing_half_written(trained_run: Path, tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def write_report(folder: Path, settings: Settings, space: Space, study: Study) -
         _picture(pictures, "progress", "Best score so far, by trial and by examples trained on in all trials"),
         _picture(pictures, "pareto", "Every trial that saw all examples; the front in black"),
         _picture(pictures, "curves", "Every trial's score against the examples it has seen"),
-        _importances(space, study),
+        _importances(study),
         _picture(pictures, "importances", "Importance"),
         _picture(pictures, "parallel", "Parallel coordinates, the better the brighter"),
         _sigma(space),
@@ -115,7 +115,7 @@ def _best(study: Study) -> str:
     return text
 
 
-def _importances(space: Space, study: Study) -> str:
+def _importances(study: Study) -> str:
     shares = study.importances()
     if not shares:
         return "## Importance\n\nFewer than four trials saw all their examples: nothing can be said about importance."

@@ -2,7 +2,7 @@
 
     parameters:
       optimizer.lr: {loguniform: [1e-4, 1e-2]}
-      schedule.length: {logint: [50, 1000]}                       # σ
+      schedule.length: {logint: [50, 1000], when: {schedule.anneal: 0.8}}   # σ
       surgery.method: {choice: [pcgrad, sum]}
       dropout: {uniform: [0, 0.3], keys: [encoder.dropout, tasks.*.head.dropout]}
       weights: {simplex: 3, keys: [tasks.*.weight], when: {surgery.method: sum}}
@@ -463,7 +463,8 @@ BELONGING = {
     "surgery": ("method", ("options",)),
     "weighting": ("method", ("options",)),
 }
-"""Section → the key that says which of these others mean anything."""
+"""Section → the key that says which of these others mean anything. More than what `Config` refuses: to adaptive, α is
+another thing than to sampled."""
 
 
 def _freed(values: dict[str, Any], key: str, value: Any) -> dict[str, Any]:

@@ -75,6 +75,8 @@ def in_a_row(lines: Sequence[Line]) -> list[Line]:
 
 def table(lines: Sequence[Line]) -> str:
     """Markdown."""
+    if not lines:
+        return f"Not run yet: {RECORD.relative_to(ROOT)} has no line."
     rows = [
         f"| {line['when']} | {line['commit']} | {line['machine']['cpu']} | {line['seconds'] / 60:.0f} "
         f"| {line['passed']:,} | {line['skipped']} | {', '.join(line['failed']) or '–'} |"

@@ -72,6 +72,10 @@ def test_in_a_row_are_those_since_the_last_failure() -> None:
     assert again.in_a_row(lines[:2]) == []
 
 
+def test_nothing_run_is_no_table() -> None:
+    assert again.table([]) == "Not run yet: tests/faults/again.jsonl has no line."
+
+
 def test_the_command_takes_no_nonsense() -> None:
     words = [sys.executable, str(ROOT / "tests" / "faults" / "again.py"), "--times", "many"]
     done = subprocess.run(words, capture_output=True, text=True)

@@ -111,8 +111,8 @@ def test_the_default_spaces_suit_any_number_of_tasks(config: Config, space: str,
     own = config_of({**values, "tasks": dict(given)}, ["optimizer.lr=1.5e-4", "optimizer.head_lr=1"])
     found = load_space(ROOT / "configs" / "search" / f"{space}.yaml", own)
     (start,) = found.starts
-    assert start.items() >= {"optimizer.lr": 1.5e-4, "dropout": 0, "schedule.kind": "round_robin"}.items()
-    assert start.keys().isdisjoint({"optimizer.head_lr", "schedule.alpha", "schedule.length"})
+    assert start.items() >= {"optimizer.lr": 1.5e-4, "dropout": 0, "schedule": {"kind": "round_robin"}}.items()
+    assert start.keys().isdisjoint({"optimizer.head_lr", "schedule.length"})
     drawn = found.draw(Uniform(0))
     assert ("weights" in drawn) == ("weights" in start) == (tasks > 1)
     if tasks > 1:
@@ -120,6 +120,13 @@ def test_the_default_spaces_suit_any_number_of_tasks(config: Config, space: str,
         assert start["weights"][0] == start["weights"][1]
     if tasks == 3:
         assert start["weights"][2] == pytest.approx(0.3 * start["weights"][0])  # as in the quick start
+
+
+def test_the_default_space_searches_sigma_where_it_acts(config: Config) -> None:
+    space = load_space(ROOT / "configs" / "search" / "default.yaml", config)
+    for seed in range(20):
+        values = space.draw(Uniform(seed))
+        assert ("schedule.length" in values) == (space.config(values).schedule.anneal > 0)
 
 
 def test_a_simplex_is_drawn_evenly(tmp_path: Path, config: Config) -> None:
