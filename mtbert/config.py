@@ -236,6 +236,11 @@ class TaskConfig(Section):
         return self.loss or _LOSSES_OF[self.kind][0]
 
     @property
+    def metrics(self) -> tuple[str, ...]:
+        """Those that it could be scored by."""
+        return _METRICS_OF[self.kind]
+
+    @property
     def metric_kind(self) -> str:
         return self.metric or _METRICS_OF[self.kind][0]
 

@@ -70,6 +70,17 @@ def evaluate(model: MultiTaskModel, task: Task, rank: Rank, device: torch.device
     return Evaluation(task.name, metric, score, loss, predictions_N, losses_N, said_NA[:, 4:].numpy())
 
 
+def every_score(task: Task, result: Evaluation) -> dict[str, float]:
+    """By each metric that fits the task's kind, the task's own first; what `evaluate` calls broken is by none."""
+    own = {result.metric: result.score}
+    labels_N, classes = task.dataset("dev").labels_N, task.config.classes
+    return own | {
+        kind: math.nan if math.isnan(result.score) else metric_of(kind, classes)(result.predictions_N, labels_N)
+        for kind in task.config.metrics
+        if kind not in own
+    }
+
+
 def evaluate_all(
     model: MultiTaskModel, tasks: list[Task], rank: Rank, device: torch.device
 ) -> tuple[list[Evaluation], float]:

@@ -19,8 +19,18 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from mtbert import synthetic
-from mtbert.config import Config, DataConfig, Generate, TaskConfig
-from mtbert.data import Batch, Dataset, collate, load_dataset, load_tokenizer, sequence_lengths, special_ids
+from mtbert.config import HUB_FILE, Config, DataConfig, Generate, TaskConfig
+from mtbert.data import (
+    Batch,
+    Dataset,
+    collate,
+    load_dataset,
+    load_file,
+    load_tokenizer,
+    locate_file,
+    sequence_lengths,
+    special_ids,
+)
 from mtbert.errors import UserError
 from mtbert.losses import example_losses
 from mtbert.manifest import sha256
@@ -95,6 +105,21 @@ def load_tasks(config: Config, data: DataConfig, tokenizer: Tokenizer, max_lengt
         )
         for name, task in config.tasks.items()
     ]
+
+
+def scored_on(file: str, name: str, config: Config, tokenizer: Tokenizer, max_length: int) -> Task:
+    """A task of `config` with another file in its development set's place, to be scored on it and not trained.
+
+    Args:
+        file: relative to where the command is typed, not to `data.dir`; or on the hub, as in a configuration.
+
+    Raises `UserError` as `load_dataset`.
+    """
+    task = config.tasks[name]
+    on_hub = HUB_FILE.fullmatch(file) is not None
+    shown, path = locate_file(file, "--file", config.data) if on_hub else (file, user_path(file))
+    data = load_file(path, shown, task, config.data, tokenizer)
+    return Task(name, task, data, data, special_ids(tokenizer), max_length)
 
 
 def locate_data(config: Config) -> DataConfig:
