@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from mtbert.config import Config
 from mtbert.config_files import load_config, schema, to_yaml
-from mtbert.errors import CommandLine, UserError
+from mtbert.errors import CommandLine, UserError, to_install
 from mtbert.lock import RunLock
 from mtbert.reference import reference
 from mtbert.runs import Rank, check_run, create_run, discard_unstarted, user_path
@@ -377,7 +377,7 @@ def _serve(options: argparse.Namespace) -> int:
     try:
         from mtbert.serve import Limits, serve
     except ImportError:
-        raise UserError("serve: needs FastAPI and uvicorn: pip install 'mtbert[serve]'") from None
+        raise UserError(f"serve: needs FastAPI and uvicorn: {to_install('serve')}") from None
 
     run = _opened(options)
     serve(run, options.host, options.port, Limits(options.max_body, options.max_batch, options.max_text))

@@ -30,7 +30,7 @@ from mtbert import __version__
 from mtbert.config import TaskConfig
 from mtbert.data import special_ids
 from mtbert.encoder import Encoder, Layer, Pooling
-from mtbert.errors import UserError
+from mtbert.errors import UserError, to_install
 from mtbert.heads import Head, MultiTaskModel
 from mtbert.pretrained import save_pretrained
 from mtbert.record import RunRecord
@@ -256,7 +256,7 @@ def _export_onnx(
     try:
         import onnxscript  # noqa: F401 - what torch's exporter needs
     except ImportError:
-        raise UserError("--onnx: needs onnx and onnxscript: pip install 'mtbert[onnx]'") from None
+        raise UserError(f"--onnx: needs onnx and onnxscript: {to_install('onnx')}") from None
     chatty = logging.getLogger("torch.onnx")
     level = chatty.level
     chatty.setLevel(logging.ERROR)

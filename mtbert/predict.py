@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mtbert.config import TaskConfig
-from mtbert.errors import UserError
+from mtbert.errors import UserError, to_install
 from mtbert.readers import Quarantined, Record, Table, csv_writer, form_of, read_table
 from mtbert.runs import user_path, written_aside
 from mtbert.trained import Trained, unusable
@@ -269,7 +269,7 @@ class _Parquet:
             import pyarrow
             import pyarrow.parquet
         except ImportError:
-            raise UserError("--out: writing Parquet needs pyarrow: pip install 'mtbert[parquet]'") from None
+            raise UserError(f"--out: writing Parquet needs pyarrow: {to_install('parquet')}") from None
         self.arrow, self.column = pyarrow, column
         text, vector = pyarrow.string(), pyarrow.list_(pyarrow.float32(), width)
         self.schema = pyarrow.schema([("id", text), ("text", text), ("vector", vector), ("error", text)])

@@ -43,7 +43,7 @@ import torch
 from pydantic import ValidationError, validate_call
 from torch import Tensor
 
-from mtbert.errors import UserError
+from mtbert.errors import UserError, to_install
 from mtbert.randomness import addressed_rng
 
 Reduction = Literal["sum", "mean"]
@@ -411,9 +411,7 @@ def build_method(section: str, methods: Mapping[str, Callable[..., Any]], method
     try:
         return validate_call(factory)(**options)
     except ImportError:
-        raise UserError(
-            f"{section}.method {method}: its solver is not installed: pip install 'mtbert[surgery]'"
-        ) from None
+        raise UserError(f"{section}.method {method}: its solver is not installed: {to_install('surgery')}") from None
     except ValidationError as error:
         raise UserError(_explain(section, method, list(inspect.signature(factory).parameters), error)) from None
     except ValueError as error:
