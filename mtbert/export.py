@@ -152,7 +152,9 @@ def _heads(run: Trained, folder: Path) -> None:
 def _head(run: Trained, name: str, task: TaskConfig) -> dict[str, Any]:
     head = run.model.heads[name]
     assert isinstance(head, Head)
-    regression = task.kind == "pair_regression"
+    classes: dict[str, Any] = {"classes": task.class_count}
+    if not isinstance(task.classes, int):
+        classes["id2label"] = dict(enumerate(task.classes))
     return {
         "kind": task.kind,
         "head": task.head.kind,
@@ -161,7 +163,7 @@ def _head(run: Trained, name: str, task: TaskConfig) -> dict[str, Any]:
         "scale": head.scale,
         "middle": head.middle,
         "loss": task.loss_kind,
-        **({"range": list(task.range)} if regression else {"classes": task.classes}),
+        **({"range": list(task.range)} if task.regression else classes),
     }
 
 
@@ -326,6 +328,9 @@ def model_card(run: Trained) -> str:
             f"| {name} | {task.kind} | {task.head.kind} | {task.loss_kind} | {_cell(Path(task.train).name)} "
             f"| {task.metric_kind} | {shown} |"
         )
+    named = {name: task.classes for name, task in config.tasks.items() if not isinstance(task.classes, int)}
+    lines += [""] * bool(named)
+    lines += [f"- Classes of {name}: {', '.join(map(_cell, classes))}." for name, classes in named.items()]
     method = config.surgery.method
     generated = config.data.generate is not None
     lines += [

@@ -99,7 +99,7 @@ def _apart(vectors_BD: Tensor, texts: int) -> tuple[Tensor, ...]:
 
 def outputs(task: TaskConfig) -> int:
     """Width of a head's answer: a score per class, or one logit or value."""
-    return task.classes if task.loss_kind == "cross_entropy" else 1
+    return task.class_count if task.loss_kind == "cross_entropy" else 1
 
 
 def _default_scale(task: TaskConfig) -> float:

@@ -151,8 +151,10 @@ def _same(row: Row, task: TaskConfig, said: Said, at: int) -> bool:
     if task.columns.id is not None:
         return kept_id(row.id or "") == kept_id(str(said.ids_N[at]))
     try:
-        return task.kind == "triplets" or math.isclose(float(row.values[task.texts]), said.labels_N[at], rel_tol=1e-6)
-    except (TypeError, ValueError):
+        return task.kind == "triplets" or math.isclose(
+            task.number_of(row.values[task.texts]), said.labels_N[at], rel_tol=1e-6
+        )
+    except ValueError:
         return False
 
 
@@ -160,7 +162,7 @@ def _slice(title: str, task: TaskConfig, said: Said, rows: NDArray[np.intp]) -> 
     """Score and mean loss of some examples; a correlation of fewer than three says nothing."""
     predictions, labels = said.predictions_N[rows], said.labels_N[rows]
     enough = len(rows) > (2 if task.kind == "pair_regression" else 0)
-    score = metric_of(task.metric_kind, task.classes)(predictions, labels) if enough else None
+    score = metric_of(task.metric_kind, task.class_count)(predictions, labels) if enough else None
     return [title, len(rows), score, *([float(said.losses_N[rows].mean())] if _has_losses(task) else [])]
 
 
@@ -190,11 +192,13 @@ def _by_source(task: TaskConfig, said: Said, sources: dict[int, str]) -> Table:
 def _by_class(task: TaskConfig, said: Said) -> Table:
     from sklearn.metrics import precision_recall_fscore_support
 
-    classes = range(task.classes)
-    columns = precision_recall_fscore_support(said.labels_N, said.predictions_N, labels=classes, zero_division=0.0)
+    names = task.class_names
+    columns = precision_recall_fscore_support(
+        said.labels_N, said.predictions_N, labels=range(len(names)), zero_division=0.0
+    )
     rows: list[list[str | float | None]] = [
-        [str(number), int(count), float(precision), float(recall), float(f1)]
-        for number, precision, recall, f1, count in zip(classes, *columns, strict=True)
+        [name, int(count), float(precision), float(recall), float(f1)]
+        for name, precision, recall, f1, count in zip(names, *columns, strict=True)
     ]
     return ["class", "examples", "precision", "recall", "F1"], rows
 
@@ -208,7 +212,7 @@ def _errors(task: TaskConfig, said: Said, worst: NDArray[np.intp], texts: dict[i
         label, prediction = said.labels_N[at], said.predictions_N[at]
         row: list[str | float | None] = [str(said.ids_N[at])]
         row += texts.get(int(said.lines_N[at]), [""] * len(task.columns.text)) if texts else []
-        row += [float(label), float(prediction)] if task.kind == "pair_regression" else [int(label), int(prediction)]
+        row += [task.label_of(float(label)), task.label_of(float(prediction))]
         row += [float(said.probabilities_NC[at, int(label)])] if graded else []
         rows.append([*row, *([float(said.losses_N[at])] if _has_losses(task) else [])])
     return columns, rows

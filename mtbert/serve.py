@@ -71,7 +71,9 @@ class PredictRequest(_Body):
 
 
 class Prediction(BaseModel):
-    prediction: int | float = Field(description="class number, or value within the task's range")
+    prediction: int | float | str = Field(
+        description="class number (or its name where the task has names), or value within the task's range"
+    )
     score: float = Field(description="as the head gives it: logit, cosine, or value before it is clamped")
     probability: Annotated[float | None, Field(description="of the predicted class, where there is such a thing")]
 

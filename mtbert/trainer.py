@@ -574,8 +574,8 @@ def _baselines(task: Task, result: Evaluation) -> tuple[float, float]:
     from mtbert.baselines import bag_of_words_baseline, training_rows, trivial_baseline
 
     train, dev, kind = task.train, task.dataset("dev"), task.config.kind
-    metric = metric_of(result.metric, task.config.classes)
-    trivial = trivial_baseline(kind, train.labels_N, dev.labels_N, result.metric, task.config.classes)
+    metric = metric_of(result.metric, task.config.class_count)
+    trivial = trivial_baseline(kind, train.labels_N, dev.labels_N, result.metric, task.config.class_count)
     rows = training_rows(len(train))
     words = bag_of_words_baseline(kind, train.raw(rows), train.labels_N[rows], dev.raw(np.arange(len(dev))))
     return metric(trivial, dev.labels_N), metric(words, dev.labels_N)

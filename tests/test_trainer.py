@@ -204,6 +204,28 @@ def test_scores_are_those_of_the_averaged_weights(config: Config) -> None:
     assert not torch.equal(weights(config, run)["encoder.words.weight"].flatten()[:160], last)
 
 
+def test_classes_with_names_train_as_numbers_do(config: Config, corpus: Path, tmp_path: Path) -> None:
+    """The same weights to the bit, the same scores."""
+    folder = tmp_path / "named"
+    folder.mkdir()
+    for file in corpus.glob("*.csv"):
+        header, *rows = file.read_text().splitlines()
+        if "sst" in file.name:
+            rows = [f"{row.rpartition(chr(9))[0]}\tclass {row.rpartition(chr(9))[2]}" for row in rows]
+        (folder / file.name).write_text("\n".join([header, *rows]) + "\n")
+    task = config.tasks["sst"].model_copy(update={"classes": [f"class {number}" for number in range(5)]})
+    data = config.data.model_copy(update={"dir": str(folder)})
+    phases = [PhaseConfig(steps=3)]
+    short = config.model_copy(update={"phases": phases})
+    named = short.model_copy(update={"tasks": {**config.tasks, "sst": task}, "data": data})
+    runs = [new_run(short, "numbers"), new_run(named, "names")]
+    for run in runs:
+        train(run, Rank(), quiet=True)
+    assert digests(runs[0]) == digests(runs[1])
+    assert (runs[0] / "result.json").read_text() == (runs[1] / "result.json").read_text()
+    assert equal(RunRecord(runs[0]).said("latest"), RunRecord(runs[1]).said("latest"))
+
+
 def test_run_leaves_a_complete_record(config: Config) -> None:
     config = config.model_copy(update={"engine": config.engine.model_copy(update={"peak_tflops": 0.5})})
     run = new_run(config, "record")
