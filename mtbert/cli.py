@@ -293,7 +293,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         return _evaluate_file(folder, options)
     from mtbert.trainer import evaluate_run
 
-    step, results, composite = evaluate_run(folder, options.checkpoint)
+    step, results, composite = evaluate_run(folder, options.checkpoint, _nobody_watches(options))
     if options.json:
         print(json.dumps({"step": step, "composite": _finite(composite), "tasks": _as_records(results)}))
     else:
@@ -304,12 +304,17 @@ def _evaluate(options: argparse.Namespace) -> int:
     return 0
 
 
+def _nobody_watches(options: argparse.Namespace) -> bool:
+    """Whether stdout is for the scores alone: they are an object, or go into a file."""
+    return options.json or not sys.stdout.isatty()
+
+
 def _evaluate_file(folder: Path, options: argparse.Namespace) -> int:
     from mtbert.evaluate import every_score
     from mtbert.predict import SHOWN_TROUBLES
     from mtbert.trainer import evaluate_file
 
-    step, task, result = evaluate_file(folder, options.checkpoint, options.task, options.file)
+    step, task, result = evaluate_file(folder, options.checkpoint, options.task, options.file, _nobody_watches(options))
     data, scores = task.dataset("dev"), every_score(task, result)
     left_out = len(data.quarantined)
     for row in data.quarantined[:SHOWN_TROUBLES]:

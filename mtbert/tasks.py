@@ -36,6 +36,7 @@ from mtbert.losses import example_losses
 from mtbert.manifest import sha256
 from mtbert.ranking import mnrl
 from mtbert.runs import read_small, user_path, write_atomically
+from mtbert.token_cache import Progress
 
 Split = Literal["train", "dev"]
 
@@ -91,15 +92,17 @@ class Task:
         return total + ranking.weight * mnrl(vectors_PD, labels_B, self.config.texts, ranking, epoch)
 
 
-def load_tasks(config: Config, data: DataConfig, tokenizer: Tokenizer, max_length: int) -> list[Task]:
-    """Every task with its data read, checked and tokenised (or found in the cache)."""
+def load_tasks(
+    config: Config, data: DataConfig, tokenizer: Tokenizer, max_length: int, progress: Progress | None = None
+) -> list[Task]:
+    """Every task with its data read, checked and tokenised (or found in the cache); `progress` as in `load_dataset`."""
     specials = special_ids(tokenizer)
     return [
         Task(
             name,
             task,
-            load_dataset(task, name, "train", data, tokenizer),
-            load_dataset(task, name, "dev", data, tokenizer) if task.dev is not None else None,
+            load_dataset(task, name, "train", data, tokenizer, progress),
+            load_dataset(task, name, "dev", data, tokenizer, progress) if task.dev is not None else None,
             specials,
             max_length,
         )
@@ -107,7 +110,9 @@ def load_tasks(config: Config, data: DataConfig, tokenizer: Tokenizer, max_lengt
     ]
 
 
-def scored_on(file: str, name: str, config: Config, tokenizer: Tokenizer, max_length: int) -> Task:
+def scored_on(
+    file: str, name: str, config: Config, tokenizer: Tokenizer, max_length: int, progress: Progress | None = None
+) -> Task:
     """A task of `config` with another file in its development set's place, to be scored on it and not trained.
 
     Args:
@@ -118,7 +123,7 @@ def scored_on(file: str, name: str, config: Config, tokenizer: Tokenizer, max_le
     task = config.tasks[name]
     on_hub = HUB_FILE.fullmatch(file) is not None
     shown, path = locate_file(file, "--file", config.data) if on_hub else (file, user_path(file))
-    data = load_file(path, shown, task, config.data, tokenizer)
+    data = load_file(path, shown, task, config.data, tokenizer, progress)
     return Task(name, task, data, data, special_ids(tokenizer), max_length)
 
 

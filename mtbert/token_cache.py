@@ -30,8 +30,9 @@ from mtbert.manifest import sha256
 from mtbert.readers import Quarantined, Row, no_character, no_text, read_rows, unfit
 from mtbert.runs import aside, sweep, write_atomically
 
-Progress = Callable[[int, int | None], None]
-"""Called with the rows done and, where it is known, how many there are."""
+Progress = Callable[[str, int], None]
+"""Called with what the file is called and its rows done."""
+TOLD_AFTER_S, TOLD_EVERY_S = 2.0, 0.5
 FORMAT = 2
 """Goes up whenever the same file would give other arrays."""
 MAX_QUARANTINED = 100_000
@@ -141,8 +142,12 @@ def _tokenise(
             start = told = time.monotonic()
             for done, row in enumerate(rows):
                 writer.add(row)
-                if progress and done % 256 == 0 and (now := time.monotonic()) > max(start + 2, told + 0.5):
-                    progress(done, None)
+                if (
+                    progress
+                    and done % 256 == 0
+                    and (now := time.monotonic()) > max(start + TOLD_AFTER_S, told + TOLD_EVERY_S)
+                ):
+                    progress(shown, done)
                     told = now
             writer.finish()
         if folder.exists():

@@ -47,7 +47,7 @@ from mtbert.runs import NO_ROOM, Outcome, Rank, Stopwatch, check_run, write_atom
 from mtbert.schedule import Schedule, Share
 from mtbert.surgery import Surgery, conflicts
 from mtbert.tasks import Task, load_tasks, locate_data, scored_on
-from mtbert.tracking import Tracker
+from mtbert.tracking import Tracker, tokenising_told
 from mtbert.trained import Trained, keep_encoder, load_run
 from mtbert.weighting import Weighting
 from mtbert.window import Window
@@ -88,7 +88,8 @@ def train(
         checkpointer = Checkpointer(run_dir, rank, config.checkpoint.keep, seconds)
         notes: list[str] = []
         checkpoint = checkpointer.latest(notes.append)
-        built = in_turn(rank, lambda: build(config, run_dir, initial=checkpoint is None))
+        with tokenising_told(rank, quiet) as progress:
+            built = in_turn(rank, lambda: build(config, run_dir, checkpoint is None, progress))
         if rank.first:
             keep_encoder(run_dir, built.encoder)
         built.notes.extend(notes)
@@ -102,23 +103,29 @@ def train(
     return outcome
 
 
-def evaluate_run(run_dir: Path, which: Which) -> tuple[int, list[Evaluation], float]:
-    """Score a checkpoint of a run in this process: its step, each task's result, and the composite."""
-    with _opened(run_dir, which) as (run, rank):
-        tasks = load_tasks(run.config, locate_data(run.config), run.tokenizer, run.max_length)
+def evaluate_run(run_dir: Path, which: Which, quiet: bool = True) -> tuple[int, list[Evaluation], float]:
+    """Score a checkpoint of a run in this process: its step, each task's result, and the composite.
+
+    Args:
+        quiet: nothing on stdout where tokenising takes long.
+    """
+    with _opened(run_dir, which) as (run, rank), tokenising_told(rank, quiet) as progress:
+        tasks = load_tasks(run.config, locate_data(run.config), run.tokenizer, run.max_length, progress)
         results, score = evaluate_all(run.model, tasks, rank, run.device)
     return run.step, results, score
 
 
-def evaluate_file(run_dir: Path, which: Which, name: str, file: str) -> tuple[int, Task, Evaluation]:
+def evaluate_file(
+    run_dir: Path, which: Which, name: str, file: str, quiet: bool = True
+) -> tuple[int, Task, Evaluation]:
     """Score a task on a file that has its columns, labels too, as on its development set: the step, the task with the
     file in that one's place, and the result. The run folder stays as it is.
 
     Raises `UserError` for a task that the run has not, and for what training refuses in a file.
     """
-    with _opened(run_dir, which) as (run, rank):
+    with _opened(run_dir, which) as (run, rank), tokenising_told(rank, quiet) as progress:
         run.task(name)
-        task = scored_on(file, name, run.config, run.tokenizer, run.max_length)
+        task = scored_on(file, name, run.config, run.tokenizer, run.max_length, progress)
         return run.step, task, evaluate(run.model, task, rank, run.device)
 
 

@@ -213,7 +213,7 @@ def test_json_holds_no_nan(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
 
     nothing = np.full((1, 1), math.nan)
     broken = Evaluation("sts", "pearson", math.nan, math.inf, nothing[0], nothing[0], nothing)
-    monkeypatch.setattr(trainer, "evaluate_run", lambda folder, which: (3, [broken], math.nan))
+    monkeypatch.setattr(trainer, "evaluate_run", lambda folder, which, quiet: (3, [broken], math.nan))
     (tmp_path / "config.yaml").touch()
     assert main(["evaluate", str(tmp_path), "--json"]) == 0
     told = {"step": 3, "composite": None, "tasks": {"sts": {"metric": "pearson", "score": None, "loss": None}}}

@@ -378,11 +378,11 @@ def test_a_cache_that_cannot_be_made(home: Home) -> None:
 
 
 def test_progress_is_told_when_it_takes_long(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[int] = []
+    told: list[tuple[str, int]] = []
     clock = iter(range(10**6))
     monkeypatch.setattr("mtbert.token_cache.time.monotonic", lambda: float(next(clock)))
-    home.load("text\tlabel\n" + "a\t1\n" * 2000, progress=lambda done, total: told.append(done))
-    assert told == [512, 768, 1024, 1280, 1536, 1792]
+    home.load("text\tlabel\n" + "a\t1\n" * 2000, progress=lambda shown, done: told.append((Path(shown).name, done)))
+    assert told == [("rows.tsv", done) for done in (512, 768, 1024, 1280, 1536, 1792)]
 
 
 # ------------------------------------------------------------------------------------------------ cache

@@ -23,7 +23,7 @@ import yaml
 from harness import PATIENCE_S, forking_context
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mtbert import checkpoint
+from mtbert import checkpoint, token_cache, tracking
 from mtbert.building import build
 from mtbert.checkpoint import _Reader, load_weights
 from mtbert.config import CheckpointConfig, Config, OptimizerConfig, PhaseConfig
@@ -202,6 +202,19 @@ def test_scores_are_those_of_the_averaged_weights(config: Config) -> None:
     with _Reader(checkpoint) as reader:
         last = reader.span(Span("encoder.words.weight", 0, 160, 0), "master")
     assert not torch.equal(weights(config, run)["encoder.words.weight"].flatten()[:160], last)
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_tokenising_that_takes_long_is_told(
+    config: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], quiet: bool
+) -> None:
+    monkeypatch.setattr(token_cache, "TOLD_AFTER_S", -1.0)
+    monkeypatch.setattr(token_cache, "TOLD_EVERY_S", -1.0)
+    monkeypatch.setattr(tracking, "PLAIN_LINE_EVERY_S", -1.0)
+    train(new_run(config.model_copy(update={"phases": [PhaseConfig(steps=1)]}), "told"), Rank(), quiet=quiet)
+    told = re.findall(r"^tokenising .*/(\S+)\.csv: 0 rows$", capsys.readouterr().out, re.MULTILINE)
+    files = [f"{task}-{split}" for task in ("ids-sst", "quora", "sts") for split in ("train", "dev")]
+    assert told == ([] if quiet else files)
 
 
 def test_classes_with_names_train_as_numbers_do(config: Config, corpus: Path, tmp_path: Path) -> None:
