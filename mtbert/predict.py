@@ -28,7 +28,8 @@ from mtbert.config import TaskConfig
 from mtbert.errors import UserError, to_install
 from mtbert.readers import Quarantined, Record, Table, csv_writer, form_of, read_table
 from mtbert.runs import user_path, written_aside
-from mtbert.trained import Trained, unusable
+from mtbert.token_cache import judge
+from mtbert.trained import Trained
 
 WINDOW_ROWS, WINDOW_CHARACTERS = 4096, 2**21
 ADDED = ["prediction", "score", "probability", "error"]
@@ -352,9 +353,7 @@ def _why_not(row: Record | Quarantined, columns: list[str]) -> str:
     for column in columns:
         if column not in row.values:
             return f"no key {column!r}"
-        if why := unusable(row.values[column]):
-            return f"column {column!r}: {why}"
-    return ""
+    return judge([row.values[column] for column in columns], columns).why
 
 
 # ------------------------------------------------------------------------------------------------ files
