@@ -25,7 +25,7 @@ from mtbert.weighting import Weighting
 def methods_of(config: Config) -> tuple[Surgery, Weighting]:
     """Raises `UserError` for an unknown method or option, an impossible value, or a missing pip extra."""
     surgery = Surgery(config.surgery.method, config.surgery.options, config.seed)
-    regression = [task.kind == "pair_regression" for task in config.tasks.values()]
+    regression = [task.regression for task in config.tasks.values()]
     return surgery, Weighting(config.weighting.method, config.weighting.options, regression, config.seed)
 
 

@@ -254,6 +254,16 @@ class TaskConfig(Section):
         return self.loss or _LOSSES_OF[self.kind][0]
 
     @property
+    def has_example_loss(self) -> bool:
+        """Whether an example has a loss alone; with loss mnrl it has one only in a batch."""
+        return self.loss_kind != "mnrl"
+
+    @property
+    def probability_columns(self) -> int:
+        """Classes that its answers give probabilities of; 0 where they give none."""
+        return self.class_count if self.loss_kind in ("cross_entropy", "bce") else 0
+
+    @property
     def metrics(self) -> tuple[str, ...]:
         """Those that it could be scored by."""
         return _METRICS_OF[self.kind]
@@ -334,7 +344,7 @@ class TaskConfig(Section):
             raise ValueError(f"loss {self.loss_kind} needs classes 2, not {self.class_count}; use loss cross_entropy")
         if self.range[0] >= self.range[1]:
             raise ValueError(f"range {list(self.range)} is upside down; give [lowest, highest]")
-        if self.kind == "pair_regression" and self.head.kind in _COSINE_HEADS and self.range[1] <= 0:
+        if self.regression and self.head.kind in _COSINE_HEADS and self.range[1] <= 0:
             raise ValueError(f"head.kind {self.head.kind!r} answers up to the highest label, which must be above 0")
         if self.head.lr is not None and not self.head_has_parameters:
             raise ValueError(f"head.lr: a {self.head.kind} head without hidden layers has no parameters; leave it out")

@@ -349,7 +349,7 @@ def collate(
     labels_B = torch.from_numpy(dataset.labels_N[indices_B])
     return Batch(
         packed=pack(sequences, (kept_BS[:, 0] + 2).tolist() if joint else None),
-        labels_B=labels_B if task.kind == "pair_regression" else labels_B.long(),
+        labels_B=labels_B if task.regression else labels_B.long(),
     )
 
 

@@ -70,7 +70,7 @@ def data_uri(figure: Figure) -> str:
 
 def evaluation_figures(name: str, task: TaskConfig, said: Said) -> dict[str, Figure]:
     """What there is to see of a task's development set: confusion or scatter, and reliability where it has one."""
-    if task.kind == "pair_regression":
+    if task.regression:
         return {"scatter": scatter(name, said.labels_N, said.predictions_N, task.range)}
     figures = {"confusion": confusion(name, said.labels_N, said.predictions_N, task.class_names)}
     if said.probabilities_NC.shape[1] and np.isfinite(said.probabilities_NC).all():

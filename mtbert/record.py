@@ -251,7 +251,7 @@ def _plausible(said: Said, task: TaskConfig) -> bool:
     if ((codes > sys.maxunicode) | ((codes >= 0xD800) & (codes < 0xE000))).any():  # no character, or half of one
         return False
     labels_N, predictions_N = said.labels_N, said.predictions_N
-    if task.kind == "pair_regression":
+    if task.regression:
         low, high = task.range
         slack = high - low  # far more than rounding, far less than what no picture could show
         near_2N = [(values >= low - slack) & (values <= high + slack) for values in (labels_N, predictions_N)]

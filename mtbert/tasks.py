@@ -1,4 +1,7 @@
-"""A task: where its examples are, how they are laid out, which head and loss they get. All of it comes from YAML."""
+"""A task: where its examples are, how they are laid out, which head and loss they get. All of it comes from YAML.
+
+Shapes: N examples of a split, B of a batch, P texts of a batch (B, 2·B or 3·B), D width of the encoder.
+"""
 
 from __future__ import annotations
 
@@ -75,7 +78,7 @@ class Task:
 
     def example_losses(self, answers: Tensor, labels_B: Tensor) -> Tensor | None:
         """The loss of each example, (B,); None with loss mnrl, which an example has only in a batch."""
-        return None if self.config.loss_kind == "mnrl" else example_losses(self.config, answers, labels_B)
+        return example_losses(self.config, answers, labels_B) if self.config.has_example_loss else None
 
     def loss(self, vectors_PD: Tensor, answers: Tensor, labels_B: Tensor, epoch: int) -> Tensor:
         """What is trained on: the sum over a rank's examples, scalar. Collective for tasks that rank.

@@ -70,7 +70,7 @@ def wanted_columns(task: TaskConfig) -> tuple[list[str], str | None]:
 
 def _key(task: TaskConfig, path: Path, tokenizer: Tokenizer, cache: Path, source: str | None) -> str:
     """Hash of everything that the cached arrays depend on."""
-    labels = list(task.range) if task.kind == "pair_regression" else task.classes
+    labels = list(task.range) if task.regression else task.classes
     parts = [FORMAT, path.suffix.lower(), *wanted_columns(task), source, task.kind, labels, tokenizer.to_str()]
     return hashlib.sha256(f"{_content_hash(path, cache)}{json.dumps(parts)}".encode()).hexdigest()
 

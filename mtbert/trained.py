@@ -6,7 +6,7 @@
     RUN/encoder/checksums.json    SHA-256 of these three
     RUN/checkpoints/…             weights
 
-Shapes: N examples, S texts of an example (1 or 2), B examples of a batch, C classes, D width of the encoder.
+Shapes: N examples, S texts of an example (1 to 3), B examples of a batch, C classes, D width of the encoder.
 """
 
 from __future__ import annotations
