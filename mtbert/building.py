@@ -17,6 +17,7 @@ from mtbert.pretrained import origin as pretrained_origin
 from mtbert.runs import check_encoder
 from mtbert.surgery import Surgery
 from mtbert.tasks import Task, load_tasks, locate_data, locate_tokenizer
+from mtbert.token_cache import Progress
 from mtbert.trained import KeptEncoder, kept_encoder
 from mtbert.weighting import Weighting
 
@@ -24,7 +25,7 @@ from mtbert.weighting import Weighting
 def methods_of(config: Config) -> tuple[Surgery, Weighting]:
     """Raises `UserError` for an unknown method or option, an impossible value, or a missing pip extra."""
     surgery = Surgery(config.surgery.method, config.surgery.options, config.seed)
-    regression = [task.kind == "pair_regression" for task in config.tasks.values()]
+    regression = [task.regression for task in config.tasks.values()]
     return surgery, Weighting(config.weighting.method, config.weighting.options, regression, config.seed)
 
 
@@ -38,12 +39,13 @@ class Built:
     notes: list[str]  # for the user to know
 
 
-def build(config: Config, run_dir: Path | None = None, initial: bool = True) -> Built:
+def build(config: Config, run_dir: Path | None = None, initial: bool = True, progress: Progress | None = None) -> Built:
     """The model and the tasks with their data.
 
     Args:
         run_dir: of a run; once it has started, its encoder is the one that it keeps.
         initial: whether the model needs its initial weights; not where a checkpoint is about to replace them.
+        progress: told of a tokenising that takes long.
     """
     encoder = config.encoder
     check_encoder(encoder)
@@ -86,5 +88,5 @@ def build(config: Config, run_dir: Path | None = None, initial: bool = True) -> 
     for name, task in config.tasks.items():
         if task.dev and task.train == task.dev:
             notes.append(f"note: tasks.{name} is scored on what it is trained on, {task.dev}")
-    tasks = load_tasks(config, data, tokenizer, min(encoder.max_length, shape.max_positions))
+    tasks = load_tasks(config, data, tokenizer, min(encoder.max_length, shape.max_positions), progress)
     return Built(model, kept, tasks, notes)

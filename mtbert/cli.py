@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from mtbert.config import Config
 from mtbert.config_files import load_config, schema, to_yaml
-from mtbert.errors import CommandLine, UserError
+from mtbert.errors import CommandLine, UserError, to_install
 from mtbert.lock import RunLock
 from mtbert.reference import reference
 from mtbert.runs import Rank, check_run, create_run, discard_unstarted, user_path
@@ -82,9 +82,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--json", action="store_true", help="nothing on stdout but one JSON object at the end")
     command.set_defaults(run=_train)
 
-    command = commands.add_parser("evaluate", help="score a run on its development sets")
+    command = commands.add_parser("evaluate", help="score a run on its development sets, or a task of it on any file")
     command.add_argument("folder", metavar="RUN", help="run folder")
     command.add_argument("--checkpoint", choices=["best", "latest"], default="best")
+    command.add_argument("--task", help="with --file: one of the run's tasks")
+    command.add_argument("--file", metavar="FILE", help="such as a test set: the task's columns, labels too")
     command.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     command.set_defaults(run=_evaluate)
 
@@ -282,10 +284,16 @@ def existing_run(name: str) -> Path:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
+    if (options.task is None) != (options.file is None):
+        raise UserError(
+            "evaluate: --task says whose examples --file holds; give both, or none for the development sets"
+        )
     folder = existing_run(options.folder)
+    if options.file is not None:
+        return _evaluate_file(folder, options)
     from mtbert.trainer import evaluate_run
 
-    step, results, composite = evaluate_run(folder, options.checkpoint)
+    step, results, composite = evaluate_run(folder, options.checkpoint, _nobody_watches(options))
     if options.json:
         print(json.dumps({"step": step, "composite": _finite(composite), "tasks": _as_records(results)}))
     else:
@@ -293,6 +301,36 @@ def _evaluate(options: argparse.Namespace) -> int:
         rows.append(["composite", None, composite, None])
         title = f"Development scores after step {step} ({options.checkpoint} checkpoint)"
         _print_table(title, ["task", "metric", "score", "loss"], rows)
+    return 0
+
+
+def _nobody_watches(options: argparse.Namespace) -> bool:
+    """Whether stdout is for the scores alone: they are an object, or go into a file."""
+    return options.json or not sys.stdout.isatty()
+
+
+def _evaluate_file(folder: Path, options: argparse.Namespace) -> int:
+    from mtbert.evaluate import every_score
+    from mtbert.predict import SHOWN_TROUBLES
+    from mtbert.trainer import evaluate_file
+
+    step, task, result = evaluate_file(folder, options.checkpoint, options.task, options.file, _nobody_watches(options))
+    data, scores = task.dataset("dev"), every_score(task, result)
+    left_out = len(data.quarantined)
+    for row in data.quarantined[:SHOWN_TROUBLES]:
+        print(f"mtbert: {row.file} line {row.line}: {row.reason}", file=sys.stderr)
+    if options.json:
+        records = _as_records([result])
+        records[task.name]["scores"] = {metric: _finite(score) for metric, score in scores.items()}
+        counts = {"examples": len(data), "left_out": left_out}
+        print(json.dumps({"step": step, "file": data.file, **counts, "tasks": records}))
+    else:
+        counted = f"{len(data):,} examples" + (f", {left_out:,} rows left out" if left_out else "")
+        with _told_of_stdout():  # not as the table's title, which would fold the name of the file
+            print(f"Scores on {data.file} after step {step} ({options.checkpoint} checkpoint): {counted}")
+        rows: list[list[str | float | None]] = [[task.name, metric, score, None] for metric, score in scores.items()]
+        rows[0][-1] = result.loss
+        _print_table("", ["task", "metric", "score", "loss"], rows)
     return 0
 
 
@@ -344,7 +382,7 @@ def _serve(options: argparse.Namespace) -> int:
     try:
         from mtbert.serve import Limits, serve
     except ImportError:
-        raise UserError("serve: needs FastAPI and uvicorn: pip install 'mtbert[serve]'") from None
+        raise UserError(f"serve: needs FastAPI and uvicorn: {to_install('serve')}") from None
 
     run = _opened(options)
     serve(run, options.host, options.port, Limits(options.max_body, options.max_batch, options.max_text))
@@ -432,7 +470,7 @@ def _tell(report: Report, instead: str) -> None:
     )
 
 
-def _as_records(results: Sequence[Evaluation]) -> dict[str, dict[str, str | float | None]]:
+def _as_records(results: Sequence[Evaluation]) -> dict[str, dict[str, Any]]:
     return {
         result.task: {"metric": result.metric, "score": _finite(result.score), "loss": _finite(result.loss)}
         for result in results

@@ -204,7 +204,11 @@ class TaskConfig(Section):
     )
     dev: str | None = Field(None, description="development file; only triplets can do without, and are not scored then")
     columns: Columns = Field(default_factory=Columns, description="what the file's columns are called")
-    classes: int = Field(2, ge=2, description="labels are 0 … classes − 1 (classification kinds)")
+    classes: Annotated[int, Field(ge=2)] | Annotated[list[str], Field(min_length=2)] = Field(
+        2,
+        description="classification kinds: how many, and labels are 0 … classes − 1; or their names, such as [world, "
+        "sport], and labels are these names",
+    )
     range: tuple[float, float] = Field((0.0, 5.0), description="lowest and highest label (pair_regression)")
     head: HeadConfig = Field(default_factory=HeadConfig, description="the layers that only this task has")
     loss: LossKind | None = Field(
@@ -232,8 +236,37 @@ class TaskConfig(Section):
         return {"classification": 1, "triplets": 3}.get(self.kind, 2)
 
     @property
+    def regression(self) -> bool:
+        """Whether labels are values; else they are classes."""
+        return self.kind == "pair_regression"
+
+    @property
+    def class_count(self) -> int:
+        return self.classes if isinstance(self.classes, int) else len(self.classes)
+
+    @property
+    def class_names(self) -> list[str]:
+        """What each class is called; its number where the task gives no names."""
+        return [str(number) for number in range(self.classes)] if isinstance(self.classes, int) else self.classes
+
+    @property
     def loss_kind(self) -> str:
         return self.loss or _LOSSES_OF[self.kind][0]
+
+    @property
+    def has_example_loss(self) -> bool:
+        """Whether an example has a loss alone; with loss mnrl it has one only in a batch."""
+        return self.loss_kind != "mnrl"
+
+    @property
+    def probability_columns(self) -> int:
+        """Classes that its answers give probabilities of; 0 where they give none."""
+        return self.class_count if self.loss_kind in ("cross_entropy", "bce") else 0
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Those that it could be scored by."""
+        return _METRICS_OF[self.kind]
 
     @property
     def metric_kind(self) -> str:
@@ -246,7 +279,7 @@ class TaskConfig(Section):
 
     @property
     def highest_label(self) -> float:
-        return self.range[1] if self.kind == "pair_regression" else self.classes - 1
+        return self.range[1] if self.regression else self.class_count - 1
 
     @property
     def ranking(self) -> MnrlConfig | None:
@@ -254,8 +287,14 @@ class TaskConfig(Section):
         return self.mnrl or (MnrlConfig() if self.loss_kind == "mnrl" else None)
 
     def number_of(self, label: Any) -> float:
-        """A label as it is learnt. Raises `ValueError` if it is none of the task's."""
-        regression = self.kind == "pair_regression"
+        """A label as it is learnt. Raises `ValueError` if it is none of the task's: of classes that have names only
+        these are, for a number might have been meant in another order."""
+        if not isinstance(self.classes, int):
+            name = str(label).strip()
+            if name in self.classes:
+                return float(self.classes.index(name))
+            raise ValueError(f"{label!r} is none of the classes {', '.join(self.classes)}")
+        regression = self.regression
         low, high = self.range if regression else (0, self.classes - 1)
         try:
             number = float(label)
@@ -265,6 +304,12 @@ class TaskConfig(Section):
             return number
         right = f"a number from {low:g} to {high:g}" if regression else f"a class from 0 to {high}"
         raise ValueError(f"{label!r} is not {right}")
+
+    def label_of(self, number: float) -> int | float | str:
+        """What `number_of` learns as this number, as users are told it: a class's name or number, or a value."""
+        if self.regression:
+            return number
+        return int(number) if isinstance(self.classes, int) else self.classes[int(number)]
 
     @field_validator("train", "dev")
     @classmethod
@@ -287,14 +332,21 @@ class TaskConfig(Section):
             if value not in valid:
                 raise ValueError(f"{key} {value!r} does not fit kind {self.kind}; valid: {', '.join(valid)}")
         _belongs(self, "classes", "classification", "pair_classification")
+        seen: set[str] = set()
+        for name in [] if isinstance(self.classes, int) else self.classes:
+            if name != " ".join(name.split()) or not name:
+                raise ValueError(f"classes: {name!r} is no name; blanks stand singly, and between words")
+            if name in seen:
+                raise ValueError(f"classes: names {name!r} twice")
+            seen.add(name)
         _belongs(self, "range", "pair_regression")
         if self.dev is None and self.kind != "triplets":
             raise ValueError("dev: missing; only triplets can do without a development file")
-        if self.kind == "pair_classification" and self.loss_kind != "cross_entropy" and self.classes != 2:
-            raise ValueError(f"loss {self.loss_kind} needs classes 2, not {self.classes}; use loss cross_entropy")
+        if self.kind == "pair_classification" and self.loss_kind != "cross_entropy" and self.class_count != 2:
+            raise ValueError(f"loss {self.loss_kind} needs classes 2, not {self.class_count}; use loss cross_entropy")
         if self.range[0] >= self.range[1]:
             raise ValueError(f"range {list(self.range)} is upside down; give [lowest, highest]")
-        if self.kind == "pair_regression" and self.head.kind in _COSINE_HEADS and self.range[1] <= 0:
+        if self.regression and self.head.kind in _COSINE_HEADS and self.range[1] <= 0:
             raise ValueError(f"head.kind {self.head.kind!r} answers up to the highest label, which must be above 0")
         if self.head.lr is not None and not self.head_has_parameters:
             raise ValueError(f"head.lr: a {self.head.kind} head without hidden layers has no parameters; leave it out")

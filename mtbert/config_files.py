@@ -107,6 +107,8 @@ _INSTEAD = {
 
 _DECAY = "expected constant, linear, cosine or steps such as {milestones: [5, 25], gamma: 0.7}"
 _UNIONS = {
+    ("tasks", "<name>", "classes"): "expected how many classes, from 2 on, or a list of their names, such as "
+    "[world, sport]; a name that YAML reads as a number or null needs quotes",
     ("schedule", "length"): "expected shortest, longest, unbalanced or a number of steps from 1 on",
     ("optimizer", "decay"): _DECAY,
     ("phases", "[]", "decay"): _DECAY,
@@ -127,7 +129,10 @@ def _explain(error: ValidationError) -> str:
     message = _INSTEAD.get(first["type"]) or first["msg"].removeprefix("Value error, ")
     given = first.get("input")
     shown = f" (got {given!r})" if isinstance(given, str | int | float | bool | type(None)) else ""
-    places = tuple("[]" if isinstance(part, int) else part for part in first["loc"])
+    places = tuple(
+        "[]" if isinstance(part, int) else "<name>" if first["loc"][:at] == ("tasks",) else part
+        for at, part in enumerate(first["loc"])
+    )
     union = next((path for path in _UNIONS if places[: len(path)] == path), ())
     if union and first["type"] != "extra_forbidden":
         return f"{'.'.join(parts[: len(union)])}: {_UNIONS[union]}{shown}"

@@ -183,12 +183,30 @@ def load_dataset(
     file = task.train if split == "train" else task.dev
     assert file is not None, "only asked for where the task has one"
     shown, path = locate_file(file, f"tasks.{name}.{split}", config)
+    source = task.columns.source if split == "dev" else None  # only development examples are scored by it
+    return load_file(path, shown, task, config, tokenizer, progress, source)
+
+
+def load_file(
+    path: Path,
+    shown: str,
+    task: TaskConfig,
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    progress: Progress | None = None,
+    source: str | None = None,
+) -> Dataset:
+    """The examples of any file with a task's columns; all else as `load_dataset`, which finds the task's own.
+
+    Args:
+        shown: what messages call the file.
+        source: column that the file must have as well, for reports.
+    """
     cache = user_path(config.cache) / "tokens"
     try:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"data.cache {config.cache}: cannot make {cache}: {error.strerror}") from None
-    source = task.columns.source if split == "dev" else None  # only development examples are scored by it
     return _open(ensure(cache, path, shown, task, tokenizer, progress, source), shown)
 
 
@@ -331,7 +349,7 @@ def collate(
     labels_B = torch.from_numpy(dataset.labels_N[indices_B])
     return Batch(
         packed=pack(sequences, (kept_BS[:, 0] + 2).tolist() if joint else None),
-        labels_B=labels_B if task.kind == "pair_regression" else labels_B.long(),
+        labels_B=labels_B if task.regression else labels_B.long(),
     )
 
 
@@ -359,6 +377,7 @@ __all__ = [
     "Quarantined",
     "collate",
     "load_dataset",
+    "load_file",
     "load_tokenizer",
     "locate_file",
     "prefetch",

@@ -21,9 +21,9 @@ from mtbert.config import Config, TaskConfig
 from mtbert.data import locate_file
 from mtbert.errors import UserError
 from mtbert.pretrained import hub_errors, refuse_damaged
-from mtbert.readers import Quarantined, Row, csv_writer, form_of, no_character, no_text, read_rows, read_table, unfit
+from mtbert.readers import Quarantined, csv_writer, form_of, read_rows, read_table, unfit
 from mtbert.runs import read_small, user_path, write_atomically
-from mtbert.token_cache import wanted_columns
+from mtbert.token_cache import Judged, judge, wanted_columns
 
 TEXTS = [
     ("sentence1", "sentence2"),
@@ -153,16 +153,20 @@ def _check_file(wanted: Wanted) -> tuple[Found, Counter[bytes]]:
     refusals: list[str] = []
     left_out = refused = conflicting = 0
     for row in read_rows(wanted.path, columns, wanted.id, wanted.shown, wanted.source):
-        why, stops = (row.reason, False) if isinstance(row, Quarantined) else _judged(row, wanted)
-        if stops:
+        judged = (
+            Judged(row.reason)
+            if isinstance(row, Quarantined)
+            else judge(row.values, wanted.texts, wanted.label, wanted.task)
+        )
+        if judged.stops:
             refused += 1
             if len(refusals) < SHOWN:
-                refusals.append(f"line {row.line}, {why}")
+                refusals.append(f"line {row.line}, {judged.why}")
             continue
-        if why or isinstance(row, Quarantined):
+        if judged.why or isinstance(row, Quarantined):
             left_out += 1
             if len(reasons) < SHOWN:
-                reasons.append(f"line {row.line}: {why}")
+                reasons.append(f"line {row.line}: {judged.why}")
             continue
         texts = row.values[: len(wanted.texts)]
         label = _label(row.values[-1]) if wanted.label else ""
@@ -188,27 +192,6 @@ def _check_file(wanted: Wanted) -> tuple[Found, Counter[bytes]]:
         conflicting=conflicting,
     )
     return report, keys
-
-
-def _judged(row: Row, wanted: Wanted) -> tuple[str, bool]:
-    """Why training does not take a row, empty if it does, and whether it stops there; in the order that it looks."""
-    if wanted.label:
-        value = row.values[-1]
-        if value is None or not str(value).strip():
-            return f"column {wanted.label!r}: no label", False
-        try:
-            if wanted.task:
-                wanted.task.number_of(value)
-        except ValueError as error:
-            return f"column {wanted.label!r}: {error}", True
-    texts = dict(zip(wanted.texts, row.values, strict=False))
-    for column, text in texts.items():
-        if why := no_text(text):
-            return f"column {column!r}: {why}", False
-    for column, text in texts.items():
-        if why := no_character(text):
-            return f"column {column!r}: {why}; remove it", True
-    return "", False
 
 
 def _label(value: Any) -> str:

@@ -14,6 +14,11 @@ class UserError(ValueError):
         super().__init__(" ".join(message.splitlines()))
 
 
+def to_install(extra: str) -> str:
+    """How a pip extra is had, as the README has it: pinned, and from the checkout, for no index has this package."""
+    return f"pip install -c constraints.txt -e '.[{extra}]' in the checkout"
+
+
 class CommandLine(argparse.ArgumentParser):
     """A parser that tells its mistakes in one line as well: argparse puts the usage before, thirty lines for some."""
 

@@ -1,6 +1,6 @@
 """Scores on the development sets, sharded over ranks, every example exactly once.
 
-Shapes: N examples of a split, C classes.
+Shapes: N examples of a split, C classes, A = 4 + C columns of what is said of an example.
 """
 
 from __future__ import annotations
@@ -42,8 +42,7 @@ def evaluate(model: MultiTaskModel, task: Task, rank: Rank, device: torch.device
     # column 0: prediction, 1: loss, 2: how often the example was seen, 3: whether its answer is a number, then the
     # probability of each class. Each rank fills in its own examples; the sum over ranks is exact because all other
     # ranks hold zeros there.
-    classes = task.config.classes if task.config.loss_kind in ("cross_entropy", "bce") else 0
-    said_NA = torch.zeros(len(tokens_N), 4 + classes, dtype=torch.float64)
+    said_NA = torch.zeros(len(tokens_N), 4 + task.config.probability_columns, dtype=torch.float64)
     for batch_indices in batches_by_length(tokens_N):
         # every rank makes the same number of forward passes, were it with no example: ZeRO-3 gathers weights in each
         mine = batch_indices[rank.rank :: rank.world]
@@ -59,15 +58,26 @@ def evaluate(model: MultiTaskModel, task: Task, rank: Rank, device: torch.device
         said_NA[mine, 4:] = probabilities(task.config, answers).double().cpu()
     said_NA = _sum_over_ranks(said_NA, device)
     assert bool((said_NA[:, 2] == 1).all()), "an example was evaluated twice or not at all"
-    if task.config.loss_kind == "mnrl":
+    if not task.config.has_example_loss:
         said_NA[:, 1] = torch.nan
     predictions_N, losses_N = said_NA[:, 0].numpy(), said_NA[:, 1].numpy()
     metric = task.config.metric_kind
-    score = metric_of(metric, task.config.classes)(predictions_N, task.dataset("dev").labels_N)
+    score = metric_of(metric, task.config.class_count)(predictions_N, task.dataset("dev").labels_N)
     if not said_NA[:, 3].all():  # of a model that broke: NaN counts as class 0, and a number would hide it
         score = math.nan
-    loss = float(losses_N.mean()) if task.config.loss_kind != "mnrl" else None
+    loss = float(losses_N.mean()) if task.config.has_example_loss else None
     return Evaluation(task.name, metric, score, loss, predictions_N, losses_N, said_NA[:, 4:].numpy())
+
+
+def every_score(task: Task, result: Evaluation) -> dict[str, float]:
+    """By each metric that fits the task's kind, the task's own first; what `evaluate` calls broken is by none."""
+    own = {result.metric: result.score}
+    labels_N, classes = task.dataset("dev").labels_N, task.config.class_count
+    return own | {
+        kind: math.nan if math.isnan(result.score) else metric_of(kind, classes)(result.predictions_N, labels_N)
+        for kind in task.config.metrics
+        if kind not in own
+    }
 
 
 def evaluate_all(

@@ -30,7 +30,7 @@ from mtbert import __version__
 from mtbert.config import TaskConfig
 from mtbert.data import special_ids
 from mtbert.encoder import Encoder, Layer, Pooling
-from mtbert.errors import UserError
+from mtbert.errors import UserError, to_install
 from mtbert.heads import Head, MultiTaskModel
 from mtbert.pages import render
 from mtbert.pretrained import save_pretrained
@@ -153,7 +153,9 @@ def _heads(run: Trained, folder: Path) -> None:
 def _head(run: Trained, name: str, task: TaskConfig) -> dict[str, Any]:
     head = run.model.heads[name]
     assert isinstance(head, Head)
-    regression = task.kind == "pair_regression"
+    classes: dict[str, Any] = {"classes": task.class_count}
+    if not isinstance(task.classes, int):
+        classes["id2label"] = dict(enumerate(task.classes))
     return {
         "kind": task.kind,
         "head": task.head.kind,
@@ -162,7 +164,7 @@ def _head(run: Trained, name: str, task: TaskConfig) -> dict[str, Any]:
         "scale": head.scale,
         "middle": head.middle,
         "loss": task.loss_kind,
-        **({"range": list(task.range)} if regression else {"classes": task.classes}),
+        **({"range": list(task.range)} if task.regression else classes),
     }
 
 
@@ -257,7 +259,7 @@ def _export_onnx(
     try:
         import onnxscript  # noqa: F401 - what torch's exporter needs
     except ImportError:
-        raise UserError("--onnx: needs onnx and onnxscript: pip install 'mtbert[onnx]'") from None
+        raise UserError(f"--onnx: needs onnx and onnxscript: {to_install('onnx')}") from None
     chatty = logging.getLogger("torch.onnx")
     level = chatty.level
     chatty.setLevel(logging.ERROR)
@@ -306,6 +308,11 @@ def model_card(run: Trained) -> str:
         max_length=run.max_length,
         config=run.config,
         tasks=rows,
+        classes={
+            name: ", ".join(map(_cell, task.classes))
+            for name, task in run.config.tasks.items()
+            if not isinstance(task.classes, int)
+        },
     )
 
 

@@ -70,18 +70,23 @@ def data_uri(figure: Figure) -> str:
 
 def evaluation_figures(name: str, task: TaskConfig, said: Said) -> dict[str, Figure]:
     """What there is to see of a task's development set: confusion or scatter, and reliability where it has one."""
-    if task.kind == "pair_regression":
+    if task.regression:
         return {"scatter": scatter(name, said.labels_N, said.predictions_N, task.range)}
-    figures = {"confusion": confusion(name, said.labels_N, said.predictions_N, task.classes)}
+    figures = {"confusion": confusion(name, said.labels_N, said.predictions_N, task.class_names)}
     if said.probabilities_NC.shape[1] and np.isfinite(said.probabilities_NC).all():
         figures["reliability"] = reliability(name, said.labels_N, said.probabilities_NC)
     return figures
 
 
-def confusion(name: str, labels_N: NDArray[Any], predictions_N: NDArray[Any], classes: int) -> Figure:
-    """How often each class was taken for each; shaded by the share of the true class."""
+def confusion(name: str, labels_N: NDArray[Any], predictions_N: NDArray[Any], names: Sequence[str]) -> Figure:
+    """How often each class was taken for each; shaded by the share of the true class.
+
+    Args:
+        names: of all classes of the task, in the order of their numbers.
+    """
     from sklearn.metrics import confusion_matrix
 
+    classes = len(names)
     counts_CC = confusion_matrix(labels_N.astype(int), predictions_N.astype(int), labels=range(classes))
     shares_CC = counts_CC / np.maximum(counts_CC.sum(axis=1, keepdims=True), 1)
     size = 2.4 + 0.32 * min(classes, 20)
@@ -92,8 +97,10 @@ def confusion(name: str, labels_N: NDArray[Any], predictions_N: NDArray[Any], cl
             dark = shares_CC[true, predicted] > 0.5
             text = f"{counts_CC[true, predicted]}"
             axes.text(predicted, true, text, ha="center", va="center", fontsize=8, color="white" if dark else "black")
-        axes.set_xticks(range(classes))
-        axes.set_yticks(range(classes))
+        shown = [_literal(name) for name in names]
+        long = max(map(len, names)) > 3
+        axes.set_xticks(range(classes), shown, rotation=30 if long else 0, ha="right" if long else "center")
+        axes.set_yticks(range(classes), shown)
     axes.set(xlabel="predicted", ylabel="true", title=f"{name}: confusion")
     figure.colorbar(image, ax=axes, label="share of the true class", shrink=0.8)
     return figure

@@ -1,8 +1,8 @@
 """Heads on top of the shared encoder, and the model that joins them.
 
-Shapes: B examples, D width of the encoder, C outputs. A head sees the sentence vectors of a batch: one per example, for
-a pair encoded separately two, for a triplet three (all first texts, then all second ones, …), and answers with class
-scores (B, C), one logit or a value (B,).
+Shapes: B examples, P sequences of a batch, R rows that may be either, D width of the encoder, C outputs. A head sees
+the sentence vectors of a batch: one per example, for a pair encoded separately two, for a triplet three (all first
+texts, then all second ones, …), and answers with class scores (B, C), one logit or a value (B,).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from mtbert.packing import Packed
 
 
 def concat(first_BD: Tensor, second_BD: Tensor) -> Tensor:
+    """u and v side by side, (B, 2·D)."""
     return torch.cat([first_BD, second_BD], dim=-1)
 
 
@@ -30,7 +31,7 @@ def weighted_dot(first_BD: Tensor, second_BD: Tensor) -> Tensor:
 
 
 def difference(first_BD: Tensor, second_BD: Tensor) -> Tensor:
-    """u, v and |u − v| side by side (Sentence-BERT, Reimers and Gurevych 2019, §3)."""
+    """u, v and |u − v| side by side, (B, 3·D) (Sentence-BERT, Reimers and Gurevych 2019, §3)."""
     return torch.cat([first_BD, second_BD, (first_BD - second_BD).abs()], dim=-1)
 
 
@@ -68,38 +69,42 @@ class Head(nn.Module):
     def compares(self) -> bool:
         return self.kind in ("cosine", "relu_cosine")
 
-    def forward(self, vectors_BD: Tensor, generator: Generator | None = None) -> Tensor:
+    def forward(self, vectors_PD: Tensor, generator: Generator | None = None) -> Tensor:
+        """Answers in fp32, (B, C), or (B,) where C is 1. Dropout is on when there is a generator to draw it from.
+
+        Args:
+            vectors_PD: all first texts, then all second ones, …; of a joint pair, both texts as one sequence.
+        """
         if self.compares:
-            return self.scale * (self._cosine(vectors_BD, generator) - self.middle)
-        if self.kind in HEADS:
-            vectors_BD = HEADS[self.kind](*_apart(vectors_BD, 2))
+            return self.scale * (self._cosine(vectors_PD, generator) - self.middle)
+        vectors_BD = HEADS[self.kind](*_apart(vectors_PD, 2)) if self.kind in HEADS else vectors_PD
         assert self.output is not None
         scores_BC: Tensor = self.scale * self.output(self._transform(vectors_BD, generator)).float()
         # not squeeze(-1) in any case: ONNX refuses it where it would do nothing
         return scores_BC.squeeze(-1) if scores_BC.shape[-1] == 1 else scores_BC
 
-    def _cosine(self, vectors_BD: Tensor, generator: Generator | None) -> Tensor:
+    def _cosine(self, vectors_PD: Tensor, generator: Generator | None) -> Tensor:
         # in fp32: the cosine of near neighbours differs from 1 by less than bf16 resolves
-        first_BD, *others = (self._transform(part, generator).float() for part in _apart(vectors_BD, self.texts))
+        first_BD, *others = (self._transform(part, generator).float() for part in _apart(vectors_PD, self.texts))
         cosines = [F.cosine_similarity(first_BD, other_BD, dim=-1) for other_BD in others]
         cosine_B = cosines[0] if len(cosines) == 1 else cosines[0] - cosines[1]
         return F.relu(cosine_B) if self.kind == "relu_cosine" else cosine_B
 
-    def _transform(self, vectors_BD: Tensor, generator: Generator | None) -> Tensor:
-        vectors_BD = dropout(vectors_BD, self.dropout, generator)
+    def _transform(self, rows_RD: Tensor, generator: Generator | None) -> Tensor:
+        rows_RD = dropout(rows_RD, self.dropout, generator)
         for layer in self.hidden:
-            vectors_BD = dropout(F.relu(layer(vectors_BD)), self.dropout, generator)
-        return vectors_BD
+            rows_RD = dropout(F.relu(layer(rows_RD)), self.dropout, generator)
+        return rows_RD
 
 
-def _apart(vectors_BD: Tensor, texts: int) -> tuple[Tensor, ...]:
+def _apart(vectors_PD: Tensor, texts: int) -> tuple[Tensor, ...]:
     """All first texts, all second ones, …; not `chunk`, which torch.export takes to mean this very number of rows."""
-    return vectors_BD.view(texts, -1, vectors_BD.shape[-1]).unbind()
+    return vectors_PD.view(texts, -1, vectors_PD.shape[-1]).unbind()
 
 
 def outputs(task: TaskConfig) -> int:
     """Width of a head's answer: a score per class, or one logit or value."""
-    return task.classes if task.loss_kind == "cross_entropy" else 1
+    return task.class_count if task.loss_kind == "cross_entropy" else 1
 
 
 def _default_scale(task: TaskConfig) -> float:
@@ -107,7 +112,7 @@ def _default_scale(task: TaskConfig) -> float:
         return 1.0
     if task.loss_kind == "bce":
         return 20.0  # cosines lie close together; 1 / 20 is the temperature of contrastive losses
-    return task.range[1] if task.kind == "pair_regression" else 1.0
+    return task.range[1] if task.regression else 1.0
 
 
 def _by_name(modules: Mapping[str, nn.Module]) -> nn.ModuleDict:

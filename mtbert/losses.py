@@ -2,6 +2,8 @@
 
 Every loss returns one value per example, unreduced: the engine divides the sum over a rank's share by the number of
 examples in the *global* batch, so an example weighs the same whatever rank it lands on.
+
+Shapes: B examples of a batch, C classes. Answers are fp32, as heads give them, and so are losses.
 """
 
 from __future__ import annotations
@@ -16,14 +18,17 @@ from mtbert.config import TaskConfig
 
 
 def cross_entropy(scores_BC: Tensor, labels_B: Tensor) -> Tensor:
+    """−log softmax(scores) of the true class, (B,). Labels are class numbers, int64."""
     return F.cross_entropy(scores_BC, labels_B, reduction="none")
 
 
 def bce(logits_B: Tensor, labels_B: Tensor) -> Tensor:
+    """Binary cross-entropy of the logit of class 1, (B,). Labels are 0 and 1, int64."""
     return F.binary_cross_entropy_with_logits(logits_B, labels_B.float(), reduction="none")
 
 
 def mse(values_B: Tensor, labels_B: Tensor) -> Tensor:
+    """Squared distance, (B,). Labels are float32, in their own units; so in `huber`."""
     return (values_B - labels_B).square()
 
 
@@ -56,7 +61,7 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 def example_losses(task: TaskConfig, answers: Tensor, labels_B: Tensor) -> Tensor:
     """The loss of each example, (B,); not for loss mnrl, which no example has alone."""
     if task.loss_kind == "cosine_embedding":
-        if task.kind == "pair_regression":
+        if task.regression:
             labels_B = (labels_B - task.range[0]) / (task.range[1] - task.range[0])
         return cosine_embedding(answers, labels_B, task.margin)
     return LOSSES[task.loss_kind](answers, labels_B)
@@ -69,7 +74,7 @@ def predict(task: TaskConfig, answers: Tensor) -> Tensor:
     the lowest label of a range and 1 for the highest. A triplet's class is 1 where the match is nearer than the hard
     negative.
     """
-    if task.kind == "pair_regression":
+    if task.regression:
         low, high = task.range
         if task.loss_kind == "cosine_embedding":
             answers = low + (high - low) * answers
@@ -86,9 +91,9 @@ def probabilities(task: TaskConfig, answers: Tensor) -> Tensor:
 
     Similarities are values, and a cosine is no probability either: nothing pulls it towards a frequency.
     """
+    if not task.probability_columns:
+        return answers.new_zeros(len(answers), 0)
     if task.loss_kind == "cross_entropy":
         return answers.softmax(dim=-1)
-    if task.loss_kind == "bce":
-        positive_B = answers.sigmoid()
-        return torch.stack([1 - positive_B, positive_B], dim=-1)
-    return answers.new_zeros(len(answers), 0)
+    positive_B = answers.sigmoid()
+    return torch.stack([1 - positive_B, positive_B], dim=-1)

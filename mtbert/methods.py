@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError, validate_call
 
-from mtbert.errors import UserError
+from mtbert.errors import UserError, to_install
 
 
 def build_method(section: str, methods: Mapping[str, Callable[..., Any]], method: str, options: dict[str, Any]) -> Any:
@@ -27,9 +27,7 @@ def build_method(section: str, methods: Mapping[str, Callable[..., Any]], method
     try:
         return validate_call(factory)(**options)
     except ImportError:
-        raise UserError(
-            f"{section}.method {method}: its solver is not installed: pip install 'mtbert[surgery]'"
-        ) from None
+        raise UserError(f"{section}.method {method}: its solver is not installed: {to_install('surgery')}") from None
     except ValidationError as error:
         raise UserError(_explain(section, method, list(inspect.signature(factory).parameters), error)) from None
     except ValueError as error:

@@ -18,6 +18,7 @@ Metric = Callable[[NDArray[Any], NDArray[Any]], float]
 
 
 def accuracy(predictions_N: NDArray[Any], labels_N: NDArray[Any]) -> float:
+    """Share of the examples whose class is predicted, 0 … 1."""
     return float(np.mean(predictions_N == labels_N))
 
 

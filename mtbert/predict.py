@@ -25,10 +25,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mtbert.config import TaskConfig
-from mtbert.errors import UserError
+from mtbert.errors import UserError, to_install
 from mtbert.readers import Quarantined, Record, Table, csv_writer, form_of, read_table
 from mtbert.runs import user_path, written_aside
-from mtbert.trained import Trained, unusable
+from mtbert.token_cache import judge
+from mtbert.trained import Trained
 
 WINDOW_ROWS, WINDOW_CHARACTERS = 4096, 2**21
 ADDED = ["prediction", "score", "probability", "error"]
@@ -57,8 +58,8 @@ class Report:
             self.troubles.append(f"{shown} line {line}: {reason}")
 
 
-Answer = tuple[int | float, float, float | None]
-"""Prediction, score, probability of the predicted class."""
+Answer = tuple[int | float | str, float, float | None]
+"""Prediction (class number, or name where the task has names; or value), score, probability of the predicted class."""
 
 
 class Answered(NamedTuple):
@@ -120,14 +121,12 @@ def answer_texts(run: Trained, task: str, texts: Sequence[Sequence[str]]) -> lis
     """One per example; None where there is no wordpiece in a text."""
     examples = run.tokenise(texts)
     answers = run.answer(task, examples)
-    whole = run.task(task).kind != "pair_regression"
+    label_of = run.task(task).label_of
     found = zip(
         answers.predictions_N.tolist(), answers.scores_N.tolist(), answers.probabilities_N.tolist(), strict=True
     )
     return [
-        (int(prediction) if whole else prediction, score, None if math.isnan(probability) else probability)
-        if lengths.all()
-        else None
+        (label_of(prediction), score, None if math.isnan(probability) else probability) if lengths.all() else None
         for lengths, (prediction, score, probability) in zip(examples.lengths_NS, found, strict=True)
     ]
 
@@ -178,6 +177,8 @@ def _submission_sink(task: TaskConfig, table: Table, out: TextIO, source: str) -
     """As `evaluation.py` of the course's starter code writes it, spaces included."""
     if task.kind not in _SUBMISSION:
         raise UserError(f"--submission: the course has no task of kind {task.kind}")
+    if not isinstance(task.classes, int):
+        raise UserError("--submission: the course's classes are numbers, and this task's have names")
     column = task.columns.id or "id"
     if table.columns and column not in table.columns:
         raise UserError(f"{shown_name(source)}: no column {column!r}, which a submission needs")
@@ -269,7 +270,7 @@ class _Parquet:
             import pyarrow
             import pyarrow.parquet
         except ImportError:
-            raise UserError("--out: writing Parquet needs pyarrow: pip install 'mtbert[parquet]'") from None
+            raise UserError(f"--out: writing Parquet needs pyarrow: {to_install('parquet')}") from None
         self.arrow, self.column = pyarrow, column
         text, vector = pyarrow.string(), pyarrow.list_(pyarrow.float32(), width)
         self.schema = pyarrow.schema([("id", text), ("text", text), ("vector", vector), ("error", text)])
@@ -352,9 +353,7 @@ def _why_not(row: Record | Quarantined, columns: list[str]) -> str:
     for column in columns:
         if column not in row.values:
             return f"no key {column!r}"
-        if why := unusable(row.values[column]):
-            return f"column {column!r}: {why}"
-    return ""
+    return judge([row.values[column] for column in columns], columns).why
 
 
 # ------------------------------------------------------------------------------------------------ files

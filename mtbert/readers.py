@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TextIO
 
-from mtbert.errors import UserError
+from mtbert.errors import UserError, to_install
 
 MAX_LINE = 2**24
 """Bytes; a longer line means that this is no text file, and would only fill the memory. Quoted fields: characters."""
@@ -471,7 +471,7 @@ def _read_parquet(path: Path, names: Sequence[str], shown: str) -> Iterator[Row 
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise UserError(f"{shown}: reading Parquet needs pyarrow: pip install 'mtbert[parquet]'") from None
+        raise UserError(f"{shown}: reading Parquet needs pyarrow: {to_install('parquet')}") from None
     try:
         with pyarrow.parquet.ParquetFile(path) as table:
             _positions(names, table.schema_arrow.names, shown)

@@ -251,14 +251,14 @@ def _plausible(said: Said, task: TaskConfig) -> bool:
     if ((codes > sys.maxunicode) | ((codes >= 0xD800) & (codes < 0xE000))).any():  # no character, or half of one
         return False
     labels_N, predictions_N = said.labels_N, said.predictions_N
-    if task.kind == "pair_regression":
+    if task.regression:
         low, high = task.range
         slack = high - low  # far more than rounding, far less than what no picture could show
         near_2N = [(values >= low - slack) & (values <= high + slack) for values in (labels_N, predictions_N)]
         return bool(near_2N[0].all() and (near_2N[1] | np.isnan(predictions_N)).all())
-    known = all(np.isin(values, np.arange(task.classes)).all() for values in (labels_N, predictions_N))
+    known = all(np.isin(values, np.arange(task.class_count)).all() for values in (labels_N, predictions_N))
     shares_NC = said.probabilities_NC
-    return known and shares_NC.shape[1] in (0, task.classes) and not ((shares_NC < 0) | (shares_NC > 1.001)).any()
+    return known and shares_NC.shape[1] in (0, task.class_count) and not ((shares_NC < 0) | (shares_NC > 1.001)).any()
 
 
 def _lines(path: Path) -> Iterator[bytes]:

@@ -104,22 +104,17 @@ def _task(run: RunRecord, name: str, score: float, said: Said, notes: list[str])
     tables = {"By length": _by_length(task, said)}
     if sources:
         tables["By source"] = _by_source(task, said, sources)
-    if task.kind != "pair_regression":
+    if not task.regression:
         tables["By class"] = _by_class(task, said)
-    order = "largest loss" if _has_losses(task) else "farthest from the label"
+    order = "largest loss" if task.has_example_loss else "farthest from the label"
     tables[f"The {len(worst)} worst errors ({order})"] = _errors(task, said, worst, texts)
-    loss = f", mean loss {said.losses_N.mean():.4f}" if _has_losses(task) else ""
+    loss = f", mean loss {said.losses_N.mean():.4f}" if task.has_example_loss else ""
     return TaskReport(
         name,
         f"{task.kind}, {len(said):,} development examples, {task.metric_kind} {score:.4f}{loss}",
         {kind: data_uri(figure) for kind, figure in evaluation_figures(name, task, said).items()},
         tables,
     )
-
-
-def _has_losses(task: TaskConfig) -> bool:
-    """With loss mnrl an example has a loss only in a batch."""
-    return task.loss_kind != "mnrl"
 
 
 def _read(run: RunRecord, name: str, said: Said, wanted: set[int]) -> tuple[dict[int, tuple[str, ...]], dict[int, str]]:
@@ -151,21 +146,23 @@ def _same(row: Row, task: TaskConfig, said: Said, at: int) -> bool:
     if task.columns.id is not None:
         return kept_id(row.id or "") == kept_id(str(said.ids_N[at]))
     try:
-        return task.kind == "triplets" or math.isclose(float(row.values[task.texts]), said.labels_N[at], rel_tol=1e-6)
-    except (TypeError, ValueError):
+        return task.kind == "triplets" or math.isclose(
+            task.number_of(row.values[task.texts]), said.labels_N[at], rel_tol=1e-6
+        )
+    except ValueError:
         return False
 
 
 def _slice(title: str, task: TaskConfig, said: Said, rows: NDArray[np.intp]) -> list[str | float | None]:
     """Score and mean loss of some examples; a correlation of fewer than three says nothing."""
     predictions, labels = said.predictions_N[rows], said.labels_N[rows]
-    enough = len(rows) > (2 if task.kind == "pair_regression" else 0)
-    score = metric_of(task.metric_kind, task.classes)(predictions, labels) if enough else None
-    return [title, len(rows), score, *([float(said.losses_N[rows].mean())] if _has_losses(task) else [])]
+    enough = len(rows) > (2 if task.regression else 0)
+    score = metric_of(task.metric_kind, task.class_count)(predictions, labels) if enough else None
+    return [title, len(rows), score, *([float(said.losses_N[rows].mean())] if task.has_example_loss else [])]
 
 
 def _columns(first: str, task: TaskConfig) -> list[str]:
-    return [first, "examples", task.metric_kind, *(["mean loss"] if _has_losses(task) else [])]
+    return [first, "examples", task.metric_kind, *(["mean loss"] if task.has_example_loss else [])]
 
 
 def _by_length(task: TaskConfig, said: Said) -> Table:
@@ -190,11 +187,13 @@ def _by_source(task: TaskConfig, said: Said, sources: dict[int, str]) -> Table:
 def _by_class(task: TaskConfig, said: Said) -> Table:
     from sklearn.metrics import precision_recall_fscore_support
 
-    classes = range(task.classes)
-    columns = precision_recall_fscore_support(said.labels_N, said.predictions_N, labels=classes, zero_division=0.0)
+    names = task.class_names
+    columns = precision_recall_fscore_support(
+        said.labels_N, said.predictions_N, labels=range(len(names)), zero_division=0.0
+    )
     rows: list[list[str | float | None]] = [
-        [str(number), int(count), float(precision), float(recall), float(f1)]
-        for number, precision, recall, f1, count in zip(classes, *columns, strict=True)
+        [name, int(count), float(precision), float(recall), float(f1)]
+        for name, precision, recall, f1, count in zip(names, *columns, strict=True)
     ]
     return ["class", "examples", "precision", "recall", "F1"], rows
 
@@ -202,13 +201,13 @@ def _by_class(task: TaskConfig, said: Said) -> Table:
 def _errors(task: TaskConfig, said: Said, worst: NDArray[np.intp], texts: dict[int, tuple[str, ...]]) -> Table:
     graded = said.probabilities_NC.shape[1] > 0
     columns = ["id", *(task.columns.text if texts else []), "true", "predicted"]
-    columns += [*(["probability of the true class"] if graded else []), *(["loss"] if _has_losses(task) else [])]
+    columns += [*(["probability of the true class"] if graded else []), *(["loss"] if task.has_example_loss else [])]
     rows = []
     for at in worst.tolist():
         label, prediction = said.labels_N[at], said.predictions_N[at]
         row: list[str | float | None] = [str(said.ids_N[at])]
         row += texts.get(int(said.lines_N[at]), [""] * len(task.columns.text)) if texts else []
-        row += [float(label), float(prediction)] if task.kind == "pair_regression" else [int(label), int(prediction)]
+        row += [task.label_of(float(label)), task.label_of(float(prediction))]
         row += [float(said.probabilities_NC[at, int(label)])] if graded else []
-        rows.append([*row, *([float(said.losses_N[at])] if _has_losses(task) else [])])
+        rows.append([*row, *([float(said.losses_N[at])] if task.has_example_loss else [])])
     return columns, rows

@@ -28,7 +28,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from mtbert import __version__
 from mtbert.errors import UserError
 from mtbert.predict import answer_texts, embed_texts
-from mtbert.trained import Trained, unusable
+from mtbert.readers import no_character, no_text
+from mtbert.trained import Trained
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
@@ -71,7 +72,9 @@ class PredictRequest(_Body):
 
 
 class Prediction(BaseModel):
-    prediction: int | float = Field(description="class number, or value within the task's range")
+    prediction: int | float | str = Field(
+        description="class number (or its name where the task has names), or value within the task's range"
+    )
     score: float = Field(description="as the head gives it: logit, cosine, or value before it is clamped")
     probability: Annotated[float | None, Field(description="of the predicted class, where there is such a thing")]
 
@@ -230,7 +233,7 @@ def make_app(run: Trained, limits: Limits) -> FastAPI:
             raise HTTPException(422, f"inputs: {len(texts)} of them; a request takes 1 to {limits.batch}")
         for number, pair in enumerate(texts):
             for text in pair:
-                if why := unusable(text):
+                if why := no_text(text) or no_character(text):
                     raise HTTPException(422, f"inputs.{number}: {why}")
                 if len(text) > limits.characters:
                     raise HTTPException(

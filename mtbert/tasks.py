@@ -1,4 +1,7 @@
-"""A task: where its examples are, how they are laid out, which head and loss they get. All of it comes from YAML."""
+"""A task: where its examples are, how they are laid out, which head and loss they get. All of it comes from YAML.
+
+Shapes: N examples of a split, B of a batch, P texts of a batch (B, 2·B or 3·B), D width of the encoder.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +22,24 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from mtbert import synthetic
-from mtbert.config import Config, DataConfig, Generate, TaskConfig
-from mtbert.data import Batch, Dataset, collate, load_dataset, load_tokenizer, sequence_lengths, special_ids
+from mtbert.config import HUB_FILE, Config, DataConfig, Generate, TaskConfig
+from mtbert.data import (
+    Batch,
+    Dataset,
+    collate,
+    load_dataset,
+    load_file,
+    load_tokenizer,
+    locate_file,
+    sequence_lengths,
+    special_ids,
+)
 from mtbert.errors import UserError
 from mtbert.losses import example_losses
 from mtbert.manifest import sha256
 from mtbert.ranking import mnrl
 from mtbert.runs import read_small, user_path, write_atomically
+from mtbert.token_cache import Progress
 
 Split = Literal["train", "dev"]
 
@@ -64,7 +78,7 @@ class Task:
 
     def example_losses(self, answers: Tensor, labels_B: Tensor) -> Tensor | None:
         """The loss of each example, (B,); None with loss mnrl, which an example has only in a batch."""
-        return None if self.config.loss_kind == "mnrl" else example_losses(self.config, answers, labels_B)
+        return example_losses(self.config, answers, labels_B) if self.config.has_example_loss else None
 
     def loss(self, vectors_PD: Tensor, answers: Tensor, labels_B: Tensor, epoch: int) -> Tensor:
         """What is trained on: the sum over a rank's examples, scalar. Collective for tasks that rank.
@@ -81,20 +95,39 @@ class Task:
         return total + ranking.weight * mnrl(vectors_PD, labels_B, self.config.texts, ranking, epoch)
 
 
-def load_tasks(config: Config, data: DataConfig, tokenizer: Tokenizer, max_length: int) -> list[Task]:
-    """Every task with its data read, checked and tokenised (or found in the cache)."""
+def load_tasks(
+    config: Config, data: DataConfig, tokenizer: Tokenizer, max_length: int, progress: Progress | None = None
+) -> list[Task]:
+    """Every task with its data read, checked and tokenised (or found in the cache); `progress` as in `load_dataset`."""
     specials = special_ids(tokenizer)
     return [
         Task(
             name,
             task,
-            load_dataset(task, name, "train", data, tokenizer),
-            load_dataset(task, name, "dev", data, tokenizer) if task.dev is not None else None,
+            load_dataset(task, name, "train", data, tokenizer, progress),
+            load_dataset(task, name, "dev", data, tokenizer, progress) if task.dev is not None else None,
             specials,
             max_length,
         )
         for name, task in config.tasks.items()
     ]
+
+
+def scored_on(
+    file: str, name: str, config: Config, tokenizer: Tokenizer, max_length: int, progress: Progress | None = None
+) -> Task:
+    """A task of `config` with another file in its development set's place, to be scored on it and not trained.
+
+    Args:
+        file: relative to where the command is typed, not to `data.dir`; or on the hub, as in a configuration.
+
+    Raises `UserError` as `load_dataset`.
+    """
+    task = config.tasks[name]
+    on_hub = HUB_FILE.fullmatch(file) is not None
+    shown, path = locate_file(file, "--file", config.data) if on_hub else (file, user_path(file))
+    data = load_file(path, shown, task, config.data, tokenizer, progress)
+    return Task(name, task, data, data, special_ids(tokenizer), max_length)
 
 
 def locate_data(config: Config) -> DataConfig:

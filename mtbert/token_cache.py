@@ -30,8 +30,9 @@ from mtbert.manifest import sha256
 from mtbert.readers import Quarantined, Row, no_character, no_text, read_rows, unfit
 from mtbert.runs import aside, sweep, write_atomically
 
-Progress = Callable[[int, int | None], None]
-"""Called with the rows done and, where it is known, how many there are."""
+Progress = Callable[[str, int], None]
+"""Called with what the file is called and its rows done."""
+TOLD_AFTER_S, TOLD_EVERY_S = 2.0, 0.5
 FORMAT = 2
 """Goes up whenever the same file would give other arrays."""
 MAX_QUARANTINED = 100_000
@@ -69,7 +70,7 @@ def wanted_columns(task: TaskConfig) -> tuple[list[str], str | None]:
 
 def _key(task: TaskConfig, path: Path, tokenizer: Tokenizer, cache: Path, source: str | None) -> str:
     """Hash of everything that the cached arrays depend on."""
-    labels = list(task.range) if task.kind == "pair_regression" else task.classes
+    labels = list(task.range) if task.regression else task.classes
     parts = [FORMAT, path.suffix.lower(), *wanted_columns(task), source, task.kind, labels, tokenizer.to_str()]
     return hashlib.sha256(f"{_content_hash(path, cache)}{json.dumps(parts)}".encode()).hexdigest()
 
@@ -117,6 +118,38 @@ def _checksum(path: Path) -> int:
     return checksum
 
 
+class Judged(NamedTuple):
+    why: str  # the row is of no use; empty if it is of use
+    stops: bool = False  # training does not set such a row aside but stops
+    label: float = 1.0  # as it is learnt; of triplets, whose match is to be ranked first, too
+
+
+def judge(
+    values: Sequence[Any], texts: Sequence[str], label: str | None = None, task: TaskConfig | None = None
+) -> Judged:
+    """What a row is good for: to be learnt from, to be looked at (`datasets`), to be answered (`predict`).
+
+    Args:
+        values: of the columns `texts`, then of `label` if there is one.
+        task: that the label must be of; without one any will do.
+    """
+    number = 1.0
+    if label is not None:
+        if values[-1] is None or not str(values[-1]).strip():
+            return Judged(f"column {label!r}: no label")
+        try:
+            number = task.number_of(values[-1]) if task else number
+        except ValueError as error:
+            return Judged(f"column {label!r}: {error}", stops=True)
+    for column, text in zip(texts, values, strict=False):
+        if why := no_text(text):
+            return Judged(f"column {column!r}: {why}")
+    for column, text in zip(texts, values, strict=False):
+        if why := no_character(text):
+            return Judged(f"column {column!r}: {why}; remove it", stops=True)
+    return Judged("", label=number)
+
+
 class _Example(NamedTuple):
     line: int
     label: float
@@ -141,8 +174,12 @@ def _tokenise(
             start = told = time.monotonic()
             for done, row in enumerate(rows):
                 writer.add(row)
-                if progress and done % 256 == 0 and (now := time.monotonic()) > max(start + 2, told + 0.5):
-                    progress(done, None)
+                if (
+                    progress
+                    and done % 256 == 0
+                    and (now := time.monotonic()) > max(start + TOLD_AFTER_S, told + TOLD_EVERY_S)
+                ):
+                    progress(shown, done)
                     told = now
             writer.finish()
         if folder.exists():
@@ -163,6 +200,7 @@ class _Writer:
     def __init__(self, folder: Path, task: TaskConfig, shown: str, tokenizer: Tokenizer) -> None:
         self._folder = folder
         self._task = task
+        self._label = next(iter(wanted_columns(task)[0][task.texts :]), None)  # its column; triplets have none
         self._shown = shown
         self._tokenizer = tokenizer
         self._token_dtype = np.uint16 if max(tokenizer.get_vocab().values()) < 2**16 else np.uint32
@@ -187,11 +225,13 @@ class _Writer:
 
     def add(self, row: Row | Quarantined) -> None:
         if isinstance(row, Row):
-            texts, rest = row.values[: self._task.texts], row.values[self._task.texts :]
-            label = self._label(rest[0], row.line) if rest else 1.0  # a triplet's match is to be ranked first
-            reason = self._unusable(texts) if label is not None else f"column {self._task.columns.label!r}: no label"
-            if label is not None and not reason:
-                self._chunk.append(_Example(row.line, label, texts, row.id or ""))
+            judged = judge(row.values, self._task.columns.text, self._label, self._task)
+            if judged.stops:
+                raise UserError(f"{self._shown} line {row.line}, {judged.why}")
+            reason = judged.why
+            if not reason:
+                texts = row.values[: self._task.texts]
+                self._chunk.append(_Example(row.line, judged.label, texts, row.id or ""))
                 self._characters += sum(map(len, texts))
                 if len(self._chunk) >= CHUNK_ROWS or self._characters >= CHUNK_CHARACTERS:
                     self._flush()
@@ -226,28 +266,11 @@ class _Writer:
         first = "".join(f"line {row.line}: {row.reason}" for row in self._quarantined[:1])
         return unfit(self._examples, len(self._quarantined), first)
 
-    def _label(self, value: Any, line: int) -> float | None:
-        """The label as a number; None where the cell is empty. Raises `UserError` if it is not one of the task's."""
-        if value is None or (isinstance(value, str) and not value.strip()):
-            return None
-        try:
-            return self._task.number_of(value)
-        except ValueError as error:
-            raise UserError(f"{self._shown} line {line}, column {self._task.columns.label!r}: {error}") from None
-
-    def _unusable(self, texts: Sequence[Any]) -> str:
-        """Why a row with these texts is set aside; empty if it is not."""
-        for column, text in zip(self._task.columns.text, texts, strict=True):
-            if why := no_text(text):
-                return f"column {column!r}: {why}"
-        return ""
-
     def _flush(self) -> None:
         """Tokenise the chunk and append it."""
         examples, self._chunk, self._characters = self._chunk, [], 0
         if not examples:
             return
-        utf8 = [self._utf8(text, example.line, c) for example in examples for c, text in enumerate(example.texts)]
         texts = [text for example in examples for text in example.texts]
         ids = [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
         lengths_NS = np.array([len(i) for i in ids], np.int32).reshape(len(examples), -1)
@@ -264,17 +287,11 @@ class _Writer:
         self._append("tokens", np.fromiter(tokens, self._token_dtype, int(lengths_NS.sum())))
         self._append("lengths", lengths_NS)
         self._append_starts("token_starts", lengths_NS.ravel())
-        self._append_strings("texts", "text_starts", [utf8[i] for i in kept_texts])
+        self._append_strings("texts", "text_starts", [texts[i].encode() for i in kept_texts])
         self._append_strings("ids", "id_starts", names)
         self._append("labels", np.array([examples[n].label for n in kept], np.float32))
         self._append("lines", np.array([examples[n].line for n in kept], np.int64))
         self._examples += len(kept)
-
-    def _utf8(self, text: str, line: int, column: int) -> bytes:
-        """Raises `UserError` for a text with something that is no character."""
-        if why := no_character(text):
-            raise UserError(f"{self._shown} line {line}, column {self._task.columns.text[column]!r}: {why}; remove it")
-        return text.encode()
 
     def _append(self, name: str, values: np.ndarray) -> None:
         self._write(name, np.ascontiguousarray(values).tobytes())

@@ -84,6 +84,36 @@ def grouped(tag: str) -> str:
     return next(f"{group}/{tag}" for group, pattern in GROUPS.items() if re.match(pattern, tag))
 
 
+@contextmanager
+def tokenising_told(rank: Rank, quiet: bool) -> Iterator[Callable[[str, int], None] | None]:
+    """What `load_dataset` may call while it tokenises, before a `Tracker` can count steps: on a terminal a live line
+    that goes in the end, elsewhere a plain line now and then. None where that is not wanted: off rank 0, or quiet."""
+    if quiet or not rank.first:
+        yield None
+        return
+    live: Progress | None = None
+    due = -math.inf
+
+    def tell(shown: str, rows: int) -> None:
+        nonlocal live, due
+        told = f"tokenising {shown}: {rows:,} rows"
+        if sys.stdout.isatty():
+            if live is None:
+                live = Progress(TextColumn("{task.description}", markup=False), console=_console(), transient=True)
+                live.add_task("")
+                live.start()
+            live.update(live.task_ids[0], description=told)
+        elif (now := time.monotonic()) >= due:
+            due = now + PLAIN_LINE_EVERY_S
+            print(told, flush=True)
+
+    try:
+        yield tell
+    finally:
+        if live is not None:
+            live.stop()
+
+
 class Tracker:
     """Writes into a run folder and on stdout; on ranks other than 0 every method does nothing.
 

@@ -6,7 +6,7 @@
     RUN/encoder/checksums.json    SHA-256 of these three
     RUN/checkpoints/…             weights
 
-Shapes: N examples, S texts of an example (1 or 2), B examples of a batch, C classes, D width of the encoder.
+Shapes: N examples, S texts of an example (1 to 3), B examples of a batch, C classes, D width of the encoder.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -36,7 +36,6 @@ from mtbert.manifest import find_checkpoint, sha256
 from mtbert.packing import batches_by_length, pack
 from mtbert.pretrained import read_shape, write_shape
 from mtbert.ranks import choose_precision, local_device
-from mtbert.readers import no_character, no_text
 from mtbert.runs import Rank, check_run, read_small, write_atomically
 
 Origin = dict[str, str | None]
@@ -187,11 +186,6 @@ def _read_out(task: TaskConfig, answers: Tensor) -> tuple[Tensor, Tensor, Tensor
     probabilities_BC = probabilities(task, answers)
     nothing_B = torch.full(scores_B.shape, torch.nan)
     return predict(task, answers), scores_B, probabilities_BC.amax(dim=-1) if probabilities_BC.shape[-1] else nothing_B
-
-
-def unusable(text: Any) -> str:
-    """Why this is no text that a model can answer to; empty if it is one."""
-    return no_text(text) or no_character(text)
 
 
 def load_run(

@@ -12,10 +12,11 @@ import math
 import shlex
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ from mtbert.engine import (
     parameter_groups,
 )
 from mtbert.errors import UserError
-from mtbert.evaluate import Evaluation, evaluate_all
+from mtbert.evaluate import Evaluation, evaluate, evaluate_all
 from mtbert.figures import cosine_map, evaluation_figures
 from mtbert.flops import encoder_flops, peak_flops
 from mtbert.manifest import Checkpoint, Course
@@ -41,13 +42,13 @@ from mtbert.metrics import metric_of
 from mtbert.phases import Phase, plan
 from mtbert.randomness import addressed_generator
 from mtbert.ranks import close_ranks, in_turn, join_ranks, peak_memory
-from mtbert.record import RunRecord, Said, kept_id, settings, write_predictions
+from mtbert.record import RunRecord, Said, Which, kept_id, settings, write_predictions
 from mtbert.runs import NO_ROOM, Outcome, Rank, Stopwatch, check_run, write_atomically
 from mtbert.schedule import Schedule, Share
 from mtbert.surgery import Surgery, conflicts
-from mtbert.tasks import Task, load_tasks, locate_data
-from mtbert.tracking import Tracker
-from mtbert.trained import keep_encoder, load_run
+from mtbert.tasks import Task, load_tasks, locate_data, scored_on
+from mtbert.tracking import Tracker, tokenising_told
+from mtbert.trained import Trained, keep_encoder, load_run
 from mtbert.weighting import Weighting
 from mtbert.window import Window
 from mtbert.zero import Loss
@@ -87,7 +88,8 @@ def train(
         checkpointer = Checkpointer(run_dir, rank, config.checkpoint.keep, seconds)
         notes: list[str] = []
         checkpoint = checkpointer.latest(notes.append)
-        built = in_turn(rank, lambda: build(config, run_dir, initial=checkpoint is None))
+        with tokenising_told(rank, quiet) as progress:
+            built = in_turn(rank, lambda: build(config, run_dir, checkpoint is None, progress))
         if rank.first:
             keep_encoder(run_dir, built.encoder)
         built.notes.extend(notes)
@@ -101,17 +103,41 @@ def train(
     return outcome
 
 
-def evaluate_run(run_dir: Path, which: Literal["best", "latest"]) -> tuple[int, list[Evaluation], float]:
-    """Score a checkpoint of a run in this process: its step, each task's result, and the composite."""
+def evaluate_run(run_dir: Path, which: Which, quiet: bool = True) -> tuple[int, list[Evaluation], float]:
+    """Score a checkpoint of a run in this process: its step, each task's result, and the composite.
+
+    Args:
+        quiet: nothing on stdout where tokenising takes long.
+    """
+    with _opened(run_dir, which) as (run, rank), tokenising_told(rank, quiet) as progress:
+        tasks = load_tasks(run.config, locate_data(run.config), run.tokenizer, run.max_length, progress)
+        results, score = evaluate_all(run.model, tasks, rank, run.device)
+    return run.step, results, score
+
+
+def evaluate_file(
+    run_dir: Path, which: Which, name: str, file: str, quiet: bool = True
+) -> tuple[int, Task, Evaluation]:
+    """Score a task on a file that has its columns, labels too, as on its development set: the step, the task with the
+    file in that one's place, and the result. The run folder stays as it is.
+
+    Raises `UserError` for a task that the run has not, and for what training refuses in a file.
+    """
+    with _opened(run_dir, which) as (run, rank), tokenising_told(rank, quiet) as progress:
+        run.task(name)
+        task = scored_on(file, name, run.config, run.tokenizer, run.max_length, progress)
+        return run.step, task, evaluate(run.model, task, rank, run.device)
+
+
+@contextmanager
+def _opened(run_dir: Path, which: Which) -> Iterator[tuple[Trained, Rank]]:
+    """A run in this process alone, with the group that evaluation sums over."""
     rank = Rank()
     join_ranks(rank, load_config(run_dir / "config.yaml").engine)
     try:
-        run = load_run(run_dir, which)
-        tasks = load_tasks(run.config, locate_data(run.config), run.tokenizer, run.max_length)
-        results, score = evaluate_all(run.model, tasks, rank, run.device)
+        yield load_run(run_dir, which), rank
     finally:
         close_ranks()
-    return run.step, results, score
 
 
 @dataclass(frozen=True)
@@ -555,8 +581,8 @@ def _baselines(task: Task, result: Evaluation) -> tuple[float, float]:
     from mtbert.baselines import bag_of_words_baseline, training_rows, trivial_baseline
 
     train, dev, kind = task.train, task.dataset("dev"), task.config.kind
-    metric = metric_of(result.metric, task.config.classes)
-    trivial = trivial_baseline(kind, train.labels_N, dev.labels_N, result.metric, task.config.classes)
+    metric = metric_of(result.metric, task.config.class_count)
+    trivial = trivial_baseline(kind, train.labels_N, dev.labels_N, result.metric, task.config.class_count)
     rows = training_rows(len(train))
     words = bag_of_words_baseline(kind, train.raw(rows), train.labels_N[rows], dev.raw(np.arange(len(dev))))
     return metric(trivial, dev.labels_N), metric(words, dev.labels_N)

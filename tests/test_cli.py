@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
@@ -21,11 +22,13 @@ import yaml
 from harness import PATIENCE_S
 
 from launch.submit import main as submit
+from launch.submit import parser as submit_parser
 from mtbert import __version__
-from mtbert.cli import _stop_on_signals, main
+from mtbert.cli import _parser, _stop_on_signals, main
 from mtbert.config_files import load_config
 from mtbert.lock import RunLock
 from mtbert.stops import ECHO_S
+from tune.search import parser as tune_parser
 
 ROOT = Path(__file__).parent.parent
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
@@ -104,6 +107,48 @@ def test_help_names_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
         assert ended.value.code == 0 and f"usage: python -m mtbert {command}" in capsys.readouterr().out
 
 
+SURFACE = {
+    "mtbert train": "--config --set --resume --quiet --json",
+    "mtbert evaluate": "RUN --checkpoint --task --file --json",
+    "mtbert compare": "RUN --checkpoint --resamples --html --json",
+    "mtbert report": "RUN --checkpoint --output",
+    "mtbert predict": "RUN --checkpoint --precision FILE --task --out --text --format --submission",
+    "mtbert embed": "RUN --checkpoint --precision FILE --out --text --format",
+    "mtbert export": "RUN --checkpoint DIR --onnx",
+    "mtbert serve": "RUN --checkpoint --precision --host --port --max-body --max-batch --max-text",
+    "mtbert checkpoint list": "RUN --json",
+    "mtbert checkpoint verify": "RUN --json",
+    "mtbert checkpoint prune": "RUN --keep",
+    "mtbert data check": "FILE --text --label --config --set --json",
+    "mtbert data fetch": "DIR --task",
+    "mtbert show-config": "--config --set --schema --reference",
+    "launch/submit.py": "verb runs --config --set --resume --array --nodes --ranks-per-node --gpus-per-node --local "
+    "--partition --time --account --qos --constraint --exclude --mem --cpus-per-rank --slurm --dry-run --follow",
+    "tune": "--config --set --space --trials --examples --metric --resume --scheduler --evaluations --reduction "
+    "--sampler --seed --name --storage --ranks-per-trial --cpus-per-rank --gpus-per-rank --concurrent --cluster "
+    "--nodes --cpus-per-node --slurm --address --dashboard",
+}
+"""What scripts and people type: a line that goes from here, or changes, breaks theirs."""
+
+
+def surface(parser: argparse.ArgumentParser, name: str) -> dict[str, str]:
+    """Every command's positional arguments and options, in the order in which it has them."""
+    told, below = [], {}
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for verb, inner in action.choices.items():
+                below |= surface(inner, f"{name} {verb}")
+        elif not isinstance(action, argparse._HelpAction):
+            told += action.option_strings or [str(action.metavar or action.dest)]
+    return ({name: " ".join(told)} if told else {}) | below
+
+
+def test_an_option_is_renamed_or_removed_on_purpose() -> None:
+    parsers = {"mtbert": _parser(), "launch/submit.py": submit_parser(), "tune": tune_parser()}
+    found = {name: told for prog, parser in parsers.items() for name, told in surface(parser, prog).items()}
+    assert found == SURFACE
+
+
 # ------------------------------------------------------------------------------------------- mistakes
 
 
@@ -116,6 +161,7 @@ def test_help_names_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
         (["train", "--resume", "nowhere"], r"nowhere: no run folder \(it holds no config\.yaml\); give one that"),
         (["train", "--resume", "r", "--set", "seed=1"], r"--resume: a run continues with the configuration in its"),
         (["evaluate", "nowhere"], r"nowhere: no run folder"),
+        (["evaluate", "nowhere", "--file", "f"], r"--task says whose examples --file holds"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -167,7 +213,7 @@ def test_json_holds_no_nan(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
 
     nothing = np.full((1, 1), math.nan)
     broken = Evaluation("sts", "pearson", math.nan, math.inf, nothing[0], nothing[0], nothing)
-    monkeypatch.setattr(trainer, "evaluate_run", lambda folder, which: (3, [broken], math.nan))
+    monkeypatch.setattr(trainer, "evaluate_run", lambda folder, which, quiet: (3, [broken], math.nan))
     (tmp_path / "config.yaml").touch()
     assert main(["evaluate", str(tmp_path), "--json"]) == 0
     told = {"step": 3, "composite": None, "tasks": {"sts": {"metric": "pearson", "score": None, "loss": None}}}

@@ -192,6 +192,23 @@ def test_keys_that_act_are_taken(minimal: Path, kind: str) -> None:
     assert load_config(minimal, [*hidden, schedule]).schedule.tasks_per_step == 4
 
 
+@pytest.mark.parametrize("classes", ["[world, sport, 'no']", "['1', '2', '3']", "[on the one hand, 'Yes', été]"])
+def test_classes_have_names(minimal: Path, tmp_path: Path, classes: str) -> None:
+    """In the order of their numbers; labels are the names then, and nothing else is."""
+    config = load_config(minimal, [f"tasks.sst.classes={classes}"])
+    task, names = config.tasks["sst"], yaml.safe_load(classes)
+    assert (task.classes, task.class_names, task.class_count, task.highest_label) == (names, names, 3, 2)
+    for number, name in enumerate(names):
+        assert task.number_of(name) == task.number_of(f" {name} ") == number
+        assert task.label_of(float(number)) == name
+    for wrong in (0, 2.0, "0", True, None, names[0].upper() + "x", ""):
+        with pytest.raises(ValueError, match=re.escape(f"{wrong!r} is none of the classes {', '.join(names)}")):
+            task.number_of(wrong)
+    assert load_config(write(tmp_path / "again.yaml", to_yaml(config))) == config
+    numbered = load_config(minimal, ["tasks.sst.classes=3"]).tasks["sst"]
+    assert (numbered.class_names, numbered.class_count, numbered.label_of(2.0)) == (["0", "1", "2"], 3, 2)
+
+
 def test_what_kinds_take_by_default() -> None:
     tasks = load_config(QUICKSTART).tasks
     assert [(task.texts, task.loss_kind, task.metric_kind) for task in tasks.values()] == [
@@ -305,6 +322,47 @@ REGRESSION = "tasks.r={kind: pair_regression, train: a, dev: b, columns: {text: 
         (
             ["tasks.sst.columns={text: [label]}"],
             "tasks.sst.columns: label: column 'label' is a text; a task that reads",
+        ),
+        # names of classes, and what YAML takes them for
+        (
+            ["tasks.sst.classes=[yes, no]"],
+            "tasks.sst.classes: is neither true nor false; a name such as yes or on needs",
+        ),
+        (["tasks.sst.classes=[on, a]"], "tasks.sst.classes: is neither true nor false; a name such as yes or on needs"),
+        (
+            ["tasks.sst.classes=[1, 2]"],
+            "tasks.sst.classes: expected how many classes, from 2 on, or a list of their na",
+        ),
+        (
+            ["tasks.sst.classes=[a, 1e3]"],
+            "such as [world, sport]; a name that YAML reads as a number or null needs quot",
+        ),
+        (
+            ["tasks.sst.classes=[null, a]"],
+            "such as [world, sport]; a name that YAML reads as a number or null needs quo",
+        ),
+        (
+            ["tasks.sst.classes=[a]"],
+            "tasks.sst.classes: expected how many classes, from 2 on, or a list of their names",
+        ),
+        (
+            ["tasks.sst.classes=1"],
+            "tasks.sst.classes: expected how many classes, from 2 on, or a list of their names, s",
+        ),
+        (
+            ["tasks.sst.classes=two"],
+            "tasks.sst.classes: expected how many classes, from 2 on, or a list of their names,",
+        ),
+        (["tasks.sst.classes=[a, b, a]"], "tasks.sst: classes: names 'a' twice"),
+        (
+            ["tasks.sst.classes=[a, ' b']"],
+            "tasks.sst: classes: ' b' is no name; blanks stand singly, and between words",
+        ),
+        (["tasks.sst.classes=[a, '']"], "tasks.sst: classes: '' is no name; blanks stand singly, and between words"),
+        ([PAIR, "tasks.p.classes=[a, b, c]"], "tasks.p: loss bce needs classes 2, not 3; use loss cross_entropy"),
+        (
+            [REGRESSION, "tasks.r.classes=[a, b]"],
+            "tasks.r: classes belongs to kind classification and pair_classificat",
         ),
         (["tasks.sst.columns.text=[a, a]"], "tasks.sst.columns: text: names a column twice (a, a)"),
         (["schedule={kind: sequential, length: shortest}"], "schedule: length: an epoch of kind sequential ends with"),

@@ -303,6 +303,18 @@ def test_a_bad_label_is_an_error(home: Home, label: str, told: str) -> None:
     assert told in home.error(f"text\tlabel\na\t4.0\nb\t{label}\n", make_task(classes=5))
 
 
+def test_labels_are_the_names_of_classes(home: Home) -> None:
+    """In the order of the configuration, whatever comes first in the file; another order is another cache."""
+    told = "rows.tsv line 3, column 'label': '1' is none of the classes world, sport"
+    assert told in home.error("text\tlabel\na\tsport\nb\t1\n", make_task(classes=["world", "sport"]))
+    assert "'sport' is not a class from 0 to 1" in home.error("text\tlabel\na\tsport\n", make_task())
+    rows = "text\tlabel\na\tsport\nb\t world \nc\t\nd\tworld\n"
+    dataset = home.load(rows, make_task(classes=["world", "sport"]))
+    assert dataset.labels_N.tolist() == [1, 0, 0]
+    assert [(row.line, row.reason) for row in dataset.quarantined] == [(4, "column 'label': no label")]
+    assert home.load(rows, make_task(classes=["sport", "world"])).labels_N.tolist() == [0, 1, 1]
+
+
 @pytest.mark.parametrize("label", ["5.1", "-0.1", "nan", "a lot"])
 def test_a_bad_score_is_an_error(home: Home, label: str) -> None:
     task = pair_task(head="cosine", kind="pair_regression")
@@ -366,11 +378,11 @@ def test_a_cache_that_cannot_be_made(home: Home) -> None:
 
 
 def test_progress_is_told_when_it_takes_long(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[int] = []
+    told: list[tuple[str, int]] = []
     clock = iter(range(10**6))
     monkeypatch.setattr("mtbert.token_cache.time.monotonic", lambda: float(next(clock)))
-    home.load("text\tlabel\n" + "a\t1\n" * 2000, progress=lambda done, total: told.append(done))
-    assert told == [512, 768, 1024, 1280, 1536, 1792]
+    home.load("text\tlabel\n" + "a\t1\n" * 2000, progress=lambda shown, done: told.append((Path(shown).name, done)))
+    assert told == [("rows.tsv", done) for done in (512, 768, 1024, 1280, 1536, 1792)]
 
 
 # ------------------------------------------------------------------------------------------------ cache

@@ -202,6 +202,23 @@ def test_what_training_stops_at_is_no_row_left_out(tmp_path: Path, bad: str, tol
         assert found.reasons == [f"line {left.line}: {left.reason}"]
 
 
+def test_training_stops_at_the_first_row_that_is_refused(tmp_path: Path) -> None:
+    """Whatever is wrong with it, and with a later one of the same chunk."""
+    rows = ['{"text": "x\\u0000", "label": 1}', '{"text": "a", "label": 9}']
+    file = write(tmp_path / "rows.jsonl", *rows)
+    config = tmp_path / "config.yaml"
+    config.write_text(f"tasks:\n  t: {{kind: classification, train: {file}, dev: {file}, columns: {{text: [text]}}}}\n")
+    vocabulary = tmp_path / "vocab.txt"
+    vocabulary.write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\n")
+    found = check(wanted_by(load_config(config)))[0][0]
+    with pytest.raises(UserError) as error:
+        load_dataset(
+            load_config(config).tasks["t"], "t", "train", DataConfig(cache=str(tmp_path)), load_tokenizer(vocabulary)
+        )
+    assert str(error.value) == f"{file} {found.refusals[0]}"
+    assert found.refusals[0] == "line 1, column 'text': the character U+0000 is no text; remove it"
+
+
 def test_an_id_column_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = write(tmp_path / "rows.csv", "text,label", "a,1")
     config = tmp_path / "config.yaml"

@@ -110,6 +110,7 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if (ROOT / name).exists():
             (box / name).symlink_to(ROOT / name)
     synthetic.generate(box / "DATA", train=40, dev=12)
+    (box / "test.csv").symlink_to(box / "DATA" / "ids-sst-dev.csv")
     labelled = ["headline,topic", *(f"headline {n} of the day,{n % 4}" for n in range(40))]
     for split in ("train", "dev"):
         (box / "DATA" / f"topic-{split}.csv").write_text("\n".join(labelled) + "\n")

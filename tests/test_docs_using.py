@@ -49,8 +49,9 @@ def test_using_a_trained_run(trained_run: Path, tmp_path: Path, monkeypatch: pyt
     shutil.copytree(trained_run, "RUN")
     Path("rows.tsv").write_text("id\tsentence\n1\ta good film\n")
     Path("rows.jsonl").write_text('{"sentence": "a good film"}\n')
+    Path("test.tsv").write_text("id\tsentence\tsentiment\n1\ta good film\t3\n")
     ran = [run(line) for line in commands("using.md") if not known(line)]
-    assert len(ran) == 8
+    assert len(ran) == 10
     assert json.loads(Path("answers.jsonl").read_text())["prediction"] in range(5)
     assert np.load("vectors.npy").shape == (1, 16) and Path("vectors.parquet").is_file()
     for program in blocks("using.md", "python"):

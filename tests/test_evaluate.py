@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import distributed as dist
 
+from mtbert.cli import main
 from mtbert.config import Config
 from mtbert.config_files import load_config
 from mtbert.encoder import EncoderShape
@@ -25,6 +27,7 @@ from mtbert.packing import TOKENS_PER_BATCH, batches_by_length
 from mtbert.runs import Rank
 from mtbert.synthetic import VOCABULARY, train_tokenizer
 from mtbert.tasks import Task, load_tasks, locate_tokenizer
+from mtbert.trainer import evaluate_file, evaluate_run
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 LENGTH = 24
@@ -155,6 +158,101 @@ def test_a_model_that_broke_has_no_score(config: Config, tmp_path: Path) -> None
     finally:
         dist.destroy_process_group()
     assert all(math.isnan(result.score) for result in results) and math.isnan(score)
+
+
+# ------------------------------------------------------------------------------------------------ any file
+
+
+DEV = {"sst": "ids-sst-dev.csv", "para": "quora-dev.csv", "joint": "quora-dev.csv", "sts": "sts-dev.csv"}
+
+
+def test_the_development_file_scores_what_the_development_set_does(
+    trained_run: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """To the last bit, by the task's metric and loss and in every answer; and the run folder stays as it is."""
+    before = {path: path.read_bytes() for path in trained_run.rglob("*") if path.is_file()}
+    step, results, _ = evaluate_run(trained_run, "latest")
+    assert {result.task for result in results} == set(DEV)
+    assert main(["evaluate", str(trained_run), "--checkpoint", "latest", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    for dev in results:
+        file = str(corpus / DEV[dev.task])
+        found_step, task, found = evaluate_file(trained_run, "latest", dev.task, file)
+        assert (found_step, found.metric, found.score, found.loss) == (step, dev.metric, dev.score, dev.loss)
+        for field in ("predictions_N", "losses_N", "probabilities_NC"):
+            assert np.array_equal(getattr(found, field), getattr(dev, field)), field
+        command = ["evaluate", str(trained_run), "--checkpoint", "latest", "--task", dev.task, "--file", file]
+        assert main([*command, "--json"]) == 0
+        of_file = json.loads(capsys.readouterr().out)
+        scores = of_file["tasks"][dev.task].pop("scores")
+        assert of_file == {
+            "step": told["step"],
+            "file": file,
+            "examples": 60,
+            "left_out": 0,
+            "tasks": {dev.task: told["tasks"][dev.task]},
+        }
+        others = {kind: METRICS[kind] for kind in scores}
+        assert next(iter(others)) == dev.metric and set(others) == set(task.config.metrics)
+        labels_N = task.dataset("dev").labels_N
+        assert scores == {kind: pytest.approx(metric(dev.predictions_N, labels_N)) for kind, metric in others.items()}
+        assert main(command) == 0
+        printed = capsys.readouterr().out
+        title = f"Scores on {file} after step 6 (latest checkpoint): 60 examples"
+        assert " ".join(printed.split()).startswith(f"{title} task metric score loss {dev.task} {dev.metric} ")
+        for value in (*scores.values(), dev.loss):
+            assert f" {value:.4f}" in printed
+    assert {path: path.read_bytes() for path in trained_run.rglob("*") if path.is_file()} == before
+
+
+def test_a_file_is_scored_by_its_own_labels_and_says_what_it_leaves_out(
+    trained_run: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A name is relative to where the command is typed, although the run has a folder for its data."""
+    monkeypatch.chdir(tmp_path)
+    header, *rows = (corpus / "quora-dev.csv").read_text().splitlines()
+    assert header.endswith("\tis_duplicate")
+    flipped = [f"{row[:-3]}{1 - int(float(row[-3:]))}" for row in rows]
+    (tmp_path / "test.csv").write_text("\n".join([header, *flipped, "no\trow", rows[0][:-3]]) + "\n")
+    command = ["evaluate", str(trained_run), "--task", "joint", "--json", "--file"]
+    assert main([*command, str(corpus / "quora-dev.csv")]) == 0
+    right = json.loads(capsys.readouterr().out)
+    assert main([*command, "test.csv"]) == 0
+    printed = capsys.readouterr()
+    wrong = json.loads(printed.out)
+    assert (wrong["file"], wrong["examples"], wrong["left_out"]) == ("test.csv", 60, 2)
+    assert wrong["tasks"]["joint"]["score"] == pytest.approx(1 - right["tasks"]["joint"]["score"])
+    assert printed.err.splitlines() == [
+        f"mtbert: test.csv line 62: 2 fields instead of {header.count(chr(9)) + 1}",
+        "mtbert: test.csv line 63: column 'is_duplicate': no label",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--task", "sst"], "--task says whose examples --file holds; give both"),
+        (["--file", "rows.csv"], "--task says whose examples --file holds; give both"),
+        (["--task", "nli", "--file", "rows.csv"], "no task 'nli'; this run has sst, para, sts, joint"),
+        (["--task", "sst", "--file", "row.csv"], "mtbert: row.csv: no such file; did you mean rows.csv?"),
+        (["--task", "sst", "--file", "rows.csv"], "rows.csv: no column 'sentiment'; columns present: "),
+        (["--task", "sts", "--file", "rows.csv"], "rows.csv line 2, column 'similarity': '7' is not a number from 0"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_file_that_cannot_be_scored_is_one_line(
+    trained_run: Path,
+    tmp_path: Path,
+    arguments: list[str],
+    told: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("rows.csv").write_text("id,sentence,sentence1,sentence2,similarity\n1,a,b,c,7\n")
+    assert main(["evaluate", str(trained_run), *arguments]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.count("\n") == 1 and told in printed.err
 
 
 def test_batches_hold_every_example_once_by_length_and_no_more_tokens_than_allowed() -> None:

@@ -230,6 +230,21 @@ def test_the_model_card_says_what_the_run_recorded(trained_run: Path, tmp_path: 
     assert "\n\n## Limits\n\n- The licences of the training data apply" in card
 
 
+def test_names_of_classes_go_with_the_export(trained_run: Path, tmp_path: Path) -> None:
+    run = load_run(trained_run, "latest", "fp32")
+    names = ["awful", "poor", "so so", "good", "gr|eat"]
+    task = run.config.tasks["sst"].model_copy(update={"classes": names})
+    config = run.config.model_copy(update={"tasks": {**run.config.tasks, "sst": task}})
+    for folder, opened in (("numbers", run), ("names", dataclasses.replace(run, config=config))):
+        export(opened, tmp_path / folder)
+    numbers, named = (json.loads((tmp_path / f / "heads.json").read_text())["tasks"] for f in ("numbers", "names"))
+    id2label = named["sst"].pop("id2label")
+    assert named == numbers and id2label == {str(number): name for number, name in enumerate(names)}
+    plain, card = ((tmp_path / f / "README.md").read_text() for f in ("numbers", "names"))
+    line = "\n\n- Classes of sst: awful, poor, so so, good, gr\\|eat."
+    assert line in card and card.replace(line, "") == plain
+
+
 def test_nothing_is_overwritten_and_nothing_half_written(trained_run: Path, tmp_path: Path) -> None:
     run = load_run(trained_run, "latest", "fp32")
     (tmp_path / "mine").mkdir()

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,21 @@ def test_every_form_gives_the_same_answers(run: Trained, corpus: Path, tmp_path:
     assert [row["id"] for row in commas] == [line["id"] for line in lines] == [row["id"] for row in rows]
     np.testing.assert_allclose([float(row["score"]) for row in commas], expected, atol=1e-5)
     np.testing.assert_allclose([line["score"] for line in lines], expected, atol=1e-5)
+
+
+def test_classes_that_have_names_are_answered_by_them(run: Trained, corpus: Path, tmp_path: Path) -> None:
+    file, names = str(corpus / TASKS["sst"]), ["awful", "poor", "so so", "good", "great"]
+    task = run.config.tasks["sst"].model_copy(update={"classes": names})
+    named = replace(run, config=run.config.model_copy(update={"tasks": {**run.config.tasks, "sst": task}}))
+    predict_file(run, "sst", file, str(tmp_path / "numbers.csv"))
+    predict_file(named, "sst", file, str(tmp_path / "names.csv"))
+    numbers, found = read(tmp_path / "numbers.csv"), read(tmp_path / "names.csv")
+    assert found == [{**row, "prediction": names[int(row["prediction"])]} for row in numbers]
+    (tmp_path / "in.jsonl").write_text(json.dumps({"sentence": numbers[0]["sentence"]}) + "\n")
+    predict_file(named, "sst", str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl"))
+    assert json.loads((tmp_path / "out.jsonl").read_text())["prediction"] == found[0]["prediction"]
+    with pytest.raises(UserError, match="--submission: the course's classes are numbers, and this task's have names"):
+        predict_file(named, "sst", file, str(tmp_path / "s.csv"), submission=True)
 
 
 BAD = 'id\tsentence\nr1\tgood film\nr2\ttoo\tmany\nr3\t  \nr4\t"never\tclosed\nr5\t\x01\nr6\tdull\n'

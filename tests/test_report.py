@@ -14,6 +14,7 @@ import pytest
 
 from mtbert.cli import main
 from mtbert.config_files import load_config, to_yaml
+from mtbert.figures import evaluation_figures
 from mtbert.pages import run_pictures
 from mtbert.record import RunRecord, Said, write_predictions
 from mtbert.runs import Rank, write_atomically
@@ -129,6 +130,23 @@ def test_slices_errors_and_classes_are_counted_right(run: Path, tmp_path: Path) 
     errors = page.table("id", "sentence")
     assert [row[0] for row in errors] == [f"r{n}" for n in range(39, 0, -2)]
     assert [row[1] for row in errors[1:]] == [f"sentence {n}" for n in range(37, 0, -2)]
+
+
+@pytest.mark.parametrize("ids", [True, False], ids=["found by id", "found by label"])
+def test_classes_are_called_by_their_names(run: Path, tmp_path: Path, ids: bool) -> None:
+    config = load_config(
+        run / "config.yaml", ["tasks.sst.classes=[bad, good]"] + ["tasks.sst.columns.id=null"] * (not ids)
+    )
+    (run / "config.yaml").write_text(to_yaml(config))
+    file = tmp_path / "dev.csv"
+    file.write_text(file.read_text().replace("\t1\t", "\tgood\t"))
+    assert main(["report", str(run)]) == 0
+    page = Page(run / "report.html")
+    assert [row[:2] for row in page.table("class")] == [["bad", "0"], ["good", "40"]]
+    assert page.table("id", "sentence", "true")[0] == ["r39", EVIL, "good", "bad", "0.2000", "40.0000"]
+    axes = evaluation_figures("sst", config.tasks["sst"], said())["confusion"].axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["bad", "good"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["bad", "good"]
 
 
 def test_where_no_example_has_a_loss_of_its_own_none_is_shown(run: Path, tmp_path: Path) -> None:

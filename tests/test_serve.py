@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -247,6 +248,24 @@ def until(true: Callable[[], bool]) -> None:
     while not true():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_classes_that_have_names_are_answered_by_them(run: Trained) -> None:
+    names = ["awful", "poor", "so so", "good", "great"]
+    task = run.config.tasks["sst"].model_copy(update={"classes": names})
+    named = replace(run, config=run.config.model_copy(update={"tasks": {**run.config.tasks, "sst": task}}))
+    service = Held(named, Limits())
+    service.gate.set()
+    service.thread.start()
+    try:
+        status, answer = ask(service.address, "/predict", sst("good", "bad"))
+        _, pair = ask(service.address, "/predict", {"task": "joint", "inputs": [["a", "b"]]})
+    finally:
+        service.server.should_exit = True
+        service.thread.join()
+    found = run.answer("sst", run.tokenise([("good",), ("bad",)])).predictions_N
+    assert status == 200 and [each["prediction"] for each in answer["predictions"]] == [names[int(n)] for n in found]
+    assert pair["predictions"][0]["prediction"] in (0, 1)
 
 
 @contextmanager

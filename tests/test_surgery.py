@@ -5,6 +5,7 @@ Gradients that the tests compare are measured in Gram space too: ‖Σ (v_k - w_
 
 import math
 import random
+import re
 import sys
 from collections.abc import Iterator
 from typing import Any, get_args
@@ -16,7 +17,7 @@ from torch import Tensor
 from torchjd.aggregation import GradVacWeighting, PCDWeighting, PCGradWeighting
 
 from mtbert.config import SurgeryMethod
-from mtbert.errors import UserError
+from mtbert.errors import UserError, to_install
 from mtbert.surgery import AGGREGATORS, Reduction, Surgery, conflicts, pcgrad, pcgrad_vectors, task_orders
 
 SCALES = [0.0, 1e-15, 1e-5, 1.0, 1e15]
@@ -593,7 +594,7 @@ def test_mistakes_are_told_in_one_line(method: str, options: dict[str, object], 
 def test_a_missing_solver_names_the_extra(method: str, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
     surgery(method)  # with the solver there
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(UserError, match=rf"surgery.method {method}: .*pip install 'mtbert\[surgery\]'"):
+    with pytest.raises(UserError, match=rf"surgery.method {method}: .*{re.escape(to_install('surgery'))}"):
         surgery(method)
 
 

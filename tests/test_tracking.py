@@ -289,14 +289,30 @@ def test_time_left() -> None:
     assert [tracking._clock(seconds) for seconds in (0, 59.6, 3661)] == ["0:00:00", "0:01:00", "1:01:01"]
 
 
-def test_bar_on_a_terminal(tmp_path: Path) -> None:
+def use_tokenising() -> None:
+    with tracking.tokenising_told(Rank(), quiet=False) as tell:
+        assert tell
+        for rows in (256, 512):
+            tell("DATA/[bold]rows.csv", rows)
+
+
+def test_tokenising_is_told_by_the_clock_and_by_rank_0_alone(capfd: pytest.CaptureFixture[str]) -> None:
+    use_tokenising()
+    assert capfd.readouterr() == ("tokenising DATA/[bold]rows.csv: 256 rows\n", "")
+    for rank, quiet in ((Rank(), True), (Rank(rank=1, world=2), False)):
+        with tracking.tokenising_told(rank, quiet) as tell:
+            assert tell is None
+
+
+def on_a_terminal(call: str) -> str:
+    """What stands there after a call in a process of its own, without what moves the cursor."""
     code = f"""
 import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
 from pathlib import Path
 from mtbert.runs import Rank
 from mtbert.tracking import Tracker
-from test_tracking import use_everything
-use_everything(Tracker(Path({str(tmp_path)!r}), Rank(), 0, 10))
+from test_tracking import use_everything, use_tokenising
+{call}
 """
     leader, follower = pty.openpty()
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
@@ -307,9 +323,17 @@ use_everything(Tracker(Path({str(tmp_path)!r}), Rank(), 0, 10))
         shown += chunk
     os.close(leader)
     assert process.communicate(timeout=PATIENCE_S)[1] == b""
-    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
+
+
+def test_bar_on_a_terminal(tmp_path: Path) -> None:
+    text = on_a_terminal(f"use_everything(Tracker(Path({str(tmp_path)!r}), Rank(), 0, 10))")
     assert re.search(r"probe .*10/10 sst 0\.600 255 examples/s", text)
     assert text.index("loaded [bold] 3 tasks") < text.rindex("probe")
+
+
+def test_tokenising_on_a_terminal_is_a_live_line() -> None:
+    assert "tokenising DATA/[bold]rows.csv: 512 rows" in on_a_terminal("use_tokenising()")
 
 
 def _read(terminal: int) -> bytes:

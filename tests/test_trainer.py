@@ -23,7 +23,7 @@ import yaml
 from harness import PATIENCE_S, forking_context
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mtbert import checkpoint
+from mtbert import checkpoint, token_cache, tracking
 from mtbert.building import build
 from mtbert.checkpoint import _Reader, load_weights
 from mtbert.config import CheckpointConfig, Config, OptimizerConfig, PhaseConfig
@@ -202,6 +202,41 @@ def test_scores_are_those_of_the_averaged_weights(config: Config) -> None:
     with _Reader(checkpoint) as reader:
         last = reader.span(Span("encoder.words.weight", 0, 160, 0), "master")
     assert not torch.equal(weights(config, run)["encoder.words.weight"].flatten()[:160], last)
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_tokenising_that_takes_long_is_told(
+    config: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], quiet: bool
+) -> None:
+    monkeypatch.setattr(token_cache, "TOLD_AFTER_S", -1.0)
+    monkeypatch.setattr(token_cache, "TOLD_EVERY_S", -1.0)
+    monkeypatch.setattr(tracking, "PLAIN_LINE_EVERY_S", -1.0)
+    train(new_run(config.model_copy(update={"phases": [PhaseConfig(steps=1)]}), "told"), Rank(), quiet=quiet)
+    told = re.findall(r"^tokenising .*/(\S+)\.csv: 0 rows$", capsys.readouterr().out, re.MULTILINE)
+    files = [f"{task}-{split}" for task in ("ids-sst", "quora", "sts") for split in ("train", "dev")]
+    assert told == ([] if quiet else files)
+
+
+def test_classes_with_names_train_as_numbers_do(config: Config, corpus: Path, tmp_path: Path) -> None:
+    """The same weights to the bit, the same scores."""
+    folder = tmp_path / "named"
+    folder.mkdir()
+    for file in corpus.glob("*.csv"):
+        header, *rows = file.read_text().splitlines()
+        if "sst" in file.name:
+            rows = [f"{row.rpartition(chr(9))[0]}\tclass {row.rpartition(chr(9))[2]}" for row in rows]
+        (folder / file.name).write_text("\n".join([header, *rows]) + "\n")
+    task = config.tasks["sst"].model_copy(update={"classes": [f"class {number}" for number in range(5)]})
+    data = config.data.model_copy(update={"dir": str(folder)})
+    phases = [PhaseConfig(steps=3)]
+    short = config.model_copy(update={"phases": phases})
+    named = short.model_copy(update={"tasks": {**config.tasks, "sst": task}, "data": data})
+    runs = [new_run(short, "numbers"), new_run(named, "names")]
+    for run in runs:
+        train(run, Rank(), quiet=True)
+    assert digests(runs[0]) == digests(runs[1])
+    assert (runs[0] / "result.json").read_text() == (runs[1] / "result.json").read_text()
+    assert equal(RunRecord(runs[0]).said("latest"), RunRecord(runs[1]).said("latest"))
 
 
 def test_run_leaves_a_complete_record(config: Config) -> None:

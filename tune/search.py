@@ -37,7 +37,7 @@ from launch.records import ROOT, snapshot_code
 from launch.show import STOPPED
 from mtbert.config import Config
 from mtbert.config_files import config_of, load_config, to_yaml
-from mtbert.errors import CommandLine, UserError
+from mtbert.errors import CommandLine, UserError, to_install
 from mtbert.runs import create_run, redacted, user_path, written_aside
 from mtbert.stops import stop_requests
 from mtbert.yaml_files import dump_yaml, inline_yaml, read_yaml
@@ -140,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def search(args: argparse.Namespace, command: list[str]) -> int:
     for package in ("ray", "optuna"):
         if find_spec(package) is None:
-            raise UserError(f"a search needs {package}: pip install 'mtbert[tune]' (`make search` does it)")
+            raise UserError(f"a search needs {package}: {to_install('tune')} (`make search` does it)")
     if args.resume is not None:
         folder, settings = args.resume.absolute(), resumed_settings(args)
         config = load_config(folder / "base.yaml")

@@ -21,7 +21,7 @@ import yaml
 from harness import PATIENCE_S
 
 from mtbert.config_files import load_config, to_yaml
-from mtbert.errors import UserError
+from mtbert.errors import UserError, to_install
 from mtbert.record import METRICS_FILE
 from mtbert.yaml_files import inline_yaml
 from tune.search import Settings, _gpus_per_node, again, main, new_settings, parser, read_settings, write_settings
@@ -501,7 +501,7 @@ def test_a_search_without_its_extra_says_which(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("tune.search.find_spec", lambda name: None)
     assert main([]) == 2
-    assert capsys.readouterr().err == "error: a search needs ray: pip install 'mtbert[tune]' (`make search` does it)\n"
+    assert capsys.readouterr().err == f"error: a search needs ray: {to_install('tune')} (`make search` does it)\n"
     assert not list(tmp_path.iterdir())
 
 
