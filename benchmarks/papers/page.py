@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
 
 from benchmarks.papers.record import Entry, Line, Search, matched, outdated, unpacked
 from benchmarks.papers.rows import (
@@ -43,7 +44,17 @@ HEADINGS = {
 }
 PICTURED = ("A5", "C4", "B5")
 NOTHING = 0.01
-"""A composite or score that differs by no more than this "changes nothing"."""
+"""The smallest difference of a score or composite that counts."""
+REGIONS: dict[Kind, tuple[float, float]] = {
+    "better": (NOTHING, math.inf),
+    "worse": (-math.inf, -NOTHING),
+    "same": (-NOTHING, NOTHING),
+    "no better": (-math.inf, NOTHING),
+}
+"""Where the difference of two rows lies, if the finding holds."""
+CONFIDENCE = 0.95
+Scores = dict[str, dict[int, dict[str, float]]]
+"""By row and seed: its score in every task, and what `scores` adds."""
 LITTLE = 0.05
 """Surgery that moves the combined gradient by no more than this share of its length in the mean changes little."""
 
@@ -85,14 +96,19 @@ def page(lines: Sequence[Line], wanted: Sequence[Recipe]) -> str:
     found = matched(lines, wanted)
     done = scores(found)
     runs = len({recipe.key for recipe in wanted})
-    parts = [*_head(list(found.values())), f"{len({entry.key for entry in found.values()})} of {runs} runs are done.\n"]
+    first = {recipe.row.name: recipe for recipe in wanted if not recipe.seed}
+    same = {(one, other) for one in first for other in first if first[one].key == first[other].key}
+    findings = [(row.name, claim.than) for row in ROWS for claim in row.claims if claim.kind != "told"]
+    parts = [
+        *_head(list(found.values()), sum(pair not in same for pair in findings)),
+        f"{len({entry.key for entry in found.values()})} of {runs} runs are done.\n",
+    ]
     if keys := changed(wanted):
         parts.append(f"**Not the recipes**: they were run with other values of {keys}.\n")
     if old := outdated(lines, wanted):
         names = "; ".join(outdated_told(line, wanted) for line in old)
         parts.append(f"**Left out**, for these recipes have changed since: {names}.\n")
     uniform = len({entry.precision for entry in found.values()}) < 2
-    first = {recipe.row.name: recipe for recipe in wanted if not recipe.seed}
     for letter, heading in HEADINGS.items():
         members = [row for row in ROWS if row.name[0] == letter]
         parts.append(f"\n## {heading}\n")
@@ -100,14 +116,13 @@ def page(lines: Sequence[Line], wanted: Sequence[Recipe]) -> str:
             "| row | system | SST | paper | para | paper | STS | paper | composite | seeds | steps | σ | minutes |\n"
             "|---|---|---|---|---|---|---|---|---|---|---|---|---|\n"
             + "".join(
-                _line(row, done.get(row.name, []), _seeds(row, found, uniform), first[row.name].config)
+                _line(row, [*done.get(row.name, {}).values()], _seeds(row, found, uniform), first[row.name].config)
                 for row in members
             )
         )
         sentences = []
         for row in members:
-            same = {name for name, recipe in first.items() if recipe.key == first[row.name].key}
-            sentences += [verdict(claim, row, done, claim.than in same) for claim in row.claims]
+            sentences += [verdict(claim, row, done, (row.name, claim.than) in same) for claim in row.claims]
             sentences += [] if row.claims else [standing(row, done)]
             entry = found.get((row.name, 0))
             sentences += [said] if entry and (said := ranking(row, entry)) else []
@@ -117,8 +132,12 @@ def page(lines: Sequence[Line], wanted: Sequence[Recipe]) -> str:
     return "\n".join(parts)
 
 
-def _head(entries: Sequence[Entry]) -> list[str]:
-    """What holds for all rows. Of runs that stand for several rows there are as many entries, of which each counts."""
+def _head(entries: Sequence[Entry], findings: int) -> list[str]:
+    """What holds for all rows. Of runs that stand for several rows there are as many entries, of which each counts.
+
+    Args:
+        findings: how many are tested.
+    """
     runs = list({id(entry): entry for entry in entries}.values())
     sizes = {task: size for entry in entries for task, size in entry.sizes.items()}
     told = "; ".join(f"{name} {train:,} / {dev:,}" for name, (train, dev) in sorted(sizes.items())) or "–"
@@ -139,10 +158,16 @@ def _head(entries: Sequence[Entry]) -> list[str]:
         "the page together.\n",
         f"Encoder: {'; '.join(sorted({entry.encoder for entry in entries})) or '–'}. Data, training / development "
         f"rows: {told}. Scores are on the development sets after the last step, ± the standard deviation over seeds; "
-        "composite = (SST + para + (STS + 1) / 2) / 3. Seeds vary the training alone: the development sets are "
-        f'samples, too (standard error of an accuracy at most: {chance or "–"}). "Changes nothing" holds if the '
-        f"difference stays within {_plain(NOTHING)} with twice its standard error. Minutes are wall time, whatever "
-        "else the machine did meanwhile; they cannot be compared.\n",
+        "composite = (SST + para + (STS + 1) / 2) / 3. Minutes are wall time, whatever else the machine did meanwhile; "
+        "they cannot be compared.\n",
+        f"A finding is tested on the differences between two rows in the seeds that both have, {SEEDS} or more, by the "
+        f"{CONFIDENCE:.0%} t interval of their mean; a difference of less than {_plain(NOTHING)} does not count. It "
+        "holds where the whole interval agrees with it, does not hold where none of it does, and is not decided where "
+        f'a part does ("no difference that counts": all of it lies within ±{_plain(NOTHING)}). There are {findings} '
+        "findings to test, each by itself: about "
+        f"{(1 - CONFIDENCE) * findings:.0f} of so many intervals miss the true difference. Seeds vary the training "
+        f"alone: the development sets are samples, too (standard error of an accuracy at most: {chance or '–'}), which "
+        "no interval here includes.\n",
         "The papers fine-tuned BERT-base (110 M), A for 10 or 7 epochs, B's last systems for 30, C for one, D does not "
         "say; question pairs: 141 k in C, 202 k in D, over 400 k in B. What was cut is in each row's YAML "
         "(`configs/papers/`), so findings are compared, not numbers.\n",
@@ -212,18 +237,18 @@ def outdated_told(line: Entry, wanted: Sequence[Recipe]) -> str:
 # ------------------------------------------------------------------------------------------------------ findings
 
 
-def scores(found: dict[tuple[str, int], Entry]) -> dict[str, list[dict[str, float]]]:
-    """Per row, of every finished seed: score by task, `composite` (of the three tasks) and `seconds`, `steps`."""
-    done: dict[str, list[dict[str, float]]] = {}
-    for (name, _), entry in found.items():
+def scores(found: dict[tuple[str, int], Entry]) -> Scores:
+    """Of every finished run: score by task, `composite` (of the three tasks) and `seconds`, `steps`."""
+    done: Scores = {}
+    for (name, seed), entry in found.items():
         said = dict(entry.scores)
         if all(task in said for task in TASKS):
             said["composite"] = (said["sst"] + said["para"] + (said["sts"] + 1) / 2) / 3
-        done.setdefault(name, []).append({**said, "seconds": entry.seconds, "steps": float(entry.steps)})
+        done.setdefault(name, {})[seed] = {**said, "seconds": entry.seconds, "steps": float(entry.steps)}
     return done
 
 
-def verdict(claim: Claim, row: Row, found: dict[str, list[dict[str, float]]], one_run: bool = False) -> str:
+def verdict(claim: Claim, row: Row, found: Scores, one_run: bool = False) -> str:
     """One sentence: the paper's finding, its numbers, ours, and whether ours bear it out.
 
     Args:
@@ -234,43 +259,53 @@ def verdict(claim: Claim, row: Row, found: dict[str, list[dict[str, float]]], on
         why = f"the configurations of {row.name} and {claim.than} are equal, one run"
         return f"{opening}{_paper_s(claim, row)}: cannot show; {why}."
     one, other = (
-        [values[claim.metric] for values in found.get(name, []) if claim.metric in values]
+        {seed: values[claim.metric] for seed, values in found.get(name, {}).items() if claim.metric in values}
         for name in (row.name, claim.than)
     )
-    if not one or not other:
-        return f"{opening}: not run."
-    difference = statistics.fmean(one) - statistics.fmean(other)
-    spread = math.nan
-    if min(len(one), len(other)) > 1:
-        spread = math.sqrt(statistics.variance(one) / len(one) + statistics.variance(other) / len(other))
-    told = f"{_signed(difference)} {claim.metric} against {claim.than}"
-    told += f" (standard error {_plain(spread)}, {len(one)} seeds)" if spread == spread else " (one seed)"
+    # by seed: whatever a seed gives both rows alike (order of the data, dropout) is no difference between them
+    differences = [one[seed] - other[seed] for seed in sorted(one.keys() & other.keys())]
+    if not differences:
+        return f"{opening}: not run{' with the same seed' * bool(one and other)}."
+    counted = f"{len(differences)} seed{'s' * (len(differences) > 1)}"
+    if len(differences) >= SEEDS:
+        low, high = interval(differences)
+        counted = f"{CONFIDENCE:.0%}: {_signed(low)} … {_signed(high)}; {counted}"
+    told = f"{_signed(statistics.fmean(differences))} {claim.metric} against {claim.than} ({counted})"
     if claim.kind == "told":
         return f"{opening}: {told}."
-    return f"{opening}{_paper_s(claim, row)}: {_judged(claim.kind, difference, spread)}; {told}."
+    return f"{opening}{_paper_s(claim, row)}: {_judged(claim.kind, differences)}; {told}."
 
 
-def _judged(kind: Kind, difference: float, spread: float) -> str:
-    """`spread` is the standard error of the difference, not a number for one seed, which cannot tell it from chance."""
-    if kind in ("same", "no better"):
-        size = abs(difference) if kind == "same" else difference
-        if size + 2 * spread <= NOTHING:
-            return "holds"
-        return "does not hold" if size - 2 * spread > NOTHING else "not decided"
-    agrees = (difference > 0) == (kind == "better")
-    if spread != spread:
-        return f"{'same' if agrees else 'other'} direction, not decided"
-    if abs(difference) <= 2 * spread:
-        return "not decided, within the spread of the seeds"
-    return "holds" if agrees else "does not hold"
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """That of the mean (Student's t); NaN for a single value, which says nothing of chance."""
+    if len(values) < 2:
+        return math.nan, math.nan
+    mean, half = statistics.fmean(values), stats.sem(values) * stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)
+    return float(mean - half), float(mean + half)
 
 
-def standing(row: Row, found: dict[str, list[dict[str, float]]]) -> str:
+def _judged(kind: Kind, differences: Sequence[float]) -> str:
+    """`differences` of the metric in the same seed."""
+    mean, (least, most) = statistics.fmean(differences), REGIONS[kind]
+    directed = kind in ("better", "worse")
+    if len(differences) < SEEDS:
+        agrees = "same" if (mean > 0) == (kind == "better") else "other"
+        so_far = f"{agrees} direction, " if abs(mean) > NOTHING else "no difference that counts so far, "
+        return f"{so_far * directed}not decided"
+    low, high = interval(differences)
+    if directed and -NOTHING <= low <= high <= NOTHING:
+        return "no difference that counts"  # nor may the paper's, so it neither holds nor not
+    if least <= low and high <= most:
+        return "holds"
+    return "does not hold" if high <= least or most <= low else "not decided"
+
+
+def standing(row: Row, found: Scores) -> str:
     """One sentence on a row of which no paper claims anything: what is measured against it, and its score."""
     against = [other.name for other in ROWS if any(claim.than == row.name for claim in other.claims)]
     purpose = f"measured against it: {', '.join(against)}" if against else "nothing is measured against it"
     metric = "cfimdb" if row.name == "C0-cfimdb" else "composite"
-    values = [each[metric] for each in found.get(row.name, []) if metric in each]
+    values = [each[metric] for each in found.get(row.name, {}).values() if metric in each]
     ours = f"{metric} {_score(values)} ({len(values)} seed{'s' * (len(values) > 1)})" if values else "not run"
     theirs = _composite(row.paper)
     paper = "no such number in a paper" if theirs is None else f"paper: {_plain(theirs)}"

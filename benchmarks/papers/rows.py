@@ -86,7 +86,7 @@ ROWS = [
     ),
     _row(
         *("A9", "A6 + two hidden layers per head", (0.496, 0.794, 0.362)),
-        ("composite", "A5", "same", "deeper heads with cosine MNRL do no more than multitask fine-tuning"),
+        ("composite", "A5", "no better", "deeper heads with cosine MNRL do no more than multitask fine-tuning"),
     ),
     _row("B0", "milestone baseline: SST alone", (0.316, 0.369, -0.009)),
     _row(
