@@ -496,24 +496,42 @@ def test_surgery_is_measured_against_the_plain_weights(tmp_path: Path) -> None:
         run = recorded(tmp_path / name, name, [two, one, broken])
         table = compact(run.curves, lambda tag: tag.startswith("gradient/"), "gradient/cosine/")
         assert table is not None and table["step"] == [9, 29]
-        changes = pages.surgery_changes(unpacked(table), share < 1)
-        assert sorted(changes[0]) == pytest.approx([0.1, 0.2], rel=1e-3)
-        assert changes[1] == pytest.approx([moved], rel=1e-3)
+        assert pages.surgery_moves(unpacked(table), share < 1) == pytest.approx([moved], rel=1e-3)
+        assert pages.heads_share(unpacked(table)) == pytest.approx(4 / (4 + (norms**2).sum()), rel=1e-3)
         page = tmp_path / "docs" / "papers.md"
-        pages.write_page(page, [entry(name, curves=table)], pages.all_recipes([]))
-        assert f"| {name} | sst~para | −.242 | −.242 … −.242 | 100% |" in page.read_text()
+        pages.write_page(page, [entry(name, curves=table, steps=40)], pages.all_recipes([]))
+        told = page.read_text()
+        assert f"| {name} | sst~para | 2 | −.242 | −.242 … −.242 | −.242 … −.242 | 100% |" in told
+        assert f"one step in 10): {name} 2 of 4.\n" in told
         assert "sst and para" in (tmp_path / "docs" / "papers" / "conflicts.svg").read_text()
 
 
-def test_what_surgery_did_is_told_from_the_numbers() -> None:
-    cosines, weights = np.array([-0.2, 0.1, 0.1, 0.2]), np.array([0.1, 0.2])
-    much, little = (weights, np.array([0.08, 0.1])), (weights, np.array([0.01, 0.02]))
-    said = pages.surgery_told({"A5": much, "C4": little}, cosines)
-    assert "25% of the cosines lie below 0, the mean of their sizes is .150" in said
-    assert (
-        "in the mean by: A5 15.0% (at most 20%)" in said and "C4 1.5% (at most 2%). In A5 that is more than 5%" in said
-    )
-    assert "That is 5% or less everywhere" in pages.surgery_told({"C4": little}, cosines)
+def conflicting(**means: float) -> dict[str, dict[str, Curve]]:
+    """Of rows with two tasks: cosines around these means, their standard error a bit over .01."""
+    noise = np.array([-0.05, 0.05] * 10)
+    tag, steps = "gradient/cosine/sst~sts", np.arange(20) * 10 + 9
+    return {name: {tag: Curve(steps, mean + noise)} for name, mean in means.items()}
+
+
+def test_a_conflict_is_a_mean_below_0_that_chance_does_not_explain() -> None:
+    """Half the cosines of orthogonal gradients are negative too, and surgery moves these as well."""
+    moves = {"A5": np.array([0.06, 0.26]), "C4": np.array([0.01, 0.02])}
+    said = pages.surgery_told(conflicting(A5=-0.01, C4=-0.1), moves, {"A5": 0.2, "C4": 0.1})
+    assert "in the mean: A5 16.0% (at most 26%), C4 1.5% (at most 2%). That alone shows no conflict" in said
+    assert "Of 2 pairs, the mean lies below 0 with its whole interval for C4 sst~sts" in said
+    assert "In A5 no pair conflicts by more than chance" in said and "in the median: A5 20%, C4 10%" in said
+    said = pages.surgery_told(conflicting(A5=-0.01), moves, {"A5": 0.2})
+    assert "for none" in said and "C4" not in said
+    said = pages.surgery_told(conflicting(C4=-0.1), moves, {"C4": 0.1})
+    assert "no pair conflicts" not in said and "A5" not in said
+
+
+def test_few_steps_under_surgery_are_told() -> None:
+    """Most of C4's have one task alone: they may undo whatever surgery did."""
+    curves = conflicting(C4=-0.1, A5=0.0)
+    said = pages.reach_told(curves, {"C4": entry("C4", steps=1662), "A5": entry("A5", steps=300)})
+    assert "C4 20 of 166, A5 20 of 30. Less than half of them in C4 (none logged after step 200 of 1,662): " in said
+    assert pages.reach_told(curves, {name: entry(name, steps=300) for name in curves}).endswith("A5 20 of 30.")
 
 
 def test_without_arguments_the_places_beside_the_checkout_are_taken(

@@ -387,53 +387,73 @@ def _score(values: Sequence[float]) -> str:
 # ----------------------------------------------------------------------------------------------------- conflicts
 
 
-def _conflicts(curves: dict[str, dict[str, Curve]], entries: dict[str, Entry]) -> str:
+COSINES = "gradient/cosine/"
+Curves = dict[str, dict[str, Curve]]
+"""By row and tag."""
+
+
+def _conflicts(curves: Curves, entries: dict[str, Entry]) -> str:
     """The measured cosines of the pictured rows in numbers, and what surgery did with them."""
-    changes = {
-        name: surgery_changes(of, entries[name].as_config.surgery.options.get("reduction") == "mean")
+    moves = {
+        name: surgery_moves(of, entries[name].as_config.surgery.options.get("reduction") == "mean")
         for name, of in curves.items()
     }
-    changes = {name: each for name, each in changes.items() if len(each[0])}
-    if not changes:
+    moves = {name: each for name, each in moves.items() if len(each)}
+    if not moves:
         return "\n## Do the tasks conflict?\n\nNot measured yet.\n"
-    lines = ["| row | pair | mean cosine | 5 % … 95 % | share below 0 |\n|---|---|---|---|---|\n"]
-    cosines: list[float] = []
-    for name in changes:
-        for tag, curve in sorted(curves[name].items()):
-            if tag.startswith("gradient/cosine/"):
-                cosines += curve.values.tolist()
-                low, high = np.percentile(curve.values, [5, 95])
-                lines.append(
-                    f"| {name} | {tag.rpartition('/')[2]} | {_signed(float(np.mean(curve.values)))} | "
-                    f"{_signed(low)} … {_signed(high)} | {np.mean(curve.values < 0):.0%} |\n"
-                )
-    every = " or ".join(sorted({str(entries[name].as_config.run.log_every) for name in changes}))
+    curves = {name: curves[name] for name in moves}
+    lines = [
+        f"| row | pair | steps | mean cosine | {CONFIDENCE:.0%} interval of the mean | 5% … 95% of the steps | share "
+        f"below 0 |\n{'|---' * 7}|\n"
+    ]
+    for (name, pair), values in _pairs(curves).items():
+        both = interval(values), np.percentile(values, [5, 95])
+        spans = (f"{_signed(low)} … {_signed(high)}" for low, high in both)
+        mean, below = statistics.fmean(values), np.mean(np.array(values) < 0)
+        lines.append(f"| {name} | {pair} | {len(values)} | {_signed(mean)} | {' | '.join(spans)} | {below:.0%} |\n")
+    heads = {name: heads_share(of) for name, of in curves.items()}
     return (
         "\n## Do the tasks conflict?\n\n![cosine of every pair of task gradients](papers/conflicts.svg)\n\n"
-        + "".join(lines)
-        + f"\nSeed 0, one step in {every}, where two tasks or more reach the encoder. "
-        + surgery_told(changes, np.array(cosines))
+        f"{''.join(lines)}\n{reach_told(curves, entries)}\n\n{surgery_told(curves, moves, heads)}\n"
     )
 
 
-def surgery_changes(curves: dict[str, Curve], averages: bool) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """What surgery did at the logged steps of two tasks or more: |w / plain − 1| of every task's weight; and how far
-    the encoder's combined gradient moved, as a share of the plain one's length (from the logged norms and cosines).
+def _pairs(curves: Curves) -> dict[tuple[str, str], list[float]]:
+    """The cosines at the logged steps, by row and pair of tasks."""
+    return {
+        (name, tag.removeprefix(COSINES)): curve.values.tolist()
+        for name, of in curves.items()
+        for tag, curve in sorted(of.items())
+        if tag.startswith(COSINES)
+    }
 
-    plain is the weight without surgery: 1, or 1 / tasks where the method `averages` (Pytorch-PCGrad).
-    """
+
+def _by_step(curves: dict[str, Curve]) -> list[dict[str, float]]:
+    """What was logged at each step, by tag."""
     logged: dict[int, dict[str, float]] = {}
     for tag, curve in curves.items():
         for step, value in zip(curve.steps.tolist(), curve.values.tolist(), strict=True):
             logged.setdefault(step, {})[tag] = value
-    weights, gradients = [], []
-    for values in logged.values():
-        of_a_task = ("gradient/weight/", "gradient/norm/")
-        # not of the norms, for there are those of all tasks combined and of all heads
-        named = (tag.rpartition("/")[2] for tag in values if tag.startswith(("gradient/weight/", "gradient/cosine/")))
-        tasks = sorted({task for name in named for task in name.split("~")})
+    return list(logged.values())
+
+
+def _tasks(values: dict[str, float]) -> list[str]:
+    """Those that reach the encoder at a step; not from the norms, for there are those of all combined and of heads."""
+    named = (tag.rpartition("/")[2] for tag in values if tag.startswith(("gradient/weight/", COSINES)))
+    return sorted({task for name in named for task in name.split("~")})
+
+
+def surgery_moves(curves: dict[str, Curve], averages: bool) -> NDArray[np.float64]:
+    """How far surgery moved the encoder's combined gradient at the logged steps of two tasks or more, as a share of the
+    plain one's length (from the logged weights, norms and cosines).
+
+    The plain one has weights of 1, or 1 / tasks where the method `averages` (Pytorch-PCGrad).
+    """
+    moves = []
+    for values in _by_step(curves):
+        tasks = _tasks(values)
         pairs = {pair: _cosine(values, *pair) for pair in itertools.permutations(tasks, 2)}
-        weights_norms = [[values.get(f"{tag}{task}") for task in tasks] for tag in of_a_task]
+        weights_norms = [[values.get(f"gradient/{kind}/{task}") for task in tasks] for kind in ("weight", "norm")]
         if not pairs or None in (*itertools.chain(*weights_norms), *pairs.values()):
             continue  # one task alone, or a number that was not finite
         weight_K, norm_K = np.array(weights_norms, np.float64)
@@ -442,33 +462,70 @@ def surgery_changes(curves: dict[str, Curve], averages: bool) -> tuple[NDArray[n
             gram_KK[tasks.index(one), tasks.index(other)] *= cosine
         plain_K = np.full(len(tasks), 1 / len(tasks) if averages else 1.0)
         moved_K = weight_K - plain_K
-        weights += np.abs(moved_K / plain_K).tolist()
-        gradients.append(math.sqrt(max(moved_K @ gram_KK @ moved_K, 0) / (plain_K @ gram_KK @ plain_K or math.inf)))
-    return np.array(weights), np.array(gradients)
+        moves.append(math.sqrt(max(moved_K @ gram_KK @ moved_K, 0) / (plain_K @ gram_KK @ plain_K or math.inf)))
+    return np.array(moves)
 
 
 def _cosine(values: dict[str, float], one: str, other: str) -> float | None:
-    return values.get(f"gradient/cosine/{one}~{other}", values.get(f"gradient/cosine/{other}~{one}"))
+    return values.get(f"{COSINES}{one}~{other}", values.get(f"{COSINES}{other}~{one}"))
 
 
-def surgery_told(
-    changes: dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]], cosines: NDArray[np.float64]
-) -> str:
-    """How far surgery changed the gradients of each row, and what that means for what it can do."""
-    weights, gradients = (
-        ", ".join(f"{name} {np.mean(each[at]):.1%} (at most {np.max(each[at]):.0%})" for name, each in changes.items())
-        for at in (0, 1)
+def heads_share(curves: dict[str, Curve]) -> float:
+    """Of the squared lengths of the task gradients, encoder and heads, the median over the logged steps."""
+    shares = []
+    for values in _by_step(curves):
+        squares = [values.get(f"gradient/norm/{name}", math.nan) ** 2 for name in ("heads", *_tasks(values))]
+        shares.append(squares[0] / (sum(squares) or math.inf))
+    return float(np.nanmedian(shares))
+
+
+def reach_told(curves: Curves, entries: dict[str, Entry]) -> str:
+    """In how many of a row's steps surgery has something to do."""
+    every = {name: entries[name].as_config.run.log_every for name in curves}
+    logged = {name: entries[name].steps // every[name] for name in curves}
+    reached = {
+        name: sorted({step for tag, curve in of.items() if tag.startswith(COSINES) for step in curve.steps.tolist()})
+        for name, of in curves.items()
+    }
+    counted = ", ".join(f"{name} {len(steps)} of {logged[name]}" for name, steps in reached.items())
+    told = (
+        "Seed 0. Two tasks or more reach the encoder in so many of the logged steps (one step in "
+        f"{' or '.join(sorted(map(str, set(every.values()))))}): {counted}."
     )
-    much = [name for name, (_, moved) in changes.items() if np.mean(moved) > LITTLE]
-    meaning = (
-        f"In {', '.join(much)} that is more than {LITTLE:.0%}: where surgery leaves a score as it was there, that is "
-        "not for want of conflicts."
-        if much
-        else f"That is {LITTLE:.0%} or less everywhere: there is little to project away, and the combined gradient is "
-        "nearly the plain one, which bounds what surgery can do to a score."
+    few = ", ".join(
+        f"{name} (none logged after step {steps[-1] + 1:,} of {entries[name].steps:,})"
+        for name, steps in reached.items()
+        if 2 * len(steps) < logged[name]
     )
+    if few:
+        told += f" Less than half of them in {few}: a score that surgery leaves as it was may owe that to the other "
+        told += "steps, which surgery does not touch."
+    return told
+
+
+def surgery_told(curves: Curves, moves: dict[str, NDArray[np.float64]], heads: dict[str, float]) -> str:
+    """Whether task gradients conflict by more than chance, and how far surgery moves the encoder's.
+
+    Args:
+        moves: by row, as of `surgery_moves`.
+        heads: by row, as of `heads_share`.
+    """
+    pairs = _pairs(curves)
+    below = [place for place, values in pairs.items() if interval(values)[1] < 0]
+    without = [name for name in curves if name not in {row for row, _ in below}]
+    moved = ", ".join(f"{name} {np.mean(moves[name]):.1%} (at most {np.max(moves[name]):.0%})" for name in curves)
+    told = (
+        "Surgery moves the encoder's combined gradient by this share of its length, in the mean: "
+        f"{moved}. That alone shows no conflict: gradients with nothing in common have cosines of either sign, by the "
+        f"batch, and PCGrad projects away whatever lies below 0. Of {len(pairs)} pairs, the mean lies below 0 with its "
+        f"whole interval for {', '.join(' '.join(place) for place in below) or 'none'}. "
+    )
+    if without:
+        told += f"In {', '.join(without)} no pair conflicts by more than chance, as B supposed of its tasks (5.2). "
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in heads.items())
     return (
-        f"{np.mean(cosines < 0):.0%} of the cosines lie below 0, the mean of their sizes is "
-        f"{_plain(float(np.mean(np.abs(cosines))))}. Surgery changes a task's weight in the mean by: {weights}; and "
-        f"moves the combined gradient, in the mean, by this share of its length: {gradients}. {meaning}\n"
+        f"{told.rstrip()}\n\nSurgery here works on the encoder alone. Pytorch-PCGrad (A and B used it, C names it) takes "
+        "all parameters: heads' gradients change, too, and each projection is divided by ‖g_j‖² with the head's part in "
+        "it, so that the encoder's moves by less. Heads have this part of the squared length of the task gradients "
+        f"here, in the median: {shares}."
     )
