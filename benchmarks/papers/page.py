@@ -307,7 +307,7 @@ def standing(row: Row, found: Scores) -> str:
     metric = "cfimdb" if row.name == "C0-cfimdb" else "composite"
     values = [each[metric] for each in found.get(row.name, {}).values() if metric in each]
     ours = f"{metric} {_score(values)} ({len(values)} seed{'s' * (len(values) > 1)})" if values else "not run"
-    theirs = _composite(row.paper)
+    theirs = paper_score(row, "composite")
     paper = "no such number in a paper" if theirs is None else f"paper: {_plain(theirs)}"
     return f"**{row.name}**: no finding of its own; {purpose}; {ours}; {paper}."
 
@@ -355,15 +355,15 @@ def search_differs(search: Search, config: Config) -> str:
 
 def _paper_s(claim: Claim, row: Row) -> str:
     other = next(each for each in ROWS if each.name == claim.than)
-    ours, theirs = (
-        _composite(each.paper) if claim.metric == "composite" else each.paper[TASKS.index(claim.metric)]
-        for each in (row, other)
-    )
+    ours, theirs = (paper_score(each, claim.metric) for each in (row, other))
     return "" if ours is None or theirs is None else f" (paper: {_signed(ours - theirs)})"
 
 
-def _composite(paper: tuple[float | None, float | None, float | None]) -> float | None:
-    sst, para, sts = paper
+def paper_score(row: Row, metric: str) -> float | None:
+    """What a paper tells of the row; its composite by our formula, which only A prints."""
+    if metric != "composite":
+        return row.paper[TASKS.index(metric)]
+    sst, para, sts = row.paper
     return None if sst is None or para is None or sts is None else (sst + para + (sts + 1) / 2) / 3
 
 
@@ -524,8 +524,8 @@ def surgery_told(curves: Curves, moves: dict[str, NDArray[np.float64]], heads: d
         told += f"In {', '.join(without)} no pair conflicts by more than chance, as B supposed of its tasks (5.2). "
     shares = ", ".join(f"{name} {share:.0%}" for name, share in heads.items())
     return (
-        f"{told.rstrip()}\n\nSurgery here works on the encoder alone. Pytorch-PCGrad (A and B used it, C names it) takes "
-        "all parameters: heads' gradients change, too, and each projection is divided by ‖g_j‖² with the head's part in "
-        "it, so that the encoder's moves by less. Heads have this part of the squared length of the task gradients "
-        f"here, in the median: {shares}."
+        f"{told.rstrip()}\n\nSurgery here works on the encoder alone. Pytorch-PCGrad (A and B used it, C names it) "
+        "takes all parameters: heads' gradients change, too, and each projection is divided by ‖g_j‖² with the head's "
+        "part in it, so that the encoder's moves by less. Heads have this part of the squared length of the task "
+        f"gradients here, in the median: {shares}."
     )
