@@ -97,7 +97,7 @@ def test_c1_is_c0s_run_for_it_cannot_differ() -> None:
     assert [phase.tasks for phase in recipe("C1").phases] == [["sst"]]  # the heads with more dropout are not trained
     row = row_of("C1")
     sentence = pages.verdict(row.claims[0], row, {}, one_run=True)
-    assert "(paper: +.139): cannot show; the configurations of C1 and C0-sst are equal" in sentence
+    assert "(by the paper's scores: +.139): cannot show; the configurations of C1 and C0-sst are equal" in sentence
 
 
 @pytest.mark.parametrize(
@@ -217,7 +217,7 @@ def test_runs_go_into_the_record_and_the_page_is_written_from_it(
     assert all(list(json.loads(line)) == sorted(json.loads(line)) for line in text.splitlines())
     assert "2 of " in told and " runs are done" in told and "run with other values of encoder." in told
     assert sum(line.startswith("| [D") and " | 1 | 2 | " in line for line in told.splitlines()) == 3
-    assert "beats concatenation on paraphrases (paper: +.013): " in told and "not decided" in told
+    assert "beats concatenation on paraphrases (by the paper's scores: +.013): " in told and "not decided" in told
 
     # nothing is repeated, and the page needs nothing but the record
     capsys.readouterr()
@@ -443,14 +443,67 @@ def test_every_row_has_its_sentence_and_c7_its_line() -> None:
     for name in (*NAMES, "C7"):
         assert f"\n- **{name}**" in page, name
     assert "standard error of an accuracy at most: sst .015" in page
-    assert "- **A1**: no finding of its own; measured against it: A2, A3, A4; not run; paper: .467." in page
+    assert (
+        "- **A1**: no finding of its own; measured against it: A2, A3, A4; not run; by the paper's scores: .467" in page
+    )
     assert "run.dir=runs/papers`, then `make papers`): not run." in page
     assert "| [C1](../configs/papers/C1.yaml) |" in page and "\n1 of 121 runs are done." in page
 
 
+@pytest.mark.parametrize(
+    ("name", "examples", "sigma"),
+    [
+        ("A1", 300 * 32, "–"),  # one task: no round robin
+        ("A4", 300 * 96, "30"),
+        ("B2", 2 * 189 * 96, "–"),
+        ("B3", 706 * 96, "353"),
+        ("B5", 750 * 96, "25"),
+        ("C4", 2118 * 32, "–"),
+        ("C5", 706 * 96, "706"),
+        ("D2", 900 * 32, "–"),
+        ("D3", 300 * 32 + 300 * 96, "–"),
+        ("E-adaptive", 1056 * 32, "–"),
+    ],
+)
+def test_examples_are_counted_for_steps_differ(name: str, examples: int, sigma: str) -> None:
+    sizes = {"sst": (8544, 1101), "para": (53183, 10051), "sts": (6040, 863), "nli": (27275, 0)}
+    run = entry(name, sizes={task: sizes[task] for task in recipe(name).tasks})
+    assert pages.examples(run) == pytest.approx(examples, rel=2e-3)
+    assert pages.sigma(recipe(name)) == sigma
+    assert f"| {pages.examples(run):,} | {sigma} | 1.5 |" in page_of(run)
+
+
+def test_what_leans_on_the_encoders_training_is_named() -> None:
+    """Learnt weights of a dot product and ranking, too, not only cosine heads; what concatenates does not."""
+    told = next(line for line in page_of(entry("A1")).splitlines() if line.startswith("**Contamination:**"))
+    names = told.rpartition(": ")[2].removesuffix(".").split(", ")
+    assert {"A2", "A3", "A6", "A7", "A9", "B1", "B5", "C2", "C6", "D1", "D4", "D5-sts", "D6-dot-tune"} <= set(names)
+    assert {"E-cosine", "E-uniform", "E-annealed", "E-adaptive"} <= set(names)
+    assert not {"A1", "A4", "A5", "A8", "B0", "C0-sst", "C1", "D6-concat-probe", "E-linear", "E-mgda"} & set(names)
+
+
+def test_what_no_paper_prints_is_not_called_theirs() -> None:
+    page = page_of(entry("A1"))
+    assert "(paper: +" not in page and "(paper: −" not in page and "; paper: " not in page
+    assert "- **D6-concat-tune**" in page and "not run; no composite in the paper.\n" in page
+    assert "- **C0-cfimdb**: no finding of its own; nothing is measured against it; not run; no such number" in page
+    for printed in ("−.092", "−.434", ".187", "plain averages"):
+        assert printed in page
+    scores: pages.Scores = {name: {0: {"para": 0.7}} for name in ("A5", "A7")}
+    claim = next(claim for claim in row_of("A7").claims if claim.metric == "para")
+    said = pages.verdict(claim, row_of("A7"), scores)
+    assert "(by the paper's scores: −.004, less than counts here): no difference" in said
+
+
+def test_c_is_told_with_its_loss_and_its_cut() -> None:
+    page = page_of(entry("A1"))
+    assert "- **C3**, its STS loss: squared error (C names none) pulls a bare cosine to 1" in page
+    assert f"so that it sees {706 / 1662:.0%} of C4's question pairs" in page
+
+
 def test_precision_is_told_where_it_is_mixed() -> None:
     seeds = [entry("A5", 0), entry("A5", 1, precision="fp32", machine={"cpu": "D", "cores": 4}), entry("A5", 2)]
-    assert "| .633 ± .000 | 2 bf16 + 1 fp32 | 300 | 30 | 1.5 |" in page_of(*seeds)
+    assert "| .633 ± .000 | 2 bf16 + 1 fp32 | 300 | 15,000 | 30 | 1.5 |" in page_of(*seeds)
     assert "C, 2 cores, bf16: 2; D, 4 cores, fp32: 1; 2030-01-01, at c0ffee" in page_of(*seeds)
     assert "| .633 ± .000 | 2 | 300 |" in page_of(seeds[0], seeds[2])
 
@@ -489,6 +542,7 @@ def test_c7_is_told_from_its_search(tmp_path: Path) -> None:
     text = (tmp_path / "papers.jsonl").read_text()
     (search,) = Record(tmp_path / "papers.jsonl").lines()
     assert isinstance(search, Search) and folder.is_dir()
+    assert "are tried over 706 steps, in which 1e-5 moves little" in pages.search_told([search], config)
     assert pages.search_told([search], config).endswith(
         "another choice here, 0.0001 and .300, composite .654; 1 of 6 trials, one seed each, not decided."
     )
@@ -505,11 +559,16 @@ def recorded(folder: Path, name: str, lines: list[dict[str, Any]]) -> RunRecord:
     return RunRecord(folder)
 
 
-@pytest.mark.parametrize(("losses", "said"), [([0.8, 4.2, 4.3], "at 67% "), ([0.8, 0.9, 4.3], "no lasting collapse")])
+@pytest.mark.parametrize(
+    ("losses", "said"),
+    [([0.8, 4.2, 4.3], ": consistent with a collapse, no proof of one: "), ([0.8, 0.9, 4.3], "no lasting collapse.")],
+)
 def test_a_collapse_of_ranking_is_told(losses: list[float], said: str, tmp_path: Path) -> None:
     run = recorded(tmp_path / "run", "A2", [{"loss/sts": loss} for loss in losses])
     sentence = pages.ranking(row_of("A2"), entry("A2", alike=running.alike(run)))
-    assert sentence is not None and said in sentence and "ln 32" in sentence
+    assert sentence is not None and said in sentence
+    assert f"at {np.mean(np.array(losses) > 4):.0%} of the logged steps" in sentence
+    assert "the sts loss, huber with ranking, was ln 32 or more" in sentence
     assert f"- {sentence}" in page_of(entry("A2", alike=running.alike(run)))
     other = recorded(tmp_path / "other", "A4", [{"loss/sts": 9.0}])
     assert pages.ranking(row_of("A2"), entry("A4", alike=running.alike(other))) is None

@@ -16,6 +16,7 @@ from scipy import stats
 from benchmarks.papers.record import Entry, Line, Search, matched, outdated, unpacked
 from benchmarks.papers.rows import (
     AS_THEY_ARE,
+    NONE,
     ROOT,
     ROWS,
     SEEDS,
@@ -31,6 +32,7 @@ from benchmarks.papers.rows import (
 )
 from mtbert.config import Config
 from mtbert.errors import UserError
+from mtbert.phases import plan
 from mtbert.record import Curve
 from mtbert.runs import write_atomically
 
@@ -100,7 +102,7 @@ def page(lines: Sequence[Line], wanted: Sequence[Recipe]) -> str:
     same = {(one, other) for one in first for other in first if first[one].key == first[other].key}
     findings = [(row.name, claim.than) for row in ROWS for claim in row.claims if claim.kind != "told"]
     parts = [
-        *_head(list(found.values()), sum(pair not in same for pair in findings)),
+        *_head(list(found.values()), first, sum(pair not in same for pair in findings)),
         f"{len({entry.key for entry in found.values()})} of {runs} runs are done.\n",
     ]
     if keys := changed(wanted):
@@ -113,8 +115,8 @@ def page(lines: Sequence[Line], wanted: Sequence[Recipe]) -> str:
         members = [row for row in ROWS if row.name[0] == letter]
         parts.append(f"\n## {heading}\n")
         parts.append(
-            "| row | system | SST | paper | para | paper | STS | paper | composite | seeds | steps | σ | minutes |\n"
-            "|---|---|---|---|---|---|---|---|---|---|---|---|---|\n"
+            "| row | system | SST | paper | para | paper | STS | paper | composite | seeds | steps | examples | σ | "
+            f"minutes |\n{'|---' * 14}|\n"
             + "".join(
                 _line(row, [*done.get(row.name, {}).values()], _seeds(row, found, uniform), first[row.name].config)
                 for row in members
@@ -124,6 +126,7 @@ def page(lines: Sequence[Line], wanted: Sequence[Recipe]) -> str:
         for row in members:
             sentences += [verdict(claim, row, done, (row.name, claim.than) in same) for claim in row.claims]
             sentences += [] if row.claims else [standing(row, done)]
+            sentences += [f"**{row.name}**, {row.note}."] if row.note else []
             entry = found.get((row.name, 0))
             sentences += [said] if entry and (said := ranking(row, entry)) else []
         sentences += [search_told(lines, first["C6"].config)] if letter == "C" else []
@@ -132,10 +135,11 @@ def page(lines: Sequence[Line], wanted: Sequence[Recipe]) -> str:
     return "\n".join(parts)
 
 
-def _head(entries: Sequence[Entry], findings: int) -> list[str]:
+def _head(entries: Sequence[Entry], first: dict[str, Recipe], findings: int) -> list[str]:
     """What holds for all rows. Of runs that stand for several rows there are as many entries, of which each counts.
 
     Args:
+        first: the recipe of every row with seed 0.
         findings: how many are tested.
     """
     runs = list({id(entry): entry for entry in entries}.values())
@@ -147,6 +151,7 @@ def _head(entries: Sequence[Entry], findings: int) -> list[str]:
     machines = Counter(", ".join([*map(str, _parts(entry)), entry.precision]) for entry in runs)
     days = sorted({entry.when for entry in runs})
     commits = sorted({entry.commit for entry in runs if entry.commit})
+    compare = ", ".join(name for name, recipe in first.items() if compares(recipe.config))
     return [
         "# The four papers' systems here\n",
         "<!-- Written by `python -m benchmarks.papers --report` from benchmarks/papers.jsonl. -->\n",
@@ -158,8 +163,9 @@ def _head(entries: Sequence[Entry], findings: int) -> list[str]:
         "the page together.\n",
         f"Encoder: {'; '.join(sorted({entry.encoder for entry in entries})) or '–'}. Data, training / development "
         f"rows: {told}. Scores are on the development sets after the last step, ± the standard deviation over seeds; "
-        "composite = (SST + para + (STS + 1) / 2) / 3. Minutes are wall time, whatever else the machine did meanwhile; "
-        "they cannot be compared.\n",
+        "composite = (SST + para + (STS + 1) / 2) / 3. Steps differ in size: examples are those that training saw, to "
+        "the hundred, repeated ones each time. Minutes are wall time, whatever else the machine did meanwhile; they "
+        "cannot be compared.\n",
         f"A finding is tested on the differences between two rows in the seeds that both have, {SEEDS} or more, by the "
         f"{CONFIDENCE:.0%} t interval of their mean; a difference of less than {_plain(NOTHING)} does not count. It "
         "holds where the whole interval agrees with it, does not hold where none of it does, and is not decided where "
@@ -169,12 +175,18 @@ def _head(entries: Sequence[Entry], findings: int) -> list[str]:
         f"alone: the development sets are samples, too (standard error of an accuracy at most: {chance or '–'}), which "
         "no interval here includes.\n",
         "The papers fine-tuned BERT-base (110 M), A for 10 or 7 epochs, B's last systems for 30, C for one, D does not "
-        "say; question pairs: 141 k in C, 202 k in D, over 400 k in B. What was cut is in each row's YAML "
-        "(`configs/papers/`), so findings are compared, not numbers.\n",
+        "say. Question pairs for training: 141 k in C; D's 202 k are these with the development and test rows, B's "
+        "\"over 400,000\" all of Quora's; A tells no number. What was cut is in each row's YAML (`configs/papers/`): "
+        "findings are compared, not numbers. Here batches hold texts of like length, for speed, as in no paper: that "
+        "makes gradients and their cosines noisier, and negatives from the batch alike in length.\n",
+        '"By the paper\'s scores" is computed here, composites by our formula: B, C and D print plain averages. (A has '
+        "composites, with a gain of .195 for A4, of which its text makes .187. D's Table 2 prints −.092 and −.434 for "
+        "D5-sst and D5-sts against D1 where its scores give −.108 and −.368.)\n",
         "**Contamination:** all-MiniLM-L6-v2 was trained on Quora duplicates, SNLI and MultiNLI, among others, to tell "
-        "pairs by the cosine of their mean vectors. With that encoder paraphrase scores flatter, gains from NLI (D3, "
-        "D4) are not what they would be for BERT, and whatever has a cosine head (B1-B5, C2-C6, E-cosine against "
-        "E-linear) rests on vectors made for it.\n",
+        "pairs by the cosine of their mean vectors. With that encoder paraphrase scores flatter, and gains from NLI "
+        "(D3, D4) are not what they would be for BERT. These rows compare or rank texts by the cosine or a weighted "
+        "dot product of vectors that were made for it, an advantage over concatenation that BERT may not give: "
+        f"{compare}.\n",
         *([_where(machines, days, commits)] if runs else []),
     ]
 
@@ -214,11 +226,37 @@ def _line(row: Row, done: Sequence[dict[str, float]], seeds: str, config: Config
     cells += [
         _score([values["composite"] for values in done if "composite" in values]),
         seeds,
-        f"{done[0]['steps']:,.0f}" if done else "–",
-        str(config.schedule.length) if config.schedule.kind != "sequential" else "each to its end",
+        *([f"{done[0]['steps']:,.0f}", f"{done[0]['examples']:,.0f}"] if done else ["–", "–"]),
+        sigma(config),
         f"{minutes:.1f}" if minutes == minutes else "–",
     ]
     return f"| {' | '.join(cells)} |\n"
+
+
+def sigma(config: Config) -> str:
+    """The steps of an epoch, where that is a number and a round robin has more tasks than one to go round."""
+    several = any(phase.epochs and len(phase.tasks or config.tasks) > 1 for phase in config.phases)
+    length = config.schedule.length if config.schedule.kind == "round_robin" and several else None
+    return str(length) if isinstance(length, int) else "–"
+
+
+def examples(entry: Entry) -> int:
+    """Those that training saw, repeated ones each time, to the hundred."""
+    seen = 0.0
+    for phase in plan(entry.as_config, [np.ones(entry.sizes[name][0], np.int64) for name in entry.as_config.tasks]):
+        of_a_batch = [
+            len(tokens) / batches
+            for tokens, batches in zip(phase.schedule.tokens_N, phase.schedule.batches_per_pass, strict=True)
+        ]
+        for step in range(phase.first, phase.last + 1):
+            seen += sum(of_a_batch[place] for place, _ in phase.schedule.batches_at(phase.schedule_step(step)))
+    return round(seen / 100) * 100
+
+
+def compares(config: Config) -> bool:
+    """Whether it asks of vectors what sentence encoders are trained for: that texts alike have a large product."""
+    kinds = ("cosine", "relu_cosine", "weighted_dot")
+    return any(task.head.kind in kinds or task.ranking for task in config.tasks.values())
 
 
 def outdated_told(line: Entry, wanted: Sequence[Recipe]) -> str:
@@ -238,13 +276,14 @@ def outdated_told(line: Entry, wanted: Sequence[Recipe]) -> str:
 
 
 def scores(found: dict[tuple[str, int], Entry]) -> Scores:
-    """Of every finished run: score by task, `composite` (of the three tasks) and `seconds`, `steps`."""
+    """Of every finished run: score by task, `composite` (of the three tasks), `seconds`, `steps` and `examples`."""
     done: Scores = {}
     for (name, seed), entry in found.items():
         said = dict(entry.scores)
         if all(task in said for task in TASKS):
             said["composite"] = (said["sst"] + said["para"] + (said["sts"] + 1) / 2) / 3
-        done.setdefault(name, {})[seed] = {**said, "seconds": entry.seconds, "steps": float(entry.steps)}
+        course = {"seconds": entry.seconds, "steps": float(entry.steps), "examples": float(examples(entry))}
+        done.setdefault(name, {})[seed] = said | course
     return done
 
 
@@ -308,7 +347,9 @@ def standing(row: Row, found: Scores) -> str:
     values = [each[metric] for each in found.get(row.name, {}).values() if metric in each]
     ours = f"{metric} {_score(values)} ({len(values)} seed{'s' * (len(values) > 1)})" if values else "not run"
     theirs = paper_score(row, "composite")
-    paper = "no such number in a paper" if theirs is None else f"paper: {_plain(theirs)}"
+    paper = "no such number in a paper" if row.paper == NONE else "no composite in the paper"
+    if theirs is not None:
+        paper = f"by the paper's scores: {_plain(theirs)}"
     return f"**{row.name}**: no finding of its own; {purpose}; {ours}; {paper}."
 
 
@@ -317,10 +358,12 @@ def ranking(row: Row, entry: Entry) -> str | None:
     for name, share in entry.alike.items():
         config = entry.as_config
         size = config.tasks[name].batch_size or config.schedule.batch_size
-        said = "a collapse, so its scores say little of ranking as such" if share >= 0.5 else "no lasting collapse"
+        loss = config.tasks[name].loss_kind
+        collapse = f"consistent with a collapse, no proof of one: a part of it is {loss}'s"
         return (
-            f"**{row.name}**, its ranking: at {share:.0%} of the logged steps of seed {entry.seed} the {name} loss "
-            f"was ln {size} or more, which ranking alone gives where all texts of a batch look alike: {said}."
+            f"**{row.name}**, its ranking: at {share:.0%} of the logged steps of seed {entry.seed} the {name} loss, "
+            f"{loss} with ranking, was ln {size} or more, which ranking alone gives where all texts of a batch look "
+            f"alike: {collapse if share >= 0.5 else 'no lasting collapse'}."
         )
     return None
 
@@ -331,7 +374,8 @@ def search_told(lines: Iterable[Line], config: Config) -> str:
     command += "--evaluations 1 --name C7 --set data.dir=DATA encoder.pretrained=MODEL run.dir=runs/papers"
     opening = (
         "**C7**: the search for C6's learning rate (1e-4, 1e-5, 1e-6), then its dropout (.2, .3, .4); the paper chose "
-        f"1e-5 and .3 ([c7.yaml](../configs/search/c7.yaml), `{command}`, then `make papers`)"
+        f"1e-5 and .3. Here they are tried over {config.schedule.length} steps, in which 1e-5 moves little "
+        f"([c7.yaml](../configs/search/c7.yaml), `{command}`, then `make papers`)"
     )
     search = next((line for line in lines if isinstance(line, Search)), None)
     if search is None:
@@ -356,11 +400,14 @@ def search_differs(search: Search, config: Config) -> str:
 def _paper_s(claim: Claim, row: Row) -> str:
     other = next(each for each in ROWS if each.name == claim.than)
     ours, theirs = (paper_score(each, claim.metric) for each in (row, other))
-    return "" if ours is None or theirs is None else f" (paper: {_signed(ours - theirs)})"
+    if ours is None or theirs is None:
+        return ""
+    little = claim.kind in ("better", "worse") and abs(ours - theirs) < NOTHING
+    return f" (by the paper's scores: {_signed(ours - theirs)}{', less than counts here' * little})"
 
 
 def paper_score(row: Row, metric: str) -> float | None:
-    """What a paper tells of the row; its composite by our formula, which only A prints."""
+    """What a paper tells of the row, its composite by our formula."""
     if metric != "composite":
         return row.paper[TASKS.index(metric)]
     sst, para, sts = row.paper
