@@ -681,6 +681,24 @@ def test_verdicts_come_from_the_numbers(one: list[float], other: list[float], sa
     assert f": {said}" in pages.verdict(row.claims[0], row, found(E_cosine=one, E_linear=other))
 
 
+@pytest.mark.parametrize(
+    ("shift", "spread", "said"),
+    [
+        (0.000, 0.002, "no difference that counts"),
+        (-0.030, 0.002, "does not hold"),
+        (-0.004, 0.004, "not decided"),  # −.014 … +.006: no gain that counts, but as little as the paper's there may be
+        (0.030, 0.002, "holds"),
+    ],
+)
+def test_what_is_little_in_the_paper_is_refuted_by_the_other_sign(shift: float, spread: float, said: str) -> None:
+    claim = next(claim for claim in row_of("A2").claims if claim.metric == "composite")
+    scores: pages.Scores = {
+        name: {seed: {"composite": 0.5 + (name == "A2") * (shift + (seed - 1) * spread)} for seed in range(3)}
+        for name in ("A1", "A2")
+    }
+    assert f"+.005, less than counts here): {said}; " in pages.verdict(claim, row_of("A2"), scores)
+
+
 def test_the_interval_is_scipy_s_paired_by_seed() -> None:
     one, other = [0.71, 0.74, 0.70, 0.72], [0.70, 0.71, 0.66, 0.71]
     differences = [a - b for a, b in zip(one, other, strict=True)]

@@ -169,7 +169,8 @@ def _head(entries: Sequence[Entry], first: dict[str, Recipe], findings: int) -> 
         f"A finding is tested on the differences between two rows in the seeds that both have, {SEEDS} or more, by the "
         f"{CONFIDENCE:.0%} t interval of their mean; a difference of less than {_plain(NOTHING)} does not count. It "
         "holds where the whole interval agrees with it, does not hold where none of it does, and is not decided where "
-        f'a part does ("no difference that counts": all of it lies within ±{_plain(NOTHING)}). There are {findings} '
+        f'a part does ("no difference that counts": all of it lies within ±{_plain(NOTHING)}). A difference of the '
+        f"paper's that would not count is refuted by the other sign alone. There are {findings} "
         "findings to test, each by itself: about "
         f"{(1 - CONFIDENCE) * findings:.0f} of so many intervals miss the true difference. Seeds vary the training "
         f"alone: the development sets are samples, too (standard error of an accuracy at most: {chance or '–'}), which "
@@ -294,9 +295,10 @@ def verdict(claim: Claim, row: Row, found: Scores, one_run: bool = False) -> str
         one_run: the configurations of the two rows are equal.
     """
     opening = f"**{row.name}**: {claim.says}"
+    theirs = paper_difference(claim, row)
     if one_run:
         why = f"the configurations of {row.name} and {claim.than} are equal, one run"
-        return f"{opening}{_paper_s(claim, row)}: cannot show; {why}."
+        return f"{opening}{_paper_s(claim.kind, theirs)}: cannot show; {why}."
     one, other = (
         {seed: values[claim.metric] for seed, values in found.get(name, {}).items() if claim.metric in values}
         for name in (row.name, claim.than)
@@ -312,7 +314,8 @@ def verdict(claim: Claim, row: Row, found: Scores, one_run: bool = False) -> str
     told = f"{_signed(statistics.fmean(differences))} {claim.metric} against {claim.than} ({counted})"
     if claim.kind == "told":
         return f"{opening}: {told}."
-    return f"{opening}{_paper_s(claim, row)}: {_judged(claim.kind, differences)}; {told}."
+    judged = _judged(claim.kind, differences, _is_little(claim.kind, theirs))
+    return f"{opening}{_paper_s(claim.kind, theirs)}: {judged}; {told}."
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -323,8 +326,13 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return float(mean - half), float(mean + half)
 
 
-def _judged(kind: Kind, differences: Sequence[float]) -> str:
-    """`differences` of the metric in the same seed."""
+def _judged(kind: Kind, differences: Sequence[float], little: bool) -> str:
+    """Whether a finding holds.
+
+    Args:
+        differences: of the metric in the same seed.
+        little: the paper's would not count. Ours may be as little, on either side of nothing.
+    """
     mean, (least, most) = statistics.fmean(differences), REGIONS[kind]
     directed = kind in ("better", "worse")
     if len(differences) < SEEDS:
@@ -336,7 +344,8 @@ def _judged(kind: Kind, differences: Sequence[float]) -> str:
         return "no difference that counts"  # nor may the paper's, so it neither holds nor not
     if least <= low and high <= most:
         return "holds"
-    return "does not hold" if high <= least or most <= low else "not decided"
+    room = NOTHING if little else 0.0
+    return "does not hold" if high <= least - room or most + room <= low else "not decided"
 
 
 def standing(row: Row, found: Scores) -> str:
@@ -397,13 +406,21 @@ def search_differs(search: Search, config: Config) -> str:
         return "this version cannot read it"
 
 
-def _paper_s(claim: Claim, row: Row) -> str:
+def paper_difference(claim: Claim, row: Row) -> float | None:
+    """By the paper's scores."""
     other = next(each for each in ROWS if each.name == claim.than)
     ours, theirs = (paper_score(each, claim.metric) for each in (row, other))
-    if ours is None or theirs is None:
+    return None if ours is None or theirs is None else ours - theirs
+
+
+def _is_little(kind: Kind, difference: float | None) -> bool:
+    return kind in ("better", "worse") and difference is not None and abs(difference) < NOTHING
+
+
+def _paper_s(kind: Kind, difference: float | None) -> str:
+    if difference is None:
         return ""
-    little = claim.kind in ("better", "worse") and abs(ours - theirs) < NOTHING
-    return f" (by the paper's scores: {_signed(ours - theirs)}{', less than counts here' * little})"
+    return f" (by the paper's scores: {_signed(difference)}{', less than counts here' * _is_little(kind, difference)})"
 
 
 def paper_score(row: Row, metric: str) -> float | None:
