@@ -219,7 +219,8 @@ def search_of(folder: Path, encoder: str | None) -> Search | None:
 
 def alike(run: RunRecord) -> dict[str, float]:
     """Per task that ranks on a threshold: the share of the logged steps whose loss is what ranking gives where all B
-    texts of a batch look alike, weight · ln B, or more.
+    texts of a batch look alike, weight · ln B, or more. The task's own loss is in it, too: below that bound nothing has
+    collapsed, above it something may have.
     """
     shares = {}
     for name, task in run.config.tasks.items():
