@@ -34,23 +34,24 @@ def build_engine(shape: EncoderShape, rank: Rank, together: bool = False) -> Eng
     """The engine with PCGrad. `together`: all tasks are one to it, of which it makes one gradient."""
     model = build_model(shape)
     groups = parameter_groups(model, OPTIMIZER, TASKS, shape.layers)
-    tasks = TASKS
+    weights = dict.fromkeys(TASKS, 1.0)
     if together:
-        tasks = {"all": TASKS["sst"]}  # only the weight of its loss is read, and that is 1 for all three
+        weights = {"all": 1.0}
         groups = [replace(group, users=("all",)) if group.task else group for group in groups]
-    return Engine(model, groups, tasks, CONFIG, OPTIMIZER, Surgery("pcgrad", {}, 0), rank)
+    return Engine(model, groups, weights, CONFIG, OPTIMIZER, Surgery("pcgrad", {}, 0), rank)
 
 
 def losses_of(model: MultiTaskModel, batch: Batch, number: int, rank: Rank) -> dict[int, list[Callable[[], Tensor]]]:
     """The step's losses on this rank, one micro-batch of each task: every W-th example, over the global batch."""
-    device = local_device(rank)
+    device, blocks = local_device(rank), model.encoder.reads_blocks
     mine = slice(rank.rank, None, rank.world)
+    parts = {task: pack([ids for text in batch.sentences[task] for ids in text[mine]]) for task in TASKS}
+    moved = {task: packed.to(device, blocks) for task, packed in parts.items()}  # before the first loss, as the trainer
+    labels = {task: batch.labels[task][mine].to(device, non_blocking=True) for task in TASKS}
 
     def build(task: str, k: int) -> Tensor:
-        packed = pack([ids for text in batch.sentences[task] for ids in text[mine]]).to(device)
         generator = addressed_generator(device, 0, "dropout", number, rank.rank, k)
-        answers = model(task, packed, generator)
-        return loss_of(task, answers, batch.labels[task][mine].to(device)) / rank.world
+        return loss_of(task, model(task, moved[task], generator), labels[task]) / rank.world
 
     return {k: [lambda task=task, k=k: build(task, k)] for k, task in enumerate(TASKS)}  # type: ignore[misc]
 

@@ -112,7 +112,7 @@ def _shown(profile: cProfile.Profile) -> float:
             continue
         if entry.code.co_filename.endswith("c10d_logger.py") and entry.code.co_name == "wrapper":
             collectives += entry.totaltime
-        elif entry.code in (Stage1._receive.__code__, Stage1._own.__code__):
+        elif entry.code in (Stage1._receive.__code__, Stage1.shards.__code__):
             waiting += entry.inlinetime
     assert collectives and waiting, "torch or the engine calls them otherwise now"
     return collectives + waiting

@@ -239,7 +239,7 @@ def _rank(number: int, world: int, folder: Path, shape_name: str, rounds: int) -
     model = MultiTaskModel(shape, EncoderConfig(pooling="pooler"), TASKS, seed=0)
     groups = parameter_groups(model, OPTIMIZER, TASKS, shape.layers)
     shared = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("heads."))
-    engine = Engine(model, groups, TASKS, EngineConfig(), OPTIMIZER, Surgery("pcgrad", {}, 0), rank)
+    engine = Engine(model, groups, dict.fromkeys(TASKS, 1.0), EngineConfig(), OPTIMIZER, Surgery("pcgrad", {}, 0), rank)
 
     def losses(turn: int) -> dict[int, list[Callable[[], torch.Tensor]]]:
         batch = draw(turn % rounds, 32, pool=rounds, alike=True)

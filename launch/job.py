@@ -366,11 +366,18 @@ def _back_into_queue(job: str) -> None:
             return
 
 
+MEANINGS = {
+    "could not create a primitive": (
+        "most likely this process cannot allocate memory: oneDNN says so where it gets none"
+    ),
+    "CUDA out of memory": "a step does not fit on the GPU: lower schedule.batch_size, or raise engine.accumulation",
+    "Duplicate GPU detected": "two ranks of a host have the same GPU; --gpus-per-node N gives each its own",
+}
+"""What words of libraries in a traceback mean for who started the job."""
+
+
 def _explained(trace: str) -> str:
-    """oneDNN does not say what it lacks for the code it writes."""
-    if "could not create a primitive" in trace:
-        trace += "most likely this process cannot allocate memory: oneDNN says so where it gets none\n"
-    return trace
+    return trace + "".join(f"{meaning}\n" for words, meaning in MEANINGS.items() if words in trace)
 
 
 def _peer_lost(error: Exception) -> bool:
@@ -398,7 +405,7 @@ def _set_variables(place: Place) -> None:
     os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or str(_threads(place))
     if interface := _interface(place):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")  # else it is the beginning of a name
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
-import os
-import re
 import secrets
 import shlex
 import shutil
@@ -33,6 +30,7 @@ from launch.records import (
 )
 from launch.show import Tail, Unwatched, length, show, tell
 from mtbert.errors import UserError
+from mtbert.runs import visible_gpus
 from mtbert.stops import stop_requests
 
 POLL_S = 0.05
@@ -97,7 +95,7 @@ def run_here(
 
 def gpus_here() -> int:
     """GPUs of this machine that CUDA_VISIBLE_DEVICES leaves us, without importing torch."""
-    if (visible := _visible()) is not None:
+    if (visible := visible_gpus()) is not None:
         return len(visible)
     if shutil.which("nvidia-smi") is None:
         return 0
@@ -113,21 +111,12 @@ def gpu_numbers(gpus: int) -> tuple[int, ...]:
     """Those that a job which wants `gpus` may take, as CUDA_VISIBLE_DEVICES has them; where it is unset none, and
     submitit counts from 0. Raises `UserError` for names that are no numbers: submitit takes no others.
     """
-    visible = _visible()
+    visible = visible_gpus()
     if not gpus or visible is None:
         return ()
     if wrong := [name for name in visible if not name.isdecimal()]:
         raise UserError(f"CUDA_VISIBLE_DEVICES: {wrong[0]}: local jobs need device numbers, such as 0,1")
     return tuple(int(name) for name in visible)
-
-
-def _visible() -> list[str] | None:
-    """What CUDA_VISIBLE_DEVICES names, None where it is unset. CUDA reads it up to the first that is no device."""
-    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if listed is None:
-        return None
-    names = [name.strip() for name in listed.split(",")]
-    return list(itertools.takewhile(re.compile(r"\d+$|GPU-|MIG-").match, names))
 
 
 @contextlib.contextmanager

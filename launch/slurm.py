@@ -135,7 +135,7 @@ def parameters(args: argparse.Namespace, name: str, runs: Sequence[Path]) -> dic
 
 def script(args: argparse.Namespace, name: str, folder: Path, runs: Sequence[Path]) -> str:
     """The batch script `submit_jobs` would hand to sbatch; several runs make it an array."""
-    command = f"{_python(folder)} -u -m submitit.core._submit {shlex.quote(str(job_folder(folder).resolve()))}"
+    command = f"{_python(args, folder)} -u -m submitit.core._submit {shlex.quote(str(job_folder(folder).resolve()))}"
     array = {"map_count": len(runs)} if len(runs) > 1 else {}
     text: str = _make_sbatch_string(
         command=command, folder=job_folder(folder).resolve(), **parameters(args, name, runs), **array
@@ -149,7 +149,7 @@ def submit_jobs(args: argparse.Namespace, name: str, folder: Path, runs: Sequenc
     Raises `UserError` with sbatch's complaint.
     """
     snapshot_code(folder)
-    executor = submitit.SlurmExecutor(job_folder(folder), python=_python(folder))
+    executor = submitit.SlurmExecutor(job_folder(folder), python=_python(args, folder))
     executor.update_parameters(**parameters(args, name, runs))
     jobs = [Job(run.resolve(), secrets.token_hex(4)) for run in runs]
     try:
@@ -165,8 +165,15 @@ def submit_jobs(args: argparse.Namespace, name: str, folder: Path, runs: Sequenc
     ]
 
 
-def _python(folder: Path) -> str:
-    return f"{shlex.quote(sys.executable)} {shlex.quote(str(folder.resolve() / 'code' / 'launch' / 'start.py'))}"
+def _python(args: argparse.Namespace, folder: Path) -> str:
+    """What starts a rank. One that asked for no GPU sees none, though its node may show them to everyone; srun would
+    show those of an exclusive node again, so they are hidden inside of it."""
+    words = [] if args.gpus_per_node or any(map(GPUS.match, args.slurm)) else ["env", "CUDA_VISIBLE_DEVICES="]
+    return shlex.join([*words, sys.executable, str(folder.resolve() / "code" / "launch" / "start.py")])
+
+
+GPUS = re.compile(r"(--)?(gpus|(gres|tres)\S*=.*(gpu|mps|shard))")
+"""Options of sbatch that ask for GPUs, or parts of them."""
 
 
 def _extra(words: Sequence[str]) -> dict[str, Any]:

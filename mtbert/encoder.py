@@ -74,6 +74,12 @@ class Encoder(nn.Module):
         self.layers = nn.ModuleList(Layer(shape, dropout) for _ in range(shape.layers))
         self.pooler = Linear(width, width)
 
+    @property
+    def reads_blocks(self) -> bool:
+        """Whether attention goes by the blocks of a packed batch where and as the weights are now."""
+        weight = self.pooler.weight
+        return not _has_kernel(weight.device, weight.dtype, self.shape.hidden_size // self.shape.heads)
+
     def load_weights(self, state: Mapping[str, Tensor]) -> list[str]:
         """Copy the weights that `load_pretrained` read; answers the names it left as they were (`pooler.*` or none)."""
         kept, extra = self.load_state_dict(state, strict=False)
@@ -151,8 +157,7 @@ class Layer(nn.Module):
 def attention(qkv_T3D: Tensor, packed: Packed, heads: int) -> Tensor:
     """Softmax(q kᵀ / √d) v within each sequence, (T, D)."""
     size = qkv_T3D.shape[1] // (3 * heads)
-    half = qkv_T3D.dtype in (torch.bfloat16, torch.float16)
-    if qkv_T3D.is_cuda and half and size % 8 == 0 and packed.tokens > 0:  # what the kernel takes
+    if packed.tokens > 0 and _has_kernel(qkv_T3D.device, qkv_T3D.dtype, size):
         from torch.nn.attention.varlen import varlen_attn  # a second to import, and of use on GPUs only
 
         q_THd, k_THd, v_THd = qkv_T3D.view(packed.tokens, 3, heads, size).unbind(1)
@@ -162,6 +167,13 @@ def attention(qkv_T3D: Tensor, packed: Packed, heads: int) -> Tensor:
         return context_THd.reshape(packed.tokens, -1)
     context_TD: Tensor = BlockAttention.apply(qkv_T3D, packed, heads)  # type: ignore[no-untyped-call]
     return context_TD
+
+
+def _has_kernel(device: torch.device, dtype: torch.dtype, size: int) -> bool:
+    """Whether torch's variable-length attention takes heads of this size. From 200 on some GPUs have no backward."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return False
+    return size % 8 == 0 and size <= 192 and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 class BlockAttention(torch.autograd.Function):
@@ -175,6 +187,7 @@ class BlockAttention(torch.autograd.Function):
     def forward(ctx: Any, qkv_T3D: Tensor, packed: Packed, heads: int) -> Tensor:
         tokens, width = qkv_T3D.shape[0], qkv_T3D.shape[1] // 3
         size = width // heads
+        assert packed.blocks or not tokens, "this batch was moved without its blocks"
         context_TD = qkv_T3D.new_empty(tokens, width)
         saved = []
         for block in packed.blocks:

@@ -59,11 +59,11 @@ class StepResult:
     """What a step did, the same on every rank. All on the CPU."""
 
     tasks: tuple[int, ...]
-    losses_K: Tensor  # without λ
-    factors_K: Tensor  # what each task's gradients were multiplied by: λ times the factor of `weighting`
+    losses_K: Tensor  # fp64; without λ
+    factors_K: Tensor  # fp64; what each task's gradients were multiplied by: λ times the factor of `weighting`
     through: tuple[int, ...]  # the tasks that reach the encoder
-    gram_MM: Tensor  # of their gradients there, factors included
-    weights_M: Tensor  # what surgery multiplied these by
+    gram_MM: Tensor  # fp64; of their gradients there, factors included
+    weights_M: Tensor  # fp32; what surgery multiplied these by, NaN in a skipped step
     head_norm: float  # of all heads' gradients together
     norm: float  # of the combined gradient, before clipping
     skipped: bool  # a loss or gradient was not finite: nothing was updated
@@ -113,18 +113,25 @@ def _depth_below_top(parts: Sequence[str], layers: int) -> int:
 
 
 class Engine:
-    """DeepSpeed around the model, with one gradient shard per task.
+    """DeepSpeed around the model, with one gradient shard per task. Made on every rank of a process group.
 
     Args:
-        groups: from `parameter_groups`; tasks are numbered in the order of `tasks`.
-        weighting: of the tasks' losses, after λ.
+        model: with the weights to start from, on the CPU, the same on every rank; moved, cast and changed in place.
+        groups: from `parameter_groups`.
+        loss_weights: λ of every task by its name; tasks are numbered in this order.
+        config, optimizer: of these sections of a configuration; the learning rates are those of `groups`.
+        surgery: on the gradients of the encoder.
+        rank: this process.
+        weighting: of the tasks' losses, after λ; none unless given.
+
+    Raises `UserError` where this rank's GPU cannot be used.
     """
 
     def __init__(
         self,
         model: nn.Module,
         groups: Sequence[Group],
-        tasks: Mapping[str, TaskConfig],
+        loss_weights: Mapping[str, float],
         config: EngineConfig,
         optimizer: OptimizerConfig,
         surgery: Surgery,
@@ -132,8 +139,8 @@ class Engine:
         weighting: Weighting | None = None,
     ) -> None:
         self.groups = list(groups)
-        self.tasks = list(tasks)
-        self.loss_weights = torch.tensor([task.weight for task in tasks.values()], dtype=torch.float64)
+        self.tasks = list(loss_weights)
+        self.loss_weights = torch.tensor(list(loss_weights.values()), dtype=torch.float64)
         self.surgery = surgery
         self.weighting = weighting or Weighting("fixed", {}, [False] * len(self.tasks), 0)
         self.clip_norm = config.clip_norm
@@ -141,17 +148,18 @@ class Engine:
         self.dtype = lowest_common(choose_precision(config.precision, self.device), self.device)
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         masters = {name: value.detach().float().clone() for name, value in model.named_parameters()}
-        self._deepspeed = initialise_deepspeed(
+        deepspeed = initialise_deepspeed(
             model, [(g.names, g.lr, g.weight_decay) for g in self.groups], config, optimizer, self.dtype, self.device
         )
-        self.model = self._deepspeed.module
-        host = Stage1 if config.zero == 1 else Stage3
+        self.model = deepspeed.module
         users = {
             index: [number for number, task in enumerate(self.tasks) if task in group.users]
             for index, group in enumerate(self.groups)
             if group.task is not None
         }
-        self._host: Host = host(self._deepspeed, users, masters, config.accumulation)
+        self._host: Host = (
+            Stage1(deepspeed, users, config.accumulation) if config.zero == 1 else Stage3(deepspeed, users)
+        )
         parameters = dict(self.model.named_parameters())
         self._encoder = [parameters[name] for group in self.groups if group.task is None for name in group.names]
         self.partitions = self._host.partitions
@@ -180,9 +188,11 @@ class Engine:
         stop: bool = False,
         save: bool = False,
     ) -> StepResult:
-        """One optimizer step on the tasks in `losses` (task number → micro-batches, the same tasks on all ranks).
+        """One optimizer step. Collective: all ranks pass the same arguments but for the losses, `stop` and `save`.
 
         Args:
+            step: its number; what methods that draw, or go by time, are told.
+            losses: task number → micro-batches, of each task of this step; as many on all ranks.
             rates: learning rate of every group, None for a group that is frozen; default: each group's own. Where the
                 encoder is frozen, no gradient is computed for it, and surgery rests.
             heads_only: tasks whose loss trains their heads and does not reach the encoder.
@@ -260,7 +270,7 @@ class Engine:
         message = torch.cat(
             [
                 gram(shards_MS).flatten(),
-                _own_gram([own[task] for task in tasks]).flatten().to(self.device),
+                _own_gram([own[task] for task in tasks], self.device).flatten(),
                 torch.stack(list(values)).double(),
                 torch.tensor([stop, save], dtype=torch.float64, device=self.device),
             ]
@@ -271,8 +281,7 @@ class Engine:
 
     def _set_rates(self, rates: Sequence[float | None], tasks: Sequence[int], through: Sequence[int]) -> None:
         present = {self.tasks[task] for task in tasks}
-        options = self._deepspeed.optimizer.optimizer.param_groups
-        for group, rate, values in zip(self.groups, rates, options, strict=True):
+        for group, rate, values in zip(self.groups, rates, self._host.options, strict=True):
             values["lr"] = rate or 0.0
             # what no task of this step trains must not fade or decay
             idle = not through if group.task is None else present.isdisjoint(group.users)
@@ -344,7 +353,7 @@ class Engine:
     def state(self) -> Iterator[tuple[Span, dict[str, Tensor]]]:
         """This rank's optimizer state: per span the fp32 master and, once stepped, AdamW's two moments and the average
         of the weights."""
-        states = self._deepspeed.optimizer.optimizer.state
+        states = self._host.states
         for number, partition in enumerate(self.partitions):
             moments = {"master": partition.master.detach(), **states.get(partition.master, {})}
             if self.averaged_steps:
@@ -355,7 +364,7 @@ class Engine:
 
     def steps_taken(self) -> list[int]:
         """AdamW's step count of every group (a frozen group's stands still)."""
-        states = self._deepspeed.optimizer.optimizer.state
+        states = self._host.states
         taken = [0] * len(self.groups)
         for partition in self.partitions:
             taken[partition.group] = int(states.get(partition.master, {}).get("step", 0))
@@ -381,7 +390,7 @@ class Engine:
             for average, partition in zip(self._averages, self.partitions, strict=True):
                 for span in partition.spans:
                     average[span.offset : span.offset + span.stop - span.start] = read(span, "average")
-        states = self._deepspeed.optimizer.optimizer.state
+        states = self._host.states
         for partition in self.partitions:
             taken = steps[self.groups[partition.group].part]
             if not taken:
@@ -400,13 +409,13 @@ class Engine:
         self.set_masters(lambda span: read(span, "master"))
 
 
-def _own_gram(own_K: Sequence[Own]) -> Tensor:
+def _own_gram(own_K: Sequence[Own], device: torch.device) -> Tensor:
     """Dot products (K, K) of the tasks' gradients outside the encoder, in fp64; zero where they share no layer."""
-    gram_KK = torch.zeros(len(own_K), len(own_K), dtype=torch.float64)
+    gram_KK = torch.zeros(len(own_K), len(own_K), dtype=torch.float64, device=device)
     for i, first in enumerate(own_K):
         for j, second in enumerate(own_K[: i + 1]):
             for number in first.keys() & second.keys():
-                gram_KK[i, j] += first[number].double().dot(second[number].double()).cpu()
+                gram_KK[i, j] += first[number].double().dot(second[number].double())
             gram_KK[j, i] = gram_KK[i, j]
     return gram_KK
 

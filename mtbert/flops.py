@@ -22,6 +22,7 @@ PEAK_TFLOPS = {
     "H100 PCIe": 756.0,
     "H100 NVL": 835.0,
     "H100": 989.0,
+    "H200 NVL": 835.0,
     "H200": 989.0,
     "B200": 2250.0,
     "L40S": 362.0,
@@ -49,8 +50,10 @@ def encoder_flops(shape: EncoderShape, lengths_B: Tensor, only_first: bool, trai
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Operations per second of one device at best; None where it is not known, as on a CPU."""
+    """Operations per second of one device at best; None where it is not known, as of a CPU or a slice of a GPU."""
     if device.type != "cuda" or dtype != torch.bfloat16:
         return None
     name = torch.cuda.get_device_name(device)
+    if " MIG " in name:
+        return None
     return next((1e12 * peak for model, peak in PEAK_TFLOPS.items() if re.search(rf"\b{model}\b", name)), None)

@@ -37,11 +37,12 @@ class Block:
 
 @dataclass(frozen=True)
 class Packed:
-    """B sequences laid end to end, shortest first; `first_B`, `lengths_B`, `sequence_T` speak of the caller's order."""
+    """B sequences laid end to end, shortest first; `first_B`, `lengths_B`, `sequence_T` speak of the caller's order.
+    All int64 but `starts`."""
 
     ids_T: Tensor
-    positions_T: Tensor
-    types_T: Tensor
+    positions_T: Tensor  # of each token in its sequence, from 0
+    types_T: Tensor  # 0, or 1 in the second text of a pair
     sequence_T: Tensor  # the sequence (in the caller's order) that each token belongs to
     lengths_B: Tensor
     first_B: Tensor  # where each sequence's first token, [CLS], lies among the T
@@ -58,9 +59,10 @@ class Packed:
         """Tokens that a padded batch would hold."""
         return len(self.lengths_B) * self.longest
 
-    def to(self, device: torch.device | str) -> Packed:
-        blocks = tuple(replace(block, **_moved(block, device)) for block in self.blocks)
-        return replace(self, blocks=blocks, **_moved(self, device))
+    def to(self, device: torch.device | str, blocks: bool = True) -> Packed:
+        """On the device. Without `blocks`, most of the copies, only a variable-length kernel can attend."""
+        moved = tuple(replace(block, **_moved(block, device)) for block in self.blocks) if blocks else ()
+        return replace(self, blocks=moved, **_moved(self, device))
 
 
 def _moved(record: Block | Packed, device: torch.device | str) -> dict[str, Any]:

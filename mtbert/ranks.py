@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import resource
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,17 +16,49 @@ import torch.distributed as dist
 
 from mtbert.config import EngineConfig
 from mtbert.errors import UserError
-from mtbert.runs import Rank
+from mtbert.runs import Rank, visible_gpus
+from mtbert.zero import leave_group
 
 T = TypeVar("T")
 
 
 def local_device(rank: Rank) -> torch.device:
-    return torch.device("cuda", rank.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    """This rank's GPU; the CPU where there is none, or none is meant for us.
+
+    Raises `UserError` where the environment promises GPUs that torch cannot use, or there are fewer than ranks: a rank
+    that went to its CPU meanwhile would leave the others waiting in NCCL.
+    """
+    if not torch.cuda.is_available():
+        if promise := _gpus_promised():
+            raise UserError(
+                f"{promise}, but torch {torch.__version__} on {socket.gethostname()} can use none: mend the driver "
+                "there, install a torch built for its CUDA, or leave the GPUs out (CUDA_VISIBLE_DEVICES=)"
+            )
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    # a scheduler may show every rank its own GPU, or its slice of one, alone
+    index = 0 if count == 1 else rank.local_rank
+    if index >= count:
+        raise UserError(
+            f"{socket.gethostname()}: {rank.local_world} ranks, and only {count} GPUs are visible; one rank per GPU"
+        )
+    return torch.device("cuda", index)
+
+
+def _gpus_promised() -> str:
+    """What says that this process has GPUs; "" where nothing does, or they are hidden from it."""
+    visible = visible_gpus()
+    if visible is not None:
+        return f"CUDA_VISIBLE_DEVICES names {','.join(visible)}" if visible else ""
+    number = os.environ.get("SLURM_GPUS_ON_NODE", "0")
+    return "" if number in ("", "0") else f"Slurm gave {number} GPU(s) to this job"
 
 
 def join_ranks(rank: Rank, config: EngineConfig, timeout_s: float = 1800) -> None:
-    """Join the process group (NCCL on GPUs, gloo on CPUs) and set the number of threads."""
+    """Join the process group (NCCL on GPUs, gloo on CPUs) and set the number of threads.
+
+    Raises `UserError` where this rank's GPU cannot be used.
+    """
     device = local_device(rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -69,12 +102,9 @@ def _threads_told() -> int:
 
 def close_ranks() -> None:
     """Ends the process group after everyone is done; without the barrier gloo aborts at teardown now and then."""
-    dist.barrier()
-    deepspeed = sys.modules.get("deepspeed")
-    if deepspeed and deepspeed.comm.is_initialized():  # has caches of its own to clear, for this process's next run
-        deepspeed.comm.destroy_process_group()
-    else:
-        dist.destroy_process_group()
+    # NCCL's barrier is a kernel, and warns if it must guess on which GPU
+    dist.barrier(device_ids=[torch.cuda.current_device()] if dist.get_backend() == "nccl" else None)
+    leave_group()
 
 
 def peak_memory(device: torch.device) -> int:
@@ -90,7 +120,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def choose_precision(wanted: str, device: torch.device) -> torch.dtype:
-    """bf16 where the hardware multiplies it (4.5 × fp32 on AVX512-BF16 and AMX), fp32 elsewhere."""
+    """bf16 where the hardware multiplies it (elsewhere it is emulated, and slower than fp32), fp32 elsewhere."""
     if wanted != "auto":
         return torch.bfloat16 if wanted == "bf16" else torch.float32
     if device.type == "cuda":

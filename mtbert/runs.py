@@ -6,6 +6,7 @@ import datetime
 import errno
 import glob
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -63,6 +64,15 @@ class Rank:
 def usable_cores() -> int:
     """A scheduler often grants this process a part of the machine."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def visible_gpus() -> list[str] | None:
+    """What CUDA_VISIBLE_DEVICES names, None where it is unset. CUDA reads it up to the first that is no device."""
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if listed is None:
+        return None
+    names = [name.strip() for name in listed.split(",")]
+    return list(itertools.takewhile(re.compile(r"\d+$|GPU-|MIG-").match, names))
 
 
 @dataclass(frozen=True)

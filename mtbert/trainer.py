@@ -13,7 +13,7 @@ import shlex
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -167,7 +167,7 @@ class _Run:
         self.engine = Engine(
             model,
             parameter_groups(model, config.optimizer, config.tasks, built.encoder.shape.layers, config.shared_layers),
-            config.tasks,
+            {name: task.weight for name, task in config.tasks.items()},
             config.engine,
             config.optimizer,
             surgery,
@@ -212,7 +212,7 @@ class _Run:
                 self.window.add(
                     data.shares, data.batches, result, waited, time.monotonic() - started, self._flops(phase, data)
                 )
-                self._record(step, phase, data, result)
+                self._record(step, phase, result)
                 if step == self.first_step:
                     self._tell_launch(launch)
                 if self._evaluation_due(step):
@@ -250,11 +250,13 @@ class _Run:
         )
 
     def _step(self, step: int, phase: Phase, data: _StepData, save: bool) -> StepResult:
-        losses: dict[int, Sequence[Loss]] = {}
-        for share, batches in zip(data.shares, data.batches, strict=True):
-            losses[share.task] = [
-                partial(self._loss, step, share, number, batch) for number, batch in enumerate(batches)
-            ]
+        blocks = self.engine.model.encoder.reads_blocks
+        # all before the first loss: a copy waits for what the GPU has been given to do before it
+        moved = [[_moved(batch, self.device, blocks) for batch in batches] for batches in data.batches]
+        losses: dict[int, Sequence[Loss]] = {
+            share.task: [partial(self._loss, step, share, number, batch) for number, batch in enumerate(batches)]
+            for share, batches in zip(data.shares, moved, strict=True)
+        }
         factor = phase.rate_factor(step, self.config.optimizer)
         result = self.engine.step(
             step,
@@ -276,14 +278,15 @@ class _Run:
         return self.config.rate(phase.config, group.part) * group.layer_scale * factor
 
     def _loss(self, step: int, share: Share, number: int, batch: Batch) -> Tensor:
+        """Of a micro-batch on the device."""
         task = self.tasks[share.task]
         generator = addressed_generator(
             self.device, self.config.seed, "dropout", step, self.rank.rank, share.task, number
         )
         model, epoch = self.engine.model, self._phase(step).epoch(step)
-        vectors_PD = model.vectors(batch.packed.to(self.device), generator)
+        vectors_PD = model.vectors(batch.packed, generator)
         answers = model.answer(task.name, vectors_PD, generator)
-        return task.loss(vectors_PD, answers, batch.labels_B.to(self.device), epoch) / share.examples
+        return task.loss(vectors_PD, answers, batch.labels_B, epoch) / share.examples
 
     def _count_skips(self, step: int, result: StepResult) -> None:
         self.skips_in_a_row = self.skips_in_a_row + 1 if result.skipped else 0
@@ -489,7 +492,7 @@ class _Run:
         parts = ", ".join(f"{part} {seconds:.1f}" for part, seconds in rounded.items())
         self.tracker.message(f"first step after {record['total']:.1f} s: {parts}")
 
-    def _record(self, step: int, phase: Phase, data: _StepData, result: StepResult) -> None:
+    def _record(self, step: int, phase: Phase, result: StepResult) -> None:
         if (step + 1) % self.config.run.log_every and step + 1 != self.total_steps:
             return
         values = self.window.close(self.rank.world)
@@ -560,6 +563,11 @@ class _Run:
         self.tracker.message(f"run folder: {self.run_dir}")
         self.tracker.message(f"curves: tensorboard --logdir {self.run_dir.parent}")
         return scores
+
+
+def _moved(batch: Batch, device: torch.device, blocks: bool) -> Batch:
+    packed, labels_B = batch.packed.to(device, blocks), batch.labels_B.to(device, non_blocking=True)
+    return replace(batch, packed=packed, labels_B=labels_B)
 
 
 def _said(task: Task, result: Evaluation) -> Said:

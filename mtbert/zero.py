@@ -1,4 +1,4 @@
-"""What knows DeepSpeed, and nothing else does: its initialisation, and ZeRO stages 1 and 3 as hosts of task gradients.
+"""What knows DeepSpeed, and nothing else does: its start and end, and ZeRO stages 1 and 3 as hosts of task gradients.
 
 A host takes K losses to K backwards and each task's gradient into shards; what is combined from them it hands to
 DeepSpeed's optimizer step.
@@ -6,17 +6,21 @@ DeepSpeed's optimizer step.
 Shapes: K tasks in the step, P encoder parameters, W ranks, S = P/W numbers of a rank's shard.
 
 What we rest on inside DeepSpeed (private names; the version range in setup.py is narrow and tests/test_engine.py fails
-when a gradient goes missing): stage 1 `bit16_groups`, `bit16_groups_flat`, `single_partition_of_fp32_groups`,
-`averaged_gradients`, `update_lp_params`; stage 3 `fp16_groups`, `averaged_gradients`, `fp32_partitioned_groups_flat`,
-`fp16_partitioned_groups_flat`, `sub_group_to_group_id`, `grad_partitions_flat_buffer`, `parameter_offload`.
+when a gradient goes missing): both stages `optimizer` (ours, inside of theirs), `averaged_gradients`; stage 1
+`bit16_groups`, `bit16_groups_flat`, `single_partition_of_fp32_groups`, `update_lp_params`; stage 3 `fp16_groups`,
+`fp32_partitioned_groups_flat`, `fp16_partitioned_groups_flat`, `sub_group_to_group_id`, `grad_partitions_flat_buffer`,
+`overflow`, `parameter_offload.partition_all_parameters`, and of a parameter `partition_numel`, `ds_numel`; at the start
+`ops.__compatible_ops__`, `runtime.compiler.compile` and `.dummy_decorator`, `runtime.zero.muon.original_muon`,
+and that `LOCAL_RANK` is the index of the device.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -55,17 +59,48 @@ Own = dict[int, Tensor]
 
 
 class Host(Protocol):
-    """Where gradients become shards. Partitions (and so shards) hold the encoder's groups first, then the heads'."""
+    """Where gradients become shards. Partitions (and so shards) hold the encoder's groups first, then the heads'.
+
+    A step is `begin`, a `backward` for each of its tasks, `shards`, and `apply` unless something was not finite; all
+    ranks make the same calls in the same order, for all but `begin` and `gradient_bytes` may communicate.
+    """
 
     partitions: list[Partition]
+    options: list[dict[str, Any]]
+    """AdamW's of every group: `lr`, and `frozen` for one that this step leaves alone."""
+    states: MutableMapping[Tensor, dict[str, Tensor]]
+    """AdamW's by master: `exp_avg` and `exp_avg_sq` like the master, `step` a number; none before its first step."""
 
     @property
-    def gradient_bytes(self) -> int: ...  # of all that holds the encoder's task gradients on this rank
-    def begin(self, through: int) -> None: ...
-    def backward(self, task: int, slot: int | None, losses: Sequence[Loss]) -> Tensor: ...
-    def shards(self) -> tuple[Tensor, dict[int, Own]]: ...
-    def apply(self, gradients: Sequence[Tensor]) -> None: ...
-    def publish_masters(self) -> None: ...
+    def gradient_bytes(self) -> int:
+        """Of all that holds the encoder's task gradients on this rank."""
+
+    def begin(self, through: int) -> None:
+        """`through`: how many of the step's tasks reach the encoder. Ends the validity of the last step's shards."""
+
+    def backward(self, task: int, slot: int | None, losses: Sequence[Loss]) -> Tensor:
+        """Build each micro-batch's loss of a task and go back through it, once per task and step.
+
+        Args:
+            slot: the task's row in the shards, 0 … through − 1 in the order of calls; None where it does not reach the
+                encoder, whose parameters then require no gradient.
+
+        Returns: the sum of the losses on this rank, fp32 scalar on the device; nothing has waited for it.
+        """
+
+    def shards(self) -> tuple[Tensor, dict[int, Own]]:
+        """This rank's shards of what the backwards found, summed over ranks.
+
+        Returns: the encoder's (through, S), fp32 or, on one rank, the dtype in which gradients accumulate; and each
+        task's own, fp32. Both are valid until the next `begin`.
+        """
+
+    def apply(self, gradients: Sequence[Tensor]) -> None:
+        """An optimizer step with a gradient, fp32 of the master's shape, for every partition; then the model's weights
+        are the new masters. Raises `RuntimeError` where DeepSpeed leaves the step out."""
+
+    def publish_masters(self) -> None:
+        """Set the model's weights, on all ranks, from masters that were written to."""
 
 
 # ------------------------------------------------------------------------------------------------- ZeRO stage 1
@@ -82,14 +117,14 @@ class Stage1:
     one rank there is nothing to send: every task has a buffer, and the buffers are the shards.
     """
 
-    def __init__(
-        self, engine: Any, users: Mapping[int, Sequence[int]], masters: Mapping[str, Tensor], accumulation: int
-    ) -> None:
-        """`users`: for each group outside the encoder, which come last, the tasks that use it."""
+    def __init__(self, engine: Any, users: Mapping[int, Sequence[int]], accumulation: int) -> None:
+        """`users`: for each group outside the encoder, which come last, the tasks that use it. `accumulation`: how many
+        micro-batches a task may have in a step."""
         self.engine = engine
         optimizer = engine.optimizer
         self.world = dist.get_world_size()
         self.optimizer = optimizer
+        self.options, self.states = optimizer.optimizer.param_groups, optimizer.optimizer.state
         names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
         self.sizes = [flat.numel() for flat in optimizer.bit16_groups_flat]
         self.shared_groups = len(self.sizes) - len(users)
@@ -216,24 +251,23 @@ class Stage1:
             sum_ranks(received, rows, shard)
 
     def shards(self) -> tuple[Tensor, dict[int, Own]]:
+        leaving = [piece for task in self.present for piece in self._leave(task)]  # all, before any is waited for
         self._receive()
-        return self.shards_KS, {task: self._own(task) for task in self.present}
+        own: dict[int, Own] = {task: {} for task in self.present}
+        for task, index, received, sent, works in leaving:
+            for work in works:
+                work.wait()
+            own[task][index] = sum_ranks(received, sent, torch.empty(sent.shape[1], device=self.device))
+        return self.shards_KS, own
 
-    def _own(self, task: int) -> Own:
+    def _leave(self, task: int) -> Iterator[tuple[int, int, Tensor, Tensor, list[Any]]]:
+        """Begin to exchange what a task trains outside the encoder: by group the rows received and sent, and works."""
         indices = self.own_groups.get(task, [])
-        if not indices:
-            return {}
-        pieces = self.own_buffers[task].split([self.sizes[index] for index in indices])
-        if self.world == 1:
-            return {index: piece.float() for index, piece in zip(indices, pieces, strict=True)}
-        own = {}
+        pieces = self.own_buffers[task].split([self.sizes[index] for index in indices]) if indices else ()
         for index, piece in zip(indices, pieces, strict=True):
             sent = piece.view(self.world, -1)
             received = torch.empty_like(sent[1:])
-            for work in exchange(received, sent):
-                work.wait()
-            own[index] = sum_ranks(received, sent, torch.empty(sent.shape[1], device=self.device))
-        return own
+            yield task, index, received, sent, exchange(received, sent)
 
     def apply(self, gradients: Sequence[Tensor]) -> None:
         for index, gradient in enumerate(gradients):
@@ -245,29 +279,39 @@ class Stage1:
 
 
 _PIECE = 1 << 19
-"""Numbers in one message: with four ranks behind links of 1 Gbit/s an exchange took 0.36 s in one piece, 0.30 in 16."""
+"""Numbers in one message of gloo: with four ranks behind links of 1 Gbit/s an exchange took 0.36 s in one piece, 0.30
+in 16. NCCL cuts messages by itself, and puts a group of hundreds (364 at BERT-base on 8 ranks) on the GPU in several
+launches, which is slow and may hang (pytorch/pytorch#174288)."""
 
 
 def exchange(received: Tensor, sent_WS: Tensor) -> list[Any]:
-    """Send row j to rank j, and begin to receive the others' rows of this rank: (W − 1, S), in the ranks' order.
+    """Send row j to rank j, and begin to receive the others' rows of this rank. Collective.
 
     What an all-to-all does, by point-to-point messages: gloo's own uses a link in one direction at a time and took
     0.36 s where both directions at once need 0.19 (two ranks, 23 MB, 1 Gbit/s); NCCL's consists of these messages.
+
+    Args:
+        received: (W − 1, S), of the same dtype; what the other ranks have for this one, in the ranks' order.
+        sent_WS: (W, S) of any dtype; neither may be written to before the works are done.
+
+    Returns: works to wait for.
     """
-    rank, world = dist.get_rank(), len(sent_WS)
+    rank, world, size = dist.get_rank(), *sent_WS.shape
+    piece = max(size, 1) if sent_WS.is_cuda else _PIECE
     messages = []
-    for first in range(0, sent_WS.shape[1], _PIECE):
+    for first in range(0, size, piece):
         for distance in range(1, world):
             to, source = (rank + distance) % world, (rank - distance) % world
             row = received[source - (source > rank)]
-            messages.append(dist.P2POp(dist.irecv, row[first : first + _PIECE], source))
-            messages.append(dist.P2POp(dist.isend, sent_WS[to, first : first + _PIECE], to))
+            messages.append(dist.P2POp(dist.irecv, row[first : first + piece], source))
+            messages.append(dist.P2POp(dist.isend, sent_WS[to, first : first + piece], to))
     works: list[Any] = dist.batch_isend_irecv(messages) if messages else []
     return works
 
 
 def sum_ranks(received: Tensor, sent_WS: Tensor, out: Tensor) -> Tensor:
-    """fp32 sum over ranks, in rank order (torch.sum with a dtype makes a converted copy of everything first)."""
+    """`out` (S,) fp32: the sum over ranks of this rank's row of `sent_WS` (W, S) and of those `received` (W − 1, S), in
+    rank order (torch.sum with a dtype makes a converted copy of everything first)."""
     rank = dist.get_rank()
     rows = [*received[:rank], sent_WS[rank], *received[rank:]]
     out.copy_(rows[0])
@@ -286,11 +330,11 @@ class Stage3:
     optimizer the combination.
     """
 
-    def __init__(
-        self, engine: Any, users: Mapping[int, Sequence[int]], masters: Mapping[str, Tensor], accumulation: int
-    ) -> None:
+    def __init__(self, engine: Any, users: Mapping[int, Sequence[int]]) -> None:
+        """`users`: for each group outside the encoder, which come last, the tasks that use it."""
         self.engine = engine
         self.optimizer = engine.optimizer
+        self.options, self.states = self.optimizer.optimizer.param_groups, self.optimizer.optimizer.state
         self.world = dist.get_world_size()
         names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
         self.partitions = []
@@ -298,8 +342,7 @@ class Stage3:
             spans, offset = [], 0
             for parameter in parameters:
                 size = parameter.partition_numel()
-                total = masters[names[id(parameter)]].numel()
-                start, stop = dist.get_rank() * size, min((dist.get_rank() + 1) * size, total)
+                start, stop = dist.get_rank() * size, min((dist.get_rank() + 1) * size, parameter.ds_numel)
                 if start < stop:
                     spans.append(Span(names[id(parameter)], start, stop, offset))
                 offset += size
@@ -387,8 +430,9 @@ def quiet_deepspeed() -> Iterator[Any]:
         warnings.simplefilter("ignore")
         import deepspeed
 
-        # its CPU start-up compiles a shared-memory op with ninja (27 s), and raises where there is no compiler
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # of its ops only a shared-memory one for CPUs would be used: compiled with ninja (27 s), and where there is no
+        # compiler it raises; asking which others could be built starts compilers and prints on stdout
+        deepspeed.ops.__compatible_ops__ = {}
         _import_muon()
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         yield deepspeed
@@ -417,7 +461,7 @@ def initialise_deepspeed(
     device: torch.device,
 ) -> Any:
     """DeepSpeed's engine around the model. `groups`: names of parameters, their learning rate and weight decay."""
-    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # DeepSpeed insists on it, and does not use it
+    os.environ["LOCAL_RANK"] = str(device.index or 0)  # DeepSpeed makes this GPU the current one
     # what DeepSpeed calls is renamed in torch 2.13; not news for a user
     warnings.filterwarnings("ignore", message=r".*(reduce_scatter|all_gather_into)_tensor. is deprecated")
     parameters = dict(model.named_parameters())
@@ -441,6 +485,7 @@ def initialise_deepspeed(
         # a step that is not finite ends before; DeepSpeed would read every gradient again, and the host wait for it
         "bf16": {"enabled": dtype == torch.bfloat16, "check_grad_overflow": False},
         "steps_per_print": None,
+        "timers": {"throughput": {"enabled": False}},  # nobody reads it, and it has the host wait for the GPU
     }
     if config.zero == 3:
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
@@ -450,3 +495,12 @@ def initialise_deepspeed(
             model=model.to(device=device, dtype=dtype), optimizer=adamw, config=settings, dist_init_required=False
         )
     return engine
+
+
+def leave_group() -> None:
+    """End the process group, and what DeepSpeed, if it was begun with, keeps of it: this process may join another."""
+    deepspeed = sys.modules.get("deepspeed")
+    if deepspeed and deepspeed.comm.is_initialized():
+        deepspeed.comm.destroy_process_group()
+    else:
+        dist.destroy_process_group()

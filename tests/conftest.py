@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,10 @@ from mtbert import synthetic
 from mtbert.config_files import load_config
 
 ROOT = Path(__file__).parent.parent
+
+# ranks meet over gloo here, on CPUs, and an engine would take a GPU; CUDA reads this when it starts, not on import
+if not os.environ.get("MTBERT_GPU"):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 # no deadline: a busy machine is no failure; derandomised: what passed once on a commit passes again
 settings.register_profile("mtbert", deadline=None, derandomize=True, max_examples=50)

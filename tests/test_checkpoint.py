@@ -80,7 +80,8 @@ def make_engine(method: str = "gradvac", weighting: str = "dwa", ema: float | No
     model, optimizer = Model(), OptimizerConfig(lr=0.1, head_lr=0.1, ema=ema)
     groups = parameter_groups(model, optimizer, TASKS, layers=1)
     methods = Surgery(method, {}, 0), Weighting(weighting, {}, [False, False], 0)
-    return Engine(model, groups, TASKS, EngineConfig(precision="fp32"), optimizer, methods[0], Rank(), methods[1])
+    config = EngineConfig(precision="fp32")
+    return Engine(model, groups, dict.fromkeys(TASKS, 1.0), config, optimizer, methods[0], Rank(), methods[1])
 
 
 def go_on(engine: Engine, steps: range) -> Engine:

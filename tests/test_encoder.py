@@ -9,7 +9,8 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from contextlib import nullcontext
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 from harness import PATIENCE_S
 from hub import stand_in_hub, use_hub
 from torch import Generator, Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import BertConfig, BertModel
 
 from mtbert.data import load_tokenizer
@@ -262,6 +264,7 @@ def test_to_moves_every_tensor() -> None:
     tensors = [value for record in records for value in vars(record).values() if isinstance(value, Tensor)]
     assert len(tensors) > 7
     assert all(tensor.is_meta for tensor in tensors)
+    assert pack(sentences(RAGGED)).to("meta", blocks=False).blocks == ()
 
 
 def test_bf16_stays_close_to_fp32() -> None:
@@ -273,7 +276,7 @@ def test_bf16_stays_close_to_fp32() -> None:
     assert (rough_TD.float() - exact_TD).square().mean().sqrt() < 0.02
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="MTBERT_GPU=1 make test ARGS=tests/test_encoder.py, on a GPU")
 def test_variable_length_kernel_equals_blocks() -> None:
     encoder = Encoder(MINILM, 0.1)
     initialise(encoder, 0)
@@ -288,6 +291,29 @@ def test_variable_length_kernel_equals_blocks() -> None:
     assert torch.cosine_similarity(rough_BD.float().cpu(), exact_BD).min() > 0.999
     for name, gradient in gradients(encoder).items():
         assert torch.cosine_similarity(gradient.float().cpu().flatten(), exact[name].flatten(), dim=0) > 0.98, name
+
+
+@pytest.mark.parametrize(
+    ("capability", "size", "kernel"),
+    [((8, 0), 64, True), ((9, 0), 192, True), ((7, 5), 64, False), ((8, 6), 200, False), ((8, 0), 12, False)],
+)
+def test_the_kernel_gets_only_what_it_takes(
+    capability: tuple[int, int], size: int, kernel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU in name only, which torch has for such tests; the kernel alone can do without blocks."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    shape = replace(SMALL, hidden_size=2 * size, heads=2)
+    packed = replace(pack(sentences([5, 3])), blocks=())
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):
+        qkv_T3D = torch.empty(8, 6 * size, dtype=torch.bfloat16)
+        packed = replace(packed, starts=torch.empty(3, dtype=torch.int32))
+        with nullcontext() if kernel else pytest.raises(AssertionError, match="without its blocks"):
+            assert attention(qkv_T3D, packed, 2).shape == (8, 2 * size)
+        encoder = Encoder(shape, 0.1)
+        assert encoder.reads_blocks, "fp32"
+        encoder.pooler.weight = torch.nn.Parameter(torch.empty(1, dtype=torch.bfloat16))
+        assert encoder.reads_blocks is not kernel
+    assert Encoder(shape, 0.1).bfloat16().reads_blocks, "on a CPU"
 
 
 # ------------------------------------------------------------------------------- initialisation and dropout

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import math
+import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -15,6 +17,7 @@ import torch
 import torchjd.scalarization
 from harness import Ranks
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.nn import functional as F
 
 from mtbert.config import EncoderConfig, EngineConfig, HeadConfig, OptimizerConfig, TaskConfig
@@ -26,7 +29,7 @@ from mtbert.randomness import addressed_generator, addressed_rng
 from mtbert.runs import Rank
 from mtbert.surgery import Surgery, pcgrad_vectors, task_orders
 from mtbert.weighting import Weighting
-from mtbert.zero import Span
+from mtbert.zero import Span, exchange
 
 STEPS = 20
 SHAPE = EncoderShape(vocab_size=60, hidden_size=12, layers=2, heads=3, intermediate_size=20, max_positions=16)
@@ -59,6 +62,10 @@ def tasks(dropout: float) -> dict[str, TaskConfig]:
         name: task.model_copy(update={"head": task.head.model_copy(update={"dropout": 0.0})})
         for name, task in TASKS.items()
     }
+
+
+def weights_of(kinds: dict[str, TaskConfig]) -> dict[str, float]:
+    return {name: task.weight for name, task in kinds.items()}
 
 
 def batch(step: int, task: int, rows: Sequence[int]) -> tuple[Packed, Tensor]:
@@ -256,7 +263,7 @@ def trained(rank: Rank, case: Case) -> Found:
     config = EngineConfig(zero=case.zero, precision="fp32", clip_norm=case.clip, accumulation=case.accumulation)
     groups = parameter_groups(built, OPTIMIZER, tasks(case.dropout), SHAPE.layers)
     weighting = Weighting(case.weighting, OPTIONS.get(case.weighting, {}), [False, True, False], 0)
-    engine = Engine(built, groups, TASKS, config, OPTIMIZER, Surgery(case.method, {}, 0), rank, weighting)
+    engine = Engine(built, groups, weights_of(TASKS), config, OPTIMIZER, Surgery(case.method, {}, 0), rank, weighting)
     mine = PLACEMENT[rank.world][rank.rank]
     parts = [part.tolist() for part in np.array_split(np.array(mine, dtype=int), case.accumulation)]
     told = []
@@ -338,7 +345,7 @@ def engine_of(rank: Rank, method: str = "sum", kinds: dict[str, TaskConfig] = TA
     built = MultiTaskModel(SHAPE, EncoderConfig(dropout=0.0), kinds, seed=3)
     config = EngineConfig(**{"precision": "fp32", "clip_norm": None, **settings})
     groups = parameter_groups(built, OPTIMIZER, kinds, SHAPE.layers)
-    return Engine(built, groups, kinds, config, OPTIMIZER, Surgery(method, {}, 0), rank)
+    return Engine(built, groups, weights_of(kinds), config, OPTIMIZER, Surgery(method, {}, 0), rank)
 
 
 def one_step(engine: Engine, rank: Rank, step: int = 0, spoilt: int | None = None) -> StepResult:
@@ -489,7 +496,7 @@ def in_bf16(rank: Rank, zero: int) -> tuple[bool, float]:
     start = {name: parameter.detach().clone() for name, parameter in built.named_parameters()}
     groups = parameter_groups(built, OPTIMIZER, TASKS, SHAPE.layers)
     config = EngineConfig(precision="bf16", zero=zero)
-    engine = Engine(built, groups, TASKS, config, OPTIMIZER, Surgery("pcgrad", {}, 0), rank)
+    engine = Engine(built, groups, weights_of(TASKS), config, OPTIMIZER, Surgery("pcgrad", {}, 0), rank)
     exact = all(
         bool((tensors["master"] == start[span.name].flatten()[span.start : span.stop]).all())
         for span, tensors in engine.state()
@@ -543,6 +550,86 @@ def test_numbers_on_the_wire(ranks: Ranks, world: int) -> None:
         assert total <= given.pop("c10d::_allgather_base_") <= total + padding
         messages = {"c10d::send", "c10d::recv_"}
         assert set(given) - messages == {"c10d::allreduce_"}, "besides, one all-reduce of what ranks agree on"
+
+
+def messages(rank: Rank) -> str:
+    """Of a step: b where an exchange begins, w where the host waits for a message."""
+    engine = engine_of(rank, "pcgrad")
+    one_step(engine, rank)
+    seen = []
+
+    class Watched:
+        def __init__(self, work: dist.Work) -> None:
+            self.work = work
+
+        def wait(self) -> None:
+            seen.append("w")
+            self.work.wait()
+
+    begin = dist.batch_isend_irecv
+
+    def watched(operations: list[dist.P2POp]) -> list[Watched]:
+        seen.append("b")
+        return [Watched(work) for work in begin(operations)]
+
+    dist.batch_isend_irecv = watched
+    one_step(engine, rank, step=1)
+    return "".join(seen)
+
+
+@pytest.mark.ranks
+def test_all_heads_travel_before_one_is_waited_for(ranks: Ranks) -> None:
+    """Of three tasks, each with two groups: weight decay or none; the encoder has two groups as well."""
+    for seen in ranks(2, messages):
+        assert re.fullmatch(r"bb(w+bb){2}b{6}w+", seen), seen
+
+
+class OnGpu(Tensor):
+    """On a CPU, and says otherwise."""
+
+    is_cuda = True
+
+
+def one_exchange(rank: Rank, gpu: bool) -> tuple[int, bool]:
+    """Messages of an exchange of rows of so many numbers that gloo gets them in pieces; whether all arrived."""
+    size, given = 3 << 18, []
+    sent_WS = torch.arange(rank.world * size).view(rank.world, size) * (rank.rank + 1)
+    received = torch.zeros(rank.world - 1, size, dtype=torch.int64)
+    begin = dist.batch_isend_irecv
+    dist.batch_isend_irecv = lambda operations: given.extend(operations) or begin(operations)
+    for work in exchange(received, sent_WS.as_subclass(OnGpu) if gpu else sent_WS):
+        work.wait()
+    mine = torch.arange(rank.rank * size, (rank.rank + 1) * size)
+    others = [other for other in range(rank.world) if other != rank.rank]
+    right = all(torch.equal(row, mine * (other + 1)) for row, other in zip(received, others, strict=True))
+    return len(given), right
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(("gpu", "pieces"), [(False, 2), (True, 1)])
+def test_pieces_are_for_gloo_alone(ranks: Ranks, gpu: bool, pieces: int) -> None:
+    """NCCL launches a large group of messages part by part, which may hang."""
+    assert ranks(3, one_exchange, gpu) == [(2 * 2 * pieces, True)] * 3
+
+
+def deepspeed_s_own(rank: Rank) -> tuple[str, int]:
+    """The device that DeepSpeed makes the current one, whatever a launcher left in the variable, and how often steps
+    and evaluations have the host wait for the device; a CPU is never waited for, so the call is what counts."""
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+    waits: list[object] = []
+    CPU_Accelerator.synchronize = lambda *_: waits.append(None)
+    os.environ["LOCAL_RANK"] = "7"
+    engine = engine_of(rank)
+    before = len(waits)
+    for step in range(4):
+        one_step(engine, rank, step)
+    return os.environ["LOCAL_RANK"], len(waits) - before
+
+
+@pytest.mark.ranks
+def test_deepspeed_takes_our_device_and_does_not_wait_for_it(ranks: Ranks) -> None:
+    assert ranks(1, deepspeed_s_own) == [("0", 0)]
 
 
 def held(rank: Rank, tasks: int) -> tuple[int, int]:
@@ -603,7 +690,9 @@ def test_groups_layer_decay_and_weight_decay() -> None:
 
 
 def test_deepspeed_brings_no_compiler() -> None:
-    """Nothing here is compiled, and importing what could do it takes seconds of every start."""
+    """Nothing here is compiled, and importing what could do it, or asking whether it could, takes seconds of every
+    start; the answers are printed."""
     code = "import sys; from mtbert.zero import quiet_deepspeed\nwith quiet_deepspeed(): print(*sys.modules)"
     modules = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
     assert "deepspeed.runtime.zero.muon.original_muon" in modules and "torch._inductor.compile_fx" not in modules
+    assert "deepspeed.ops.op_builder.all_ops" not in modules

@@ -60,6 +60,8 @@ def test_padding_is_no_work() -> None:
     ("name", "tflops"),
     [
         ("NVIDIA H200", 989),
+        ("NVIDIA H200 NVL", 835),
+        ("NVIDIA H200 MIG 1g.18gb", None),
         ("NVIDIA H100 80GB HBM3", 989),
         ("NVIDIA H100 PCIe", 756),
         ("NVIDIA A100-SXM4-80GB", 312),

@@ -253,7 +253,8 @@ def trained(rank: Rank, zero: int, accumulation: int) -> tuple[dict[str, list[An
     built = model()
     groups = parameter_groups(built, OPTIMIZER, TASKS, SHAPE.layers, LAYERS)
     config = EngineConfig(zero=zero, precision="fp32", clip_norm=None, accumulation=accumulation)
-    engine = Engine(built, groups, TASKS, config, OPTIMIZER, Surgery("sum", {}, 0), rank)
+    weights = {name: task.weight for name, task in TASKS.items()}
+    engine = Engine(built, groups, weights, config, OPTIMIZER, Surgery("sum", {}, 0), rank)
     mine = PLACEMENT[rank.world][rank.rank]
     told = []
     for step in range(STEPS):

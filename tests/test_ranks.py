@@ -15,7 +15,8 @@ from harness import Ranks
 from torch import distributed as dist
 
 from mtbert.config import EngineConfig
-from mtbert.ranks import close_ranks, in_turn, join_ranks
+from mtbert.errors import UserError
+from mtbert.ranks import close_ranks, in_turn, join_ranks, local_device
 from mtbert.runs import Rank
 
 pytestmark = pytest.mark.ranks
@@ -91,6 +92,60 @@ def _leave() -> None:
     """The harness's group, once all are in it: gloo fails where a peer goes while another still connects."""
     dist.barrier()
     dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("variables", "told"),
+    [
+        ({}, None),
+        ({"CUDA_VISIBLE_DEVICES": ""}, None),
+        ({"CUDA_VISIBLE_DEVICES": "-1", "SLURM_GPUS_ON_NODE": "4"}, None),
+        ({"CUDA_VISIBLE_DEVICES": "NoDevFiles", "SLURM_GPUS_ON_NODE": "4"}, None),
+        ({"SLURM_GPUS_ON_NODE": "0"}, None),
+        ({"SLURM_GPUS_ON_NODE": "4"}, "Slurm gave 4 GPU(s) to this job, but torch "),
+        ({"CUDA_VISIBLE_DEVICES": "1, 0"}, "CUDA_VISIBLE_DEVICES names 1,0, but torch "),
+        ({"CUDA_VISIBLE_DEVICES": "MIG-41b35"}, "CUDA_VISIBLE_DEVICES names MIG-41b35, but torch "),
+    ],
+)
+def test_gpus_that_were_promised_and_cannot_be_used_are_a_mistake(
+    variables: dict[str, str], told: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other ranks may have theirs: on a CPU this one would let them wait."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name in ("CUDA_VISIBLE_DEVICES", "SLURM_GPUS_ON_NODE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    if told is None:
+        assert local_device(Rank()) == torch.device("cpu")
+        return
+    with pytest.raises(UserError) as raised:
+        local_device(Rank())
+    assert str(raised.value).startswith(told) and "\n" not in str(raised.value)
+
+
+def test_a_rank_s_gpu_is_its_own_or_the_one_it_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for count, index in ((4, 3), (1, 0)):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
+        assert local_device(Rank(3, 4, 3, 4)) == torch.device("cuda", index)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match=r": 4 ranks, and only 2 GPUs are visible; one rank per GPU$"):
+        local_device(Rank(3, 4, 3, 4))
+
+
+@pytest.mark.parametrize(("backend", "devices"), [("nccl", [3]), ("gloo", None)])
+def test_the_last_barrier_says_on_which_gpu(
+    backend: str, devices: list[int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NCCL warns otherwise."""
+    met: list[object] = []
+    monkeypatch.setattr(dist, "get_backend", lambda: backend)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(dist, "barrier", lambda device_ids=None: met.append(device_ids))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: met.append("left"))
+    close_ranks()
+    assert met == [devices, "left"]
 
 
 def slow_first(rank: Rank, rendezvous: str) -> str:

@@ -22,6 +22,7 @@ import torch.multiprocessing
 import yaml
 from harness import PATIENCE_S, forking_context
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.overrides import TorchFunctionMode
 
 from mtbert import checkpoint, token_cache, tracking
 from mtbert.building import build
@@ -365,6 +366,27 @@ def test_where_no_checkpoint_can_be_read_nothing_is_begun_again(
             train(run, Rank(), quiet=True)
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
     assert train(run, Rank(), quiet=True).status == "finished"
+
+
+class Transfers(TorchFunctionMode):
+    """Writes down t for a tensor that is moved without waiting, b for a backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = ""
+
+    def __torch_function__(self, function: Any, types: Any, arguments: Any = (), words: Any = None) -> Any:
+        words = words or {}
+        self.seen += "t" * words.get("non_blocking", False) + "b" * (function is torch.Tensor.backward)
+        return function(*arguments, **words)
+
+
+def test_a_step_s_batches_are_on_the_device_before_its_first_loss(config: Config) -> None:
+    """A copy would wait for the kernels that are queued before it: the host could not run ahead."""
+    config = config.model_copy(update={"phases": [config.phases[0].model_copy(update={"steps": 1})]})
+    with Transfers() as transfers:
+        assert train(new_run(config, "moved"), Rank(), quiet=True).status == "finished"
+    assert re.fullmatch(r"t+b{3}t*", transfers.seen), transfers.seen
 
 
 def test_nobody_draws_from_a_global_generator(config: Config) -> None:

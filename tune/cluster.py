@@ -161,12 +161,12 @@ def nodes() -> list[Mapping[str, float]]:
 def check_room(nodes: Sequence[Mapping[str, Any]], ranks: int, cpus: int, gpus: float) -> int:
     """How many trials fit at once. Raises `UserError` naming what is missing when not even one does.
 
-    Ray itself would wait for ever.
+    Ray itself would wait for ever. `gpus`: at most 1, a part of one is always of the same.
     """
     per_node = [
         min(
             int(node.get("CPU", 0) // cpus),
-            _gpu_places(int(node.get("GPU", 0)), gpus) if gpus else ranks * len(nodes) * int(node.get("CPU", 0)),
+            int(node.get("GPU", 0)) * int(1 / gpus + 1e-9) if gpus else ranks * len(nodes) * int(node.get("CPU", 0)),
         )
         for node in nodes
     ]
@@ -185,8 +185,3 @@ def check_room(nodes: Sequence[Mapping[str, Any]], ranks: int, cpus: int, gpus: 
         + (f" and {has['GPU']:g} GPU" if gpus else "")
         + f", room for {places} rank(s): {ranks - places} short"
     )
-
-
-def _gpu_places(count: int, gpus: float) -> int:
-    """Ranks that `count` GPUs have room for; a part of one is always of the same."""
-    return count * int(1 / gpus + 1e-9) if gpus < 1 else int(count // gpus)

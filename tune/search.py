@@ -111,7 +111,7 @@ def parser() -> argparse.ArgumentParser:
     where = parser.add_argument_group("where")
     where.add_argument("--ranks-per-trial", type=_count, metavar="N", help="(default: 1)")
     where.add_argument("--cpus-per-rank", type=_count, metavar="N", help="CPUs, and threads, of a rank (default: 1)")
-    where.add_argument("--gpus-per-rank", type=_share, metavar="X", help="may be a fraction with one rank (default: 0)")
+    where.add_argument("--gpus-per-rank", type=_share, metavar="X", help="1, or a part with one rank (default: 0)")
     where.add_argument("--concurrent", type=_count, metavar="N", help="trials at once (default: as many as fit)")
     where.add_argument("--cluster", choices=("slurm",), help="search on nodes of a cluster instead of this machine")
     where.add_argument("--nodes", type=_count, metavar="N", help="nodes of the cluster (default: 1)")
@@ -211,18 +211,23 @@ def _scored(config: Config) -> list[str]:
 
 
 def check_place(args: argparse.Namespace, settings: Settings) -> None:
-    """Raises `UserError` when a trial does not fit where it is to run."""
+    """Raises `UserError` when a trial does not fit where it is to run; says when GPUs there are left alone."""
     from tune.cluster import check_room
 
     if args.cluster is None and args.address is None:
         if given := [name for name in ("nodes", "cpus_per_node", "slurm") if getattr(args, name)]:
             raise UserError(f"--{given[0].replace('_', '-')}: of which cluster? add --cluster slurm")
-        check_room([_this_machine()], settings.ranks, settings.cpus, settings.gpus)
+        node = _this_machine()
+        check_room([node], settings.ranks, settings.cpus, settings.gpus)
     elif args.cluster is not None:
         if shutil.which("sbatch") is None:
             raise UserError("--cluster slurm: no sbatch here; leave --cluster out to search on this machine")
         node = {"CPU": _cpus_per_node(args, settings), "GPU": _gpus_per_node(args.slurm)}
         check_room([node] * (args.nodes or 1), settings.ranks, settings.cpus, settings.gpus)
+    else:
+        return
+    if node["GPU"] and args.gpus_per_rank is None and args.resume is None:
+        print(f"{node['GPU']} GPU(s) stay idle; --gpus-per-rank 1 would use them", file=sys.stderr)
 
 
 def _cpus_per_node(args: argparse.Namespace, settings: Settings) -> int:
@@ -338,7 +343,9 @@ def new_settings(args: argparse.Namespace, config: Config, space: Space) -> Sett
         why = "a space without stages" if space.stages else f"a population of at least 4, not --trials {trials}"
         raise UserError(f"--scheduler pbt: needs {why}")
     ranks, gpus = args.ranks_per_trial or 1, args.gpus_per_rank or 0.0
-    if gpus % 1 and (ranks > 1 or gpus > 1):
+    if gpus > 1:
+        raise UserError(f"--gpus-per-rank {gpus:g}: a rank computes on one GPU; --ranks-per-trial takes more of them")
+    if gpus % 1 and ranks > 1:
         raise UserError(
             f"--gpus-per-rank {gpus:g}: only one rank per trial can do with part of a GPU; NCCL wants whole ones"
         )

@@ -436,8 +436,11 @@ def test_a_project_that_hands_write_permission_on_does_not_to_a_job(tmp_path: Pa
 
 
 def test_a_failure_for_want_of_memory_says_so() -> None:
-    """oneDNN alone does not; seen in a soak."""
+    """oneDNN alone does not; seen in a soak. CUDA does, and not what to do."""
     from launch.job import _explained
 
     assert "cannot allocate memory" in _explained("RuntimeError: could not create a primitive\n")
+    full = "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.\n"
+    told = "a step does not fit on the GPU: lower schedule.batch_size, or raise engine.accumulation\n"
+    assert _explained(full) == full + told
     assert _explained("ValueError: x\n") == "ValueError: x\n"

@@ -50,6 +50,23 @@ def test_cpus_that_were_typed_are_the_threads_whatever_a_profile_says(tmp_path: 
     assert "OMP_NUM_THREADS" not in script(parser().parse_args([]), "mtbert-x", tmp_path, [tmp_path])
 
 
+@pytest.mark.parametrize(
+    ("words", "hidden"),
+    [
+        ("", True),
+        ("--ranks-per-node 2 --slurm exclusive", True),
+        ("--gpus-per-node 2", False),
+        ("--slurm gpus=4", False),
+        ("--ranks-per-node 2 --slurm mem=0 gres=gpu:a100:2", False),
+        ("--slurm tres-per-task=gres/gpu:1", False),
+    ],
+)
+def test_ranks_that_asked_for_no_gpu_see_none(words: str, hidden: bool, tmp_path: Path) -> None:
+    """Many clusters show all of a node's to every job, and an exclusive one is given them unasked."""
+    text = script(parser().parse_args(words.split()), "mtbert-x", tmp_path, [tmp_path])
+    assert (" env CUDA_VISIBLE_DEVICES= " in text) == hidden
+
+
 def test_a_path_with_a_space_survives_the_script(tmp_path: Path) -> None:
     folder = tmp_path / "my runs" / "one"
     text = script(parser().parse_args(["--nodes", "2"]), "mtbert-one", folder, [folder])

@@ -164,6 +164,22 @@ def test_the_interface_is_that_to_another_node(
     assert _interface(Place(Rank(int(node), 2), "login", hosts, 0, "7")) == expected
 
 
+@pytest.mark.parametrize("chosen", [None, "eth"])
+def test_libraries_are_told_the_interface_unless_the_user_did(
+    monkeypatch: pytest.MonkeyPatch, chosen: str | None
+) -> None:
+    """NCCL takes a name for the beginning of one, as lo of lo1, unless it begins with =."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    for library in ("GLOO", "NCCL"):
+        monkeypatch.setenv(f"{library}_SOCKET_IFNAME", str(chosen))
+        if chosen is None:
+            monkeypatch.delenv(f"{library}_SOCKET_IFNAME")
+    _set_variables(Place(Rank(), "login", ("login",), 0, None))
+    told = [os.environ[f"{library}_SOCKET_IFNAME"] for library in ("GLOO", "NCCL")]
+    assert told == ([chosen] * 2 if chosen else ["lo", "=lo"])
+
+
 SIGNALLED = """
 import os, sys
 class Signalled:

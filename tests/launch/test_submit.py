@@ -199,6 +199,17 @@ def test_gpus_without_numbers_are_refused_before_there_is_a_run_folder(
     assert list(tmp_path.iterdir()) == [config]
 
 
+def test_gpus_that_torch_cannot_use_are_one_line_and_no_ranks_on_cpus(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "97")
+    done = submit("--config", config, "--local", "--set", "run.name=mine", cwd=tmp_path)
+    assert done.returncode == 2 and "1 GPU rank(s)" in done.stdout
+    *_, last = done.stderr.splitlines()
+    assert "CUDA_VISIBLE_DEVICES names 97, but torch " in last and "Traceback" not in done.stdout + done.stderr
+    assert not (tmp_path / "runs" / "mine").exists()
+
+
 def test_options_of_slurm_are_not_passed_over_in_silence(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

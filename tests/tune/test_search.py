@@ -24,7 +24,17 @@ from mtbert.config_files import load_config, to_yaml
 from mtbert.errors import UserError, to_install
 from mtbert.record import METRICS_FILE
 from mtbert.yaml_files import inline_yaml
-from tune.search import Settings, _gpus_per_node, again, main, new_settings, parser, read_settings, write_settings
+from tune.search import (
+    Settings,
+    _gpus_per_node,
+    again,
+    check_place,
+    main,
+    new_settings,
+    parser,
+    read_settings,
+    write_settings,
+)
 from tune.space import load_space
 
 ROOT = Path(__file__).parent.parent.parent
@@ -306,7 +316,8 @@ def test_several_metrics_leave_a_front(place: Place) -> None:
             r"--ranks-per-trial 999: a trial needs 999 × 1 CPU; this machine has \d+ CPU, room",
         ),
         (["--ranks-per-trial", "2", "--gpus-per-rank", "0.5"], "only one rank per trial can do with part of a GPU"),
-        (["--gpus-per-rank", "64"], "--gpus-per-rank 64: a trial needs 1 × 1 CPU and 1 × 64 GPU"),
+        (["--gpus-per-rank", "2"], "--gpus-per-rank 2: a rank computes on one GPU"),
+        (["--gpus-per-rank", "1"], "--gpus-per-rank 1: a trial needs 1 × 1 CPU and 1 × 1 GPU"),
         (["--cpus-per-rank", "999"], "--cpus-per-rank 999: a trial needs 1 × 999 CPU; this machine has"),
         (["--metric", "accuracy"], "--metric accuracy: no trial reports it; valid: composite, sst, para, sts"),
         (
@@ -522,6 +533,24 @@ SETTINGS = {
     "storage": "",
     "name": "n",
 }
+
+
+@pytest.mark.parametrize(
+    ("visible", "words", "told"),
+    [
+        ("0,1", [], "2 GPU(s) stay idle; --gpus-per-rank 1 would use them\n"),
+        ("0,1", ["--gpus-per-rank", "0"], ""),
+        ("0,1", ["--gpus-per-rank", "0.5"], ""),
+        ("", [], ""),
+    ],
+)
+def test_gpus_that_stay_idle_are_told(
+    visible: str, words: list[str], told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    args = parser().parse_args(words)
+    check_place(args, Settings(**{**SETTINGS, "gpus": args.gpus_per_rank or 0.0}))
+    assert capsys.readouterr().err == told
 
 
 @pytest.mark.parametrize(
