@@ -97,9 +97,12 @@ class Environment(BaseModel):
 
     command: list[str] = []  # what the user typed
     directory: str = ""
+    mtbert: str = ""
+    commit: str | None = None  # of the code, with a + where it was changed since; None outside a checkout
     python: str = ""
     platform: str = ""
     host: str = ""
+    cpu: str = ""
     cpus: Annotated[int, Field(lt=2**31)] | None = None
     packages: dict[str, str] = {}
 

@@ -9,22 +9,20 @@ import hashlib
 import json
 import os
 import platform
-import re
 import shutil
 import stat
-import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
 from mtbert.config import Config, EncoderConfig
 from mtbert.config_files import to_yaml
+from mtbert.environment import environment
 from mtbert.errors import UserError
 
 T = TypeVar("T")
@@ -198,9 +196,10 @@ def create_run(config: Config, source: str | None, command: list[str]) -> Path:
         ) from None
     except OSError as error:
         raise UserError(f"run.dir {config.run.dir}: cannot make {folder}: {error.strerror}") from None
+    made_by = {"format": FORMAT, **environment(command)}
     try:
         write_atomically(folder / "config.yaml", text)
-        write_atomically(folder / "environment.json", json.dumps(_environment(command), indent=2) + "\n")
+        write_atomically(folder / "environment.json", json.dumps(made_by, indent=2) + "\n")
     except OSError as error:
         shutil.rmtree(folder)
         raise UserError(f"run.dir {config.run.dir}: cannot write to {folder}: {error.strerror}") from None
@@ -268,11 +267,6 @@ def read_small(path: Path) -> bytes:
     return content
 
 
-_SECRET_NAMES = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|KEY)(_ID)?$")
-_SECRET_OPTIONS = re.compile(r"--?([\w-]*[_-])?(token|secret|password|passwd|key)", re.IGNORECASE)
-_SECRETS = re.compile(r"\bhf_[A-Za-z0-9]{8,}|(?<=://)[^/\s@]+(?=@)|(?i:(?<=token=)|(?<=password=)|(?<=secret=))\S+")
-
-
 def read_json(kind: TypeAdapter[T], path: Path) -> T | None:
     """What a small file holds, None where that is something else. Raises `OSError`, also for one that is not there.
 
@@ -286,58 +280,9 @@ def read_json(kind: TypeAdapter[T], path: Path) -> T | None:
         return None
 
 
-def redacted(text: str) -> str:
-    """Without what looks like a secret: hub tokens, passwords in addresses, values of variables such as HF_TOKEN."""
-    for name, value in os.environ.items():
-        if _SECRET_NAMES.search(name) and len(value) >= 8:
-            text = text.replace(value, "[redacted]")
-    return _SECRETS.sub("[redacted]", text)
-
-
-def redacted_command(words: list[str]) -> list[str]:
-    """Also without the word after an option such as --token."""
-    return [
-        "[redacted]" if at and _SECRET_OPTIONS.fullmatch(words[at - 1]) else redacted(word)
-        for at, word in enumerate(words)
-    ]
-
-
 def discard_unstarted(folder: Path) -> None:
     """Remove a run folder that holds nothing but what `create_run` and a launcher put there, so that its name is free
     again."""
     put_there = {"config.yaml", "environment.json", "encoder", "code", "job", "logs"}
     if {path.name for path in folder.iterdir()} <= put_there:
         shutil.rmtree(folder)
-
-
-def _environment(command: list[str]) -> dict[str, Any]:
-    """What a reader needs to repeat the run; no environment variables, they may hold secrets, and no secret that was
-    typed."""
-    packages: Mapping[str, str] = {
-        name: metadata.version(name)
-        for name in ("torch", "deepspeed", "torchjd", "tokenizers", "numpy", "submitit")
-        if _installed(name)
-    }
-    return {
-        "format": FORMAT,
-        "command": [_legible(word) for word in redacted_command(command)],
-        "directory": _legible(str(Path.cwd())),
-        "python": sys.version.split()[0],
-        "platform": platform.platform(),
-        "host": platform.node(),
-        "cpus": os.cpu_count(),
-        "packages": packages,
-    }
-
-
-def _legible(text: str) -> str:
-    """With all that is not UTF-8 escaped: JSON's readers refuse the half surrogate pair that Python makes of it."""
-    return text.encode(errors="backslashreplace").decode()
-
-
-def _installed(name: str) -> bool:
-    try:
-        metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return False
-    return True

@@ -32,6 +32,7 @@ from mtbert.engine import (
     StepResult,
     parameter_groups,
 )
+from mtbert.environment import cpu
 from mtbert.errors import UserError
 from mtbert.evaluate import Evaluation, evaluate_all
 from mtbert.figures import cosine_map, evaluation_figures
@@ -459,6 +460,8 @@ class _Run:
             return
         rounded = {part: round(seconds, 3) for part, seconds in launch.parts.items()}
         record = {"step": self.first_step, "seconds": rounded, "total": round(sum(rounded.values()), 3)}
+        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else cpu()
+        record |= {"ranks": self.rank.world, "device": device}
         write_atomically(self.run_dir / "launch.json", json.dumps(record) + "\n")
         parts = ", ".join(f"{part} {seconds:.1f}" for part, seconds in rounded.items())
         self.tracker.message(f"first step after {record['total']:.1f} s: {parts}")

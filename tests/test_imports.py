@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 FLOORS = [
-    ["errors", "stops"],
+    ["errors", "stops", "environment"],
     ["yaml_files"],
     ["config"],
     ["config_files"],

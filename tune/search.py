@@ -37,8 +37,9 @@ from launch.records import ROOT, snapshot_code
 from launch.show import STOPPED
 from mtbert.config import Config
 from mtbert.config_files import config_of, load_config, to_yaml
+from mtbert.environment import redacted
 from mtbert.errors import CommandLine, UserError
-from mtbert.runs import create_run, redacted, user_path, written_aside
+from mtbert.runs import create_run, user_path, written_aside
 from mtbert.stops import stop_requests
 from mtbert.yaml_files import dump_yaml, inline_yaml, read_yaml
 from tune.space import Space, corners, load_space

@@ -30,6 +30,7 @@ from benchmarks.papers.rows import ROOT, Recipe, config_path, differing, identit
 from mtbert.config import Config
 from mtbert.config_files import load_config
 from mtbert.data import locate_file
+from mtbert.environment import commit
 from mtbert.errors import UserError
 from mtbert.manifest import folders, read_manifest, sha256
 from mtbert.pretrained import load_pretrained
@@ -195,7 +196,7 @@ def stamp(row: str, config: Config, encoder: str | None) -> dict[str, Any]:
         "encoder": encoder_told(config, encoder),
         "when": datetime.date.today().isoformat(),
         "machine": options.machine(),
-        "commit": options.commit(),
+        "commit": commit(),
     }
 
 

@@ -43,7 +43,7 @@ sys.path.insert(0, str(ROOT))
 
 import page  # noqa: E402
 
-from benchmarks.options import commit  # noqa: E402
+from mtbert.environment import commit  # noqa: E402
 
 CORPUS = HERE / "corpus"
 LEDGER = HERE / "fuzz.jsonl"
