@@ -35,7 +35,6 @@ from torch import Tensor
 from mtbert.engine import Engine
 from mtbert.errors import UserError
 from mtbert.manifest import (
-    FORMAT,
     MAX_MANIFEST,
     PASSED_OVER,
     Best,
@@ -51,7 +50,7 @@ from mtbert.manifest import (
     sha256,
     with_the_best,
 )
-from mtbert.runs import Rank, write_atomically
+from mtbert.runs import FORMAT, Rank, write_atomically
 from mtbert.surgery import Surgery
 from mtbert.weighting import Weighting
 from mtbert.zero import Span

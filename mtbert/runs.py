@@ -27,8 +27,9 @@ from mtbert.errors import UserError
 
 T = TypeVar("T")
 
-FORMAT = 1
-"""Of run folders; goes up when an older mtbert could no longer continue one."""
+FORMAT = 2
+"""Of run folders and the checkpoints in them; goes up when an older mtbert could no longer continue one, and so with
+every new key of a manifest: keys that are not known count as damage."""
 
 MAX_SMALL = 2**24
 

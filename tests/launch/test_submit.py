@@ -516,11 +516,11 @@ def test_a_damaged_note_hides_no_other_job(tmp_path: Path) -> None:
 def test_a_run_folder_from_a_newer_version_is_refused(config: Path, tmp_path: Path) -> None:
     run = create_run(load_config(config, [f"run.dir={tmp_path}"]), None, [])
     made_by = json.loads((run / "environment.json").read_text())
-    assert made_by["format"] == 1
-    (run / "environment.json").write_text(json.dumps({**made_by, "format": 2}))
+    assert made_by["format"] == 2
+    (run / "environment.json").write_text(json.dumps({**made_by, "format": 3}))
     done = submit("--resume", run, "--local", "--dry-run", cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert done.stderr.startswith(f"error: {run}: run folder of format 2, from a newer mtbert; this one reads up to 1")
+    assert done.stderr.startswith(f"error: {run}: run folder of format 3, from a newer mtbert; this one reads up to 2")
 
 
 def test_a_mistake_found_by_a_rank_leaves_no_run_folder(config: Path, tmp_path: Path) -> None:
