@@ -14,7 +14,7 @@ from typing import Any
 
 from mtbert.environment import cpu
 from mtbert.errors import CommandLine, UserError
-from mtbert.runs import write_atomically
+from mtbert.files import write_atomically
 
 
 def count(text: str) -> int:

@@ -44,8 +44,9 @@ from launch.records import (
     stop_path,
 )
 from mtbert.errors import UserError
+from mtbert.files import NO_ROOM, alive, sweep
 from mtbert.lock import HEARTBEAT_S, STALE_S
-from mtbert.runs import NO_ROOM, Outcome, Rank, Stopwatch, alive, sweep, usable_cores
+from mtbert.runs import Outcome, Rank, Stopwatch, usable_cores
 
 Train = Callable[[Path, Rank, Callable[[], bool], bool], Outcome]
 

@@ -25,7 +25,8 @@ from launch.records import JobNote, Lock, make_job_folder, read_note, snapshot_c
 from launch.submit import DEFAULT_CONFIG, check_resumable
 from mtbert.config_files import load_config, to_yaml
 from mtbert.errors import CommandLine, UserError
-from mtbert.runs import create_run, independent, user_path, write_atomically
+from mtbert.files import user_path, write_atomically
+from mtbert.runs import create_run, independent
 
 
 def main() -> int:

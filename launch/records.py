@@ -28,8 +28,8 @@ from typing import Literal
 from pydantic import TypeAdapter
 
 from mtbert.errors import UserError
+from mtbert.files import read_json, write_atomically
 from mtbert.lock import Count, Plain, RunLock, SlurmJob
-from mtbert.runs import read_json, write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("mtbert", "launch")

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TextIO
 
 from launch.records import End, JobNote, job_folder, log_path
+from mtbert.files import NO_ROOM
 from mtbert.manifest import folders
-from mtbert.runs import NO_ROOM
 from mtbert.stops import give_up
 
 REMEMBERED = 4000

@@ -45,7 +45,7 @@ from launch.records import (
 )
 from launch.show import STOPPED, Tail, Unwatched, launcher_logs, report, tell
 from mtbert.errors import UserError
-from mtbert.runs import alive
+from mtbert.files import alive
 from mtbert.stops import UNREAD
 
 GRACE_S = 90

@@ -35,16 +35,8 @@ from launch.show import length
 from mtbert.config import Config, SurgeryConfig, WeightingConfig
 from mtbert.config_files import load_config, to_yaml
 from mtbert.errors import CommandLine, UserError
-from mtbert.runs import (
-    check_encoder,
-    check_run,
-    create_run,
-    discard_unstarted,
-    independent,
-    local_folder,
-    user_path,
-    write_atomically,
-)
+from mtbert.files import user_path, write_atomically
+from mtbert.runs import check_encoder, check_run, create_run, discard_unstarted, independent, local_folder
 from mtbert.stops import UNREAD, give_up
 
 DEFAULT_CONFIG = Path("configs") / "quickstart.yaml"

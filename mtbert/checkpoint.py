@@ -34,6 +34,7 @@ from torch import Tensor
 
 from mtbert.engine import Engine
 from mtbert.errors import UserError
+from mtbert.files import write_atomically
 from mtbert.manifest import (
     MAX_MANIFEST,
     PASSED_OVER,
@@ -50,7 +51,7 @@ from mtbert.manifest import (
     sha256,
     with_the_best,
 )
-from mtbert.runs import FORMAT, Rank, write_atomically
+from mtbert.runs import FORMAT, Rank
 from mtbert.surgery import Surgery
 from mtbert.weighting import Weighting
 from mtbert.zero import Span

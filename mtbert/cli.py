@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Any
 from mtbert.config import Config
 from mtbert.config_files import load_config, schema, to_yaml
 from mtbert.errors import CommandLine, UserError
+from mtbert.files import user_path
 from mtbert.lock import RunLock
 from mtbert.reference import reference
-from mtbert.runs import Rank, check_run, create_run, discard_unstarted, user_path
+from mtbert.runs import Rank, check_run, create_run, discard_unstarted
 from mtbert.stops import UNREAD, give_up, stop_requests
 
 if TYPE_CHECKING:

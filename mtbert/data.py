@@ -26,10 +26,10 @@ from torch import Tensor
 
 from mtbert.config import HUB_FILE, DataConfig, TaskConfig
 from mtbert.errors import UserError
+from mtbert.files import read_small, user_path
 from mtbert.packing import Packed, pack
 from mtbert.pretrained import hub_errors, refuse_damaged
 from mtbert.readers import Quarantined
-from mtbert.runs import read_small, user_path
 from mtbert.token_cache import Progress, ensure
 
 T = TypeVar("T")

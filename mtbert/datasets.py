@@ -20,9 +20,9 @@ import numpy as np
 from mtbert.config import Config, TaskConfig
 from mtbert.data import locate_file
 from mtbert.errors import UserError
+from mtbert.files import read_small, user_path, write_atomically
 from mtbert.pretrained import hub_errors, refuse_damaged
 from mtbert.readers import Quarantined, Row, csv_writer, form_of, no_character, no_text, read_rows, read_table, unfit
-from mtbert.runs import read_small, user_path, write_atomically
 from mtbert.token_cache import wanted_columns
 
 TEXTS = [

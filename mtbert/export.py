@@ -31,10 +31,10 @@ from mtbert.config import TaskConfig
 from mtbert.data import special_ids
 from mtbert.encoder import Encoder, Layer, Pooling
 from mtbert.errors import UserError
+from mtbert.files import aside, sweep, user_path
 from mtbert.heads import Head, MultiTaskModel
 from mtbert.pretrained import save_pretrained
 from mtbert.record import RunRecord
-from mtbert.runs import aside, sweep, user_path
 from mtbert.trained import Trained, kept_encoder
 
 HEADS_FORMAT = 1

@@ -26,8 +26,8 @@ from numpy.typing import NDArray
 
 from mtbert.config import TaskConfig
 from mtbert.errors import UserError
+from mtbert.files import user_path, written_aside
 from mtbert.readers import Quarantined, Record, Table, csv_writer, form_of, read_table
-from mtbert.runs import user_path, written_aside
 from mtbert.trained import Trained, unusable
 
 WINDOW_ROWS, WINDOW_CHARACTERS = 4096, 2**21

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from mtbert.encoder import Encoder, EncoderShape
 from mtbert.errors import UserError
+from mtbert.files import read_small, user_path, write_atomically
 from mtbert.manifest import sha256
-from mtbert.runs import PRETRAINED_FILES, local_folder, read_small, user_path, write_atomically
+from mtbert.runs import PRETRAINED_FILES, local_folder
 
 _TO_HUGGING_FACE = {
     "words": "embeddings.word_embeddings",

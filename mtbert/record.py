@@ -28,7 +28,8 @@ from pydantic import BaseModel, Field, ValidationError
 from mtbert.config import Config, TaskConfig
 from mtbert.config_files import load_config
 from mtbert.errors import UserError
-from mtbert.runs import check_run, read_small, write_atomically
+from mtbert.files import read_small, write_atomically
+from mtbert.runs import check_run
 
 METRICS_FILE = "metrics.jsonl"
 PREDICTIONS = "predictions"

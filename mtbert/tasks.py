@@ -22,10 +22,10 @@ from mtbert import synthetic
 from mtbert.config import Config, DataConfig, Generate, TaskConfig
 from mtbert.data import Batch, Dataset, collate, load_dataset, load_tokenizer, sequence_lengths, special_ids
 from mtbert.errors import UserError
+from mtbert.files import read_small, user_path, write_atomically
 from mtbert.losses import example_losses
 from mtbert.manifest import sha256
 from mtbert.ranking import mnrl
-from mtbert.runs import read_small, user_path, write_atomically
 
 Split = Literal["train", "dev"]
 

@@ -26,9 +26,9 @@ from tokenizers import Tokenizer
 
 from mtbert.config import TaskConfig
 from mtbert.errors import UserError
+from mtbert.files import aside, sweep, write_atomically
 from mtbert.manifest import sha256
 from mtbert.readers import Quarantined, Row, no_character, no_text, read_rows, unfit
-from mtbert.runs import aside, sweep, write_atomically
 
 Progress = Callable[[int, int | None], None]
 """Called with the rows done and, where it is known, how many there are."""

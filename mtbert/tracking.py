@@ -29,8 +29,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from mtbert.figures import pixels
+from mtbert.files import NO_ROOM, written_aside
 from mtbert.record import MAX_LINE, METRICS_FILE
-from mtbert.runs import NO_ROOM, Rank, written_aside
+from mtbert.runs import Rank
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

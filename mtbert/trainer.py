@@ -36,6 +36,7 @@ from mtbert.environment import cpu
 from mtbert.errors import UserError
 from mtbert.evaluate import Evaluation, evaluate_all
 from mtbert.figures import cosine_map, evaluation_figures
+from mtbert.files import NO_ROOM, write_atomically
 from mtbert.flops import encoder_flops, peak_flops
 from mtbert.manifest import Checkpoint, Course
 from mtbert.metrics import metric_of
@@ -43,7 +44,7 @@ from mtbert.phases import Phase, plan
 from mtbert.randomness import addressed_generator
 from mtbert.ranks import close_ranks, in_turn, join_ranks, peak_memory
 from mtbert.record import RunRecord, Said, kept_id, settings, write_predictions
-from mtbert.runs import NO_ROOM, Outcome, Rank, Stopwatch, check_run, write_atomically
+from mtbert.runs import Outcome, Rank, Stopwatch, check_run
 from mtbert.schedule import Schedule, Share
 from mtbert.surgery import Surgery, conflicts
 from mtbert.tasks import Task, load_tasks, locate_data

@@ -26,10 +26,10 @@ from mtbert.cli import main
 from mtbert.config import Config
 from mtbert.errors import UserError
 from mtbert.export import PaddedEncoder, export
+from mtbert.files import HOST
 from mtbert.heads import MultiTaskModel
 from mtbert.packing import pack
 from mtbert.readers import Row, read_rows
-from mtbert.runs import HOST
 from mtbert.trained import Trained, load_run
 
 ROOT = Path(__file__).parent.parent

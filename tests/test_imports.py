@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 
 FLOORS = [
     ["errors", "stops", "environment"],
-    ["yaml_files"],
+    ["yaml_files", "files"],
     ["config"],
     ["config_files"],
     ["runs", "ranks", "randomness", "baselines", "reference", "manifest"],

@@ -20,8 +20,9 @@ from mtbert.config import Config, DataConfig, EncoderConfig
 from mtbert.config_files import load_config
 from mtbert.environment import commit, cpu
 from mtbert.errors import UserError
+from mtbert.files import alive, sweep, write_atomically
 from mtbert.record import RunRecord
-from mtbert.runs import FORMAT, Outcome, Rank, alive, create_run, discard_unstarted, sweep, write_atomically
+from mtbert.runs import FORMAT, Outcome, Rank, create_run, discard_unstarted
 
 ROOT = Path(__file__).parent.parent
 COMMAND = ["mtbert", "train", "--set", "seed=3"]
@@ -166,7 +167,8 @@ FULL_DISK = """
     from pathlib import Path
     from mtbert.config_files import load_config
     from mtbert.errors import UserError
-    from mtbert.runs import create_run, write_atomically
+    from mtbert.files import write_atomically
+    from mtbert.runs import create_run
     task = "tasks.a={kind: classification, train: t, dev: d}"
     config = load_config(None, [f"run.dir={sys.argv[1]}", "run.name=first", task])
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -288,7 +290,7 @@ def test_paths_in_the_folder_are_absolute(tmp_path: Path, monkeypatch: pytest.Mo
 HANGS = """
 import sys
 from pathlib import Path
-from mtbert.runs import written_aside
+from mtbert.files import written_aside
 with written_aside(Path(sys.argv[1])) as aside:
     aside.write_text("half")
     print("half", flush=True)

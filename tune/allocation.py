@@ -23,7 +23,7 @@ from pathlib import Path
 from launch.records import ROOT, outside_of_any_job
 from launch.show import STOPPED
 from mtbert.errors import UserError
-from mtbert.runs import write_atomically
+from mtbert.files import write_atomically
 from tune.cluster import OBJECT_STORE_BYTES, ray_folder, ray_home, set_variables, write_token
 
 JOIN_S = 120

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mtbert.config_files import load_config, to_yaml
+from mtbert.files import write_atomically
 from mtbert.record import METRICS_FILE
-from mtbert.runs import write_atomically
 from tune.board import brief
 from tune.curves import attempts, evaluations_in
 from tune.space import Parameter, Space

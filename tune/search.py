@@ -39,7 +39,8 @@ from mtbert.config import Config
 from mtbert.config_files import config_of, load_config, to_yaml
 from mtbert.environment import redacted
 from mtbert.errors import CommandLine, UserError
-from mtbert.runs import create_run, user_path, written_aside
+from mtbert.files import user_path, written_aside
+from mtbert.runs import create_run
 from mtbert.stops import stop_requests
 from mtbert.yaml_files import dump_yaml, inline_yaml, read_yaml
 from tune.space import Space, corners, load_space

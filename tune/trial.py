@@ -27,9 +27,9 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from launch.records import End, job_folder, read_end
 from mtbert.config_files import load_config, to_yaml
+from mtbert.files import write_atomically
 from mtbert.manifest import with_the_best
 from mtbert.record import METRICS_FILE
-from mtbert.runs import write_atomically
 from tune.curves import LINEAGE_FILE, STARTS_FILE, attempts, evaluations_in
 from tune.owner import Owner
 

@@ -32,10 +32,10 @@ from mtbert.config_files import load_config
 from mtbert.data import locate_file
 from mtbert.environment import commit
 from mtbert.errors import UserError
+from mtbert.files import user_path, write_atomically
 from mtbert.manifest import folders, read_manifest, sha256
 from mtbert.pretrained import load_pretrained
 from mtbert.record import RunRecord
-from mtbert.runs import user_path, write_atomically
 from mtbert.stops import stop_requests
 from mtbert.tasks import load_tasks, locate_data, locate_tokenizer
 
