@@ -28,7 +28,7 @@ from typing import Literal
 from pydantic import TypeAdapter
 
 from mtbert.errors import UserError
-from mtbert.files import read_json, write_atomically
+from mtbert.files import folder_made_aside, read_json, write_atomically
 from mtbert.lock import Count, Plain, RunLock, SlurmJob
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -210,12 +210,9 @@ def snapshot_code(run: Path) -> Path:
     """
     code = run / "code"
     if not code.exists():
-        aside = run / ".code.tmp"
-        for package in PACKAGES:
-            shutil.copytree(
-                ROOT / package, aside / package, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True
-            )
-        aside.rename(code)
+        with folder_made_aside(code, Path.is_dir) as aside:
+            for package in PACKAGES:
+                shutil.copytree(ROOT / package, aside / package, ignore=shutil.ignore_patterns("__pycache__"))
     return code
 
 

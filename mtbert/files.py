@@ -11,7 +11,8 @@ import os
 import platform
 import shutil
 import stat
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
@@ -79,6 +80,36 @@ def written_aside(path: Path) -> Iterator[Path]:
         new.replace(target)
     finally:
         new.unlink(missing_ok=True)  # there only if something went wrong
+
+
+@contextmanager
+def folder_made_aside(target: Path, whole: Callable[[Path], bool] | None = None) -> Iterator[Path]:
+    """Where to put what the folder `target` is to hold: a new one beside it that takes its name if nothing goes wrong.
+
+    Args:
+        whole: whether a folder of that name is what this one would be. One that is stays, another process was first;
+            one that is not was damaged, and gives way. Without it every folder that has anything in it stays.
+
+    Raises `OSError`, also where one stays that is not whole.
+    """
+    sweep(target.parent)
+    # several threads may want it; and after a restart a container has the name and the process ids it had before
+    name = f"{target.name}.{uuid.uuid4().hex[:8]}"
+    new, damaged = aside(target.with_name(name)), aside(target.with_name(f"{name}.damaged"))
+    try:
+        new.mkdir(parents=True)
+        yield new
+        if whole and target.is_dir() and not whole(target):
+            with suppress(FileNotFoundError):  # another process was faster
+                target.rename(damaged)
+        try:
+            new.rename(target)
+        except OSError:
+            if not (whole and whole(target)):
+                raise
+    finally:
+        for left in (new, damaged):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
