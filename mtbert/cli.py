@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = CommandLine(prog="python -m mtbert", description="Multi-task BERT with sharded surgery.")
     commands = parser.add_subparsers(required=True, metavar="command")
 
-    command = commands.add_parser("train", help="train in this process (several ranks: launch/submit.py)")
+    command = commands.add_parser("train", help="train in this process (several ranks: launch/submit.py or torchrun)")
     _add_config(command)
     command.add_argument("--resume", metavar="RUN", help="continue this run folder instead of starting a new one")
     command.add_argument("--quiet", action="store_true", help="nothing on stdout")
@@ -227,17 +227,32 @@ def _config(options: argparse.Namespace) -> Config:
 def _train(options: argparse.Namespace) -> int:
     if options.resume and (options.config or options.set):
         raise UserError("--resume: a run continues with the configuration in its folder; leave out --config and --set")
-    if options.resume:
-        folder = existing_run(options.resume)
-    else:
-        config = _config(options)
-        folder = create_run(config, str(options.config or default_config()), sys.argv)
-    from mtbert.trainer import train
+    rank = Rank.here()
+    config = None if options.resume else _config(options)
+    folder: Path | None = None
+
+    def begin() -> str:
+        """The run folder, which this process holds from then on."""
+        source = str(options.config or default_config())
+        begun = create_run(config, source, sys.argv) if config else existing_run(options.resume)
+        held.enter_context(RunLock(begun, f"{secrets.token_hex(4)}-0").held())
+        return str(begun)
 
     try:
-        with RunLock(folder, f"{secrets.token_hex(4)}-0").held(), _stop_on_signals() as stop:
-            outcome = train(folder, Rank(), stop, quiet=options.quiet or options.json)
+        with contextlib.ExitStack() as held:
+            if rank.world == 1:
+                folder = Path(begin())
+            else:
+                from mtbert.ranks import told_by_first
+
+                folder = Path(held.enter_context(told_by_first(rank, begin)))
+            from mtbert.trainer import train
+
+            stop = held.enter_context(_stop_on_signals())
+            outcome = train(folder, rank, stop, quiet=options.quiet or options.json)
     except (Exception, KeyboardInterrupt) as error:
+        if folder is None or not rank.first:
+            raise
         if not options.resume and isinstance(error, UserError | KeyboardInterrupt):
             discard_unstarted(folder)
         from mtbert.manifest import folders
@@ -245,12 +260,13 @@ def _train(options: argparse.Namespace) -> int:
         if folders(folder) or (isinstance(error, KeyboardInterrupt) and folder.is_dir()):
             print(_continue(folder), file=sys.stderr)
         raise
-    if options.json:
+    if options.json and rank.first:
         scores = {name: _finite(score) for name, score in outcome.metrics.items()}
         record = {"run": str(folder), "status": outcome.status, "step": outcome.step, "scores": scores}
         print(json.dumps(record))
     if outcome.status == "stopped":
-        print(f"stopped after step {outcome.step}; {_continue(folder)}", file=sys.stderr)
+        if rank.first:
+            print(f"stopped after step {outcome.step}; {_continue(folder)}", file=sys.stderr)
         return STOPPED
     return 0
 

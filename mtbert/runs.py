@@ -36,6 +36,25 @@ class Rank:
     local_world: int = 1
     rendezvous: str = ""
 
+    @classmethod
+    def here(cls) -> Rank:
+        """This process as torchrun's variables have it, or another launcher's of torch programs; else the only one.
+
+        Raises `UserError` where some of them are missing.
+        """
+        if os.environ.get("WORLD_SIZE", "1") == "1":
+            return cls()
+        try:
+            names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+            rank, world, local, local_world = (int(os.environ[name]) for name in names)
+            rendezvous = f"tcp://{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        except (KeyError, ValueError) as error:
+            raise UserError(
+                f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {error}: several ranks need RANK, LOCAL_RANK, "
+                f"LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT too, as torchrun sets them; or unset it"
+            ) from None
+        return cls(rank, world, local, local_world, rendezvous)
+
     @property
     def first(self) -> bool:
         return self.rank == 0
