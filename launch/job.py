@@ -46,6 +46,7 @@ from launch.records import (
 from mtbert.errors import UserError
 from mtbert.files import NO_ROOM, alive, sweep
 from mtbert.lock import HEARTBEAT_S, STALE_S
+from mtbert.manifest import folders
 from mtbert.runs import Outcome, Rank, Stopwatch, usable_cores
 
 Train = Callable[[Path, Rank, Callable[[], bool], bool], Outcome]
@@ -336,7 +337,7 @@ class Attempt:
         job = self.place.slurm_job
         if job is None or not _goes_on(job):
             return
-        saved = max((path.stat().st_mtime for path in (self.run / "checkpoints").glob("step-*")), default=0.0)
+        saved = max((path.stat().st_mtime for path in folders(self.run)), default=0.0)
         # the batch script counts in it too: a line per attempt since the last new checkpoint
         killed = job_folder(self.run) / f"{job}.killed"
         before = killed.read_text().split() if killed.exists() and killed.stat().st_mtime > saved else []

@@ -82,7 +82,7 @@ def report(run: Path, note: JobNote, end: End | None, said: str = "") -> int:
         return 1
     if end.status == "mistake":
         tell(f"error: {end.message}")
-        if any((run / "checkpoints").glob("step-*")):  # a disk that was full at the end, say
+        if folders(run):  # a disk that was full at the end, say
             tell(f"continue with: {resume}")
         return 2
     if end.status in ("failed", "lost"):

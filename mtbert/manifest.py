@@ -128,6 +128,11 @@ def folders(run_dir: Path) -> list[Path]:
     return sorted((folder for folder in found if folder.name.removeprefix("step-").isdecimal()), reverse=True)
 
 
+def step_of(folder: Path) -> int:
+    """That of a checkpoint's folder."""
+    return int(folder.name.removeprefix("step-"))
+
+
 def folder_of(run_dir: Path, step: int) -> Path:
     return run_dir / "checkpoints" / f"step-{step:08d}"
 
@@ -261,7 +266,7 @@ class State:
         found = self.checkpoint
         saved = datetime.datetime.fromtimestamp(self.saved).isoformat(" ", "seconds")
         return {
-            "step": found.step if found else int(self.folder.name.removeprefix("step-")),
+            "step": found.step if found else step_of(self.folder),
             "saved": saved,
             "bytes": found.size if found else None,
             "ranks": found.world if found else None,
