@@ -87,11 +87,8 @@ def test_damaged_lines_are_dropped_and_long_ones_never_held_whole(
 ) -> None:
     write(tmp_path, 0, 3)
     with (tmp_path / "metrics.jsonl").open("ab") as file:
-        file.write(
-            b'{"step": 3, "time": 0, "loss/sst": "x"}\n{"stop": 3}\n'
-            + bytes(16 * MAX_LINE)
-            + b'\n{"step": 3, "time": 0, "loss/sst": 3}\n'
-        )
+        file.write(b'{"step": 3, "time": 0, "loss/sst": "x"}\n{"stop": 3}\n' + bytes(16 * MAX_LINE))
+        file.write(b'\n{"step": 3, "time": 0, "loss/sst": 3}\n')
     tracemalloc.start()
     try:
         with Tracker(tmp_path, Rank(), 4, 10):
