@@ -53,6 +53,8 @@ class File(_Strict):
 
 
 class Best(_Strict):
+    """The best evaluation so far: after how many steps, and its composite."""
+
     step: NonNegativeInt
     score: float
 
@@ -77,7 +79,7 @@ class Manifest(_Strict):
     adam_steps: list[NonNegativeInt]  # of every group of parameters
     adam_parts: list[str] = []  # of the model, that these groups belong to
     averaged_steps: NonNegativeInt = 0
-    best: Best | None  # step and score of the best evaluation so far
+    best: Best | None
     histories: list[list[tuple[NonNegativeInt, list[float]]]] = []  # `Schedule.history` of every schedule of the run
     course: Course | None = None
     shapes: dict[str, list[NonNegativeInt]]  # of the whole parameters
@@ -117,9 +119,8 @@ class Checkpoint:
         return sum(name.startswith("rank-") for name in self.manifest.files)
 
     @property
-    def best(self) -> dict[str, float] | None:
-        best = self.manifest.best
-        return None if best is None else {"step": best.step, "score": best.score}
+    def best(self) -> Best | None:
+        return self.manifest.best
 
 
 def folders(run_dir: Path) -> list[Path]:
