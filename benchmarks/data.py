@@ -27,7 +27,7 @@ from benchmarks import options
 from mtbert.config import DataConfig, ScheduleConfig, TaskConfig
 from mtbert.config_files import load_config
 from mtbert.data import load_dataset, load_tokenizer, sequence_lengths
-from mtbert.errors import UserError
+from mtbert.errors import UserError, count
 from mtbert.randomness import addressed_rng
 from mtbert.ranks import peak_memory
 from mtbert.record import RunRecord
@@ -117,7 +117,7 @@ def table(result: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = options.parser("data", __doc__)
-    parser.add_argument("--examples", type=options.count, default=10_000_000)
+    parser.add_argument("--examples", type=count, default=10_000_000)
     parser.add_argument("--open", nargs=2, help=SUPPRESS)
     given, _ = parser.parse_known_args(arguments)
     if given.open:

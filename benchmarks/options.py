@@ -17,13 +17,6 @@ from mtbert.errors import CommandLine, UserError
 from mtbert.files import write_atomically
 
 
-def count(text: str) -> int:
-    """Of something: 1 or more."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 on")
-    return int(text)
-
-
 def amount(text: str) -> float:
     """Of seconds, gigabytes …: more than 0, and finite."""
     try:

@@ -35,6 +35,7 @@ from launch.records import (
     EndRecord,
     Lock,
     end_path,
+    hosts_of_job,
     job_folder,
     log_path,
     read_end,
@@ -129,8 +130,7 @@ class Place:
             return cls(Rank(number, world, number, world, f"file://{rendezvous}"), host, (host,), 0, None)
         number, world, local, nodes = _numbers("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_JOB_NUM_NODES")
         restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-        listed = ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]]
-        hosts = subprocess.run(listed, check=True, capture_output=True, text=True, timeout=60).stdout.split()
+        hosts = hosts_of_job()
         # derived from the job, so that every rank knows it; another one after a requeue, lest the old one lingers
         port = 20_000 + (int(os.environ["SLURM_JOB_ID"]) * 7 + restarts) % 10_000
         rank = Rank(number, world, local, world // nodes, f"tcp://{hosts[0]}:{port}")

@@ -22,8 +22,8 @@ if __name__ == "__main__":
 
 from launch.job import Job
 from launch.records import JobNote, Lock, make_job_folder, read_note, snapshot_code, write_note, writing_to
-from launch.submit import DEFAULT_CONFIG, check_resumable
-from mtbert.config_files import load_config, to_yaml
+from launch.submit import check_resumable
+from mtbert.config_files import DEFAULT_CONFIG, load_config, to_yaml
 from mtbert.errors import CommandLine, UserError
 from mtbert.files import user_path, write_atomically
 from mtbert.runs import create_run, independent
@@ -33,7 +33,7 @@ def main() -> int:
     parser = CommandLine(prog="python -m launch.rank", description="The job without submitit.")
     parser.add_argument("verb", choices=("make", "train"))
     parser.add_argument("run", type=user_path)
-    parser.add_argument("--config", type=user_path, help=f"default: {DEFAULT_CONFIG}")
+    parser.add_argument("--config", type=user_path, help="default: configs/quickstart.yaml")
     parser.add_argument("--set", nargs="+", action="extend", default=[], dest="overrides")
     args = parser.parse_args()
     if "SLURM_JOB_ID" not in os.environ:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -270,6 +271,18 @@ def scontrol(*words: str) -> str:
     """What it prints. Raises `OSError` and `subprocess.SubprocessError`."""
     done = subprocess.run(["scontrol", *words], check=True, capture_output=True, text=True, timeout=PATIENCE_S)
     return done.stdout
+
+
+def hosts_of_job() -> list[str]:
+    """Of the job that this process runs in. Raises as `scontrol` does."""
+    return scontrol("show", "hostnames", os.environ["SLURM_JOB_NODELIST"]).split()
+
+
+def complaint(stderr: str) -> str:
+    """What a command of Slurm complained of, in one line."""
+    return "; ".join(
+        re.sub(r"^(sbatch: |scancel: )?(error: )?", "", line) for line in stderr.splitlines() if line.strip()
+    )
 
 
 def scontrol_complaint(error: Exception) -> str:

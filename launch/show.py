@@ -9,13 +9,10 @@ from typing import TextIO
 from launch.records import End, JobNote, job_folder, log_path
 from mtbert.files import NO_ROOM
 from mtbert.manifest import folders
-from mtbert.stops import give_up
+from mtbert.stops import STOPPED, give_up
 
 REMEMBERED = 4000
 """Bytes of a log shown to someone who joins late, about a screen and a half."""
-
-STOPPED = 130
-"""Exit code of a job that was stopped or cancelled: what shells use after Ctrl-C."""
 
 
 class Unwatched(Exception):

@@ -18,22 +18,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mtbert.config import Config
-from mtbert.config_files import load_config, schema, to_yaml
+from mtbert.config_files import DEFAULT_CONFIG, load_config, schema, to_yaml
 from mtbert.errors import CommandLine, UserError
 from mtbert.files import user_path
 from mtbert.lock import RunLock
 from mtbert.reference import reference
 from mtbert.runs import Rank, check_run, create_run, discard_unstarted
-from mtbert.stops import UNREAD, give_up, stop_requests
+from mtbert.stops import STOPPED, UNREAD, give_up, stop_requests
 
 if TYPE_CHECKING:
     from mtbert.evaluate import Evaluation
     from mtbert.predict import Report
     from mtbert.trained import Trained
-
-
-STOPPED = 130
-"""Exit code after Ctrl-C or SIGTERM, as shells have it."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -215,13 +211,8 @@ def _add_config(
     )
 
 
-def default_config() -> Path:
-    """configs/quickstart.yaml of this checkout."""
-    return Path(__file__).parent.parent / "configs" / "quickstart.yaml"
-
-
 def _config(options: argparse.Namespace) -> Config:
-    return load_config(options.config or default_config(), options.set)
+    return load_config(options.config or DEFAULT_CONFIG, options.set)
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -233,7 +224,7 @@ def _train(options: argparse.Namespace) -> int:
 
     def begin() -> str:
         """The run folder, which this process holds from then on."""
-        source = str(options.config or default_config())
+        source = str(options.config or DEFAULT_CONFIG)
         begun = create_run(config, source, sys.argv) if config else existing_run(options.resume)
         held.enter_context(RunLock(begun, f"{secrets.token_hex(4)}-0").held())
         return str(begun)

@@ -14,6 +14,13 @@ class UserError(ValueError):
         super().__init__(" ".join(message.splitlines()))
 
 
+def count(text: str) -> int:
+    """Of something, on a command line: 1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1")
+    return int(text)
+
+
 class CommandLine(argparse.ArgumentParser):
     """A parser that tells its mistakes in one line as well: argparse puts the usage before, thirty lines for some."""
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]  # of httpx or httpx2
 from safetensors import SafetensorError
 from torch import Tensor
@@ -162,6 +162,18 @@ def hub_errors(what: str, instead: str = "") -> Iterator[None]:
     except (OSError, HTTPError, HFValidationError) as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise UserError(f"{what}: cannot fetch it from the hub: {reason}{instead and '; '}{instead}") from None
+
+
+def hub_file(repository: str, path: str, what: str, revision: str | None = None) -> Path:
+    """A file of a data set, fetched. Raises `UserError` where the hub does not give it, or it is not what the hub gave.
+
+    Args:
+        what: it is for, in messages.
+    """
+    with hub_errors(what):
+        fetched = Path(hf_hub_download(repository, path, repo_type="dataset", revision=revision))
+    refuse_damaged(fetched, what)
+    return fetched
 
 
 def refuse_damaged(path: Path, what: str) -> None:
