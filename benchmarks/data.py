@@ -20,7 +20,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from tokenizers import Tokenizer
 
@@ -28,9 +27,10 @@ from benchmarks import options
 from mtbert.config import DataConfig, ScheduleConfig, TaskConfig
 from mtbert.config_files import load_config
 from mtbert.data import load_dataset, load_tokenizer, sequence_lengths
-from mtbert.errors import UserError
+from mtbert.errors import UserError, count
 from mtbert.randomness import addressed_rng
 from mtbert.ranks import peak_memory
+from mtbert.record import RunRecord
 from mtbert.runs import Rank, create_run
 from mtbert.schedule import Schedule
 from mtbert.tasks import locate_data
@@ -53,8 +53,7 @@ def waiting(steps: int = 60) -> float:
         )
         run = create_run(config, None, [])
         train(run, Rank(), quiet=True)
-        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        return float(np.mean([line["speed/waiting_for_data"] for line in lines if "speed/waiting_for_data" in line]))
+        return float(RunRecord(run).curves["speed/waiting_for_data"].values.mean())
 
 
 def start_up(examples: int) -> dict[str, Any]:
@@ -118,7 +117,7 @@ def table(result: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = options.parser("data", __doc__)
-    parser.add_argument("--examples", type=options.count, default=10_000_000)
+    parser.add_argument("--examples", type=count, default=10_000_000)
     parser.add_argument("--open", nargs=2, help=SUPPRESS)
     given, _ = parser.parse_known_args(arguments)
     if given.open:

@@ -15,6 +15,7 @@ import torch
 from benchmarks import options
 from benchmarks.workload import interleave
 from mtbert.engine import combine, gram
+from mtbert.errors import count
 from mtbert.ranks import choose_precision, local_device
 from mtbert.runs import Rank
 from mtbert.surgery import Surgery
@@ -49,8 +50,8 @@ def table(result: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = options.parser("growth", __doc__)
-    parser.add_argument("--rounds", type=options.count, default=9)
-    parser.add_argument("--parameters", type=options.count, default=22_700_000)
+    parser.add_argument("--rounds", type=count, default=9)
+    parser.add_argument("--parameters", type=count, default=22_700_000)
     return options.run(parser, lambda o: measure(o.rounds, o.parameters), table, arguments)
 
 

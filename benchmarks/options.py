@@ -7,21 +7,14 @@ import json
 import math
 import os
 import platform
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from mtbert.environment import cpu
 from mtbert.errors import CommandLine, UserError
-from mtbert.runs import write_atomically
-
-
-def count(text: str) -> int:
-    """Of something: 1 or more."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 on")
-    return int(text)
+from mtbert.files import write_atomically
 
 
 def amount(text: str) -> float:
@@ -80,27 +73,4 @@ def machine() -> dict[str, str | int]:
     import torch
 
     gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
-    return {"cpu": _cpu(), "cores": os.cpu_count() or 1, "python": platform.python_version(), **gpu}
-
-
-def commit() -> str:
-    """Of the code that is measured, with a + where that is not what was committed; empty outside a checkout."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        found = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True)
-        code = [":(top)*.py", ":(top)*.yaml"]
-        clean = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", *code], capture_output=True)
-    except FileNotFoundError:
-        return ""
-    return found.stdout.strip() + "+" * bool(clean.returncode) if not found.returncode else ""
-
-
-def _cpu() -> str:
-    """The processor as Linux names it, with the number formats that decide how fast it multiplies."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.processor()
-    name = next((line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")), "")
-    found = [flag for flag in ("avx512_bf16", "amx_bf16") if flag in text]
-    return f"{name} ({', '.join(found) or 'no bf16 products'})"
+    return {"cpu": cpu(), "cores": os.cpu_count() or 1, "python": platform.python_version(), **gpu}

@@ -30,6 +30,7 @@ from benchmarks.ours import build_engine, losses_of
 from benchmarks.workload import LENGTHS, SHAPES, TASKS, draw, draw_lengths
 from mtbert.config import EngineConfig, ScheduleConfig
 from mtbert.encoder import EncoderShape
+from mtbert.errors import count
 from mtbert.flops import encoder_flops
 from mtbert.randomness import addressed_rng
 from mtbert.ranks import close_ranks, join_ranks
@@ -152,7 +153,7 @@ def table(result: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = options.parser("ranks", __doc__)
-    parser.add_argument("--world", type=options.count, default=2)
+    parser.add_argument("--world", type=count, default=2)
     return options.run(parser, lambda o: measure(o.world), table, arguments)
 
 

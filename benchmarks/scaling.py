@@ -40,12 +40,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks.options import amount, count
+from benchmarks.options import amount
 from benchmarks.ours import OPTIMIZER
 from benchmarks.workload import SHAPES, TASKS, draw, loss_of
 from mtbert.config import EncoderConfig, EngineConfig
 from mtbert.engine import Engine, combine, gram, parameter_groups
-from mtbert.errors import CommandLine
+from mtbert.errors import CommandLine, count
 from mtbert.heads import MultiTaskModel
 from mtbert.packing import pack
 from mtbert.ranks import close_ranks, join_ranks

@@ -31,6 +31,7 @@ from benchmarks.ours import CONFIG, BareLoop, through_engine
 from benchmarks.rivals import autocast, autojac, papers
 from benchmarks.workload import LENGTHS, SHAPES, Batches, gemm_rate, interleave, step_flops, typical
 from mtbert.encoder import EncoderShape
+from mtbert.errors import count
 from mtbert.ranks import choose_precision, close_ranks, join_ranks, local_device
 from mtbert.runs import Rank
 
@@ -159,8 +160,8 @@ def table(result: dict[str, Any]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = options.parser("step", __doc__)
     parser.add_argument("--shape", choices=SHAPES, default="minilm")
-    parser.add_argument("--rounds", type=options.count, default=12, help="batches; everyone has each twice")
-    parser.add_argument("--batch", type=options.count, default=32, help="examples of each task")
+    parser.add_argument("--rounds", type=count, default=12, help="batches; everyone has each twice")
+    parser.add_argument("--batch", type=count, default=32, help="examples of each task")
     parser.add_argument("--length", type=_length, help="tokens of every text; default: as in the real data")
     torch.manual_seed(0)  # the rivals' weights and dropout
     return options.run(parser, lambda o: measure(o.shape, o.rounds, o.batch, o.length), table, arguments)
@@ -168,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _length(text: str) -> int:
     longest = min(shape.max_positions for shape in SHAPES.values())
-    if options.count(text) > longest:
+    if count(text) > longest:
         raise argparse.ArgumentTypeError(f"{text}: the encoder takes {longest} tokens")
     return int(text)
 

@@ -34,7 +34,7 @@ import torch
 from benchmarks import options
 from benchmarks.workload import gemm_rate
 from mtbert.data import sequence_lengths
-from mtbert.errors import UserError
+from mtbert.errors import UserError, count
 from mtbert.flops import encoder_flops
 from mtbert.predict import answer_texts, opened_source, predict_file
 from mtbert.readers import Record, Row, read_rows
@@ -168,12 +168,12 @@ def measure_serve(run_dir: str, file: str, task: str, clients: int, seconds: flo
     def client(number: int) -> _Client:
         connection = http.client.HTTPConnection(host, int(port), timeout=60)
         seen = _Client()
-        for count in itertools.count():
-            at = (number + clients * count) % len(texts)
+        for done in itertools.count():
+            at = (number + clients * done) % len(texts)
             if expected[at] is None:
                 continue
-            if (number + count) % BAD_EVERY == 0:
-                status, answer = post(connection, BAD[(number + count) // BAD_EVERY % len(BAD)])
+            if (number + done) % BAD_EVERY == 0:
+                status, answer = post(connection, BAD[(number + done) // BAD_EVERY % len(BAD)])
                 good = 400 <= status < 500 and bool(answer["detail"])
                 seen.refused, seen.not_refused = seen.refused + good, seen.not_refused + (not good)
                 continue
@@ -228,7 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("file")
     parser.add_argument("--task", required=True)
     parser.add_argument("--gigabytes", type=options.amount, default=1)
-    parser.add_argument("--clients", type=options.count, default=64)
+    parser.add_argument("--clients", type=count, default=64)
     parser.add_argument("--seconds", type=options.amount, default=60)
     given = parser.parse_args(arguments)
     try:

@@ -35,6 +35,7 @@ from launch.records import (
     EndRecord,
     Lock,
     end_path,
+    hosts_of_job,
     job_folder,
     log_path,
     read_end,
@@ -44,8 +45,10 @@ from launch.records import (
     stop_path,
 )
 from mtbert.errors import UserError
+from mtbert.files import NO_ROOM, alive, sweep
 from mtbert.lock import HEARTBEAT_S, STALE_S
-from mtbert.runs import NO_ROOM, Outcome, Rank, Stopwatch, alive, sweep, usable_cores
+from mtbert.manifest import folders
+from mtbert.runs import Outcome, Rank, Stopwatch, usable_cores
 
 Train = Callable[[Path, Rank, Callable[[], bool], bool], Outcome]
 
@@ -127,8 +130,7 @@ class Place:
             return cls(Rank(number, world, number, world, f"file://{rendezvous}"), host, (host,), 0, None)
         number, world, local, nodes = _numbers("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_JOB_NUM_NODES")
         restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-        listed = ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]]
-        hosts = subprocess.run(listed, check=True, capture_output=True, text=True, timeout=60).stdout.split()
+        hosts = hosts_of_job()
         # derived from the job, so that every rank knows it; another one after a requeue, lest the old one lingers
         port = 20_000 + (int(os.environ["SLURM_JOB_ID"]) * 7 + restarts) % 10_000
         rank = Rank(number, world, local, world // nodes, f"tcp://{hosts[0]}:{port}")
@@ -335,7 +337,7 @@ class Attempt:
         job = self.place.slurm_job
         if job is None or not _goes_on(job):
             return
-        saved = max((path.stat().st_mtime for path in (self.run / "checkpoints").glob("step-*")), default=0.0)
+        saved = max((path.stat().st_mtime for path in folders(self.run)), default=0.0)
         # the batch script counts in it too: a line per attempt since the last new checkpoint
         killed = job_folder(self.run) / f"{job}.killed"
         before = killed.read_text().split() if killed.exists() and killed.stat().st_mtime > saved else []

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -28,8 +29,8 @@ from typing import Literal
 from pydantic import TypeAdapter
 
 from mtbert.errors import UserError
+from mtbert.files import folder_made_aside, read_json, write_atomically
 from mtbert.lock import Count, Plain, RunLock, SlurmJob
-from mtbert.runs import read_json, write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("mtbert", "launch")
@@ -210,12 +211,9 @@ def snapshot_code(run: Path) -> Path:
     """
     code = run / "code"
     if not code.exists():
-        aside = run / ".code.tmp"
-        for package in PACKAGES:
-            shutil.copytree(
-                ROOT / package, aside / package, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True
-            )
-        aside.rename(code)
+        with folder_made_aside(code, Path.is_dir) as aside:
+            for package in PACKAGES:
+                shutil.copytree(ROOT / package, aside / package, ignore=shutil.ignore_patterns("__pycache__"))
     return code
 
 
@@ -273,6 +271,18 @@ def scontrol(*words: str) -> str:
     """What it prints. Raises `OSError` and `subprocess.SubprocessError`."""
     done = subprocess.run(["scontrol", *words], check=True, capture_output=True, text=True, timeout=PATIENCE_S)
     return done.stdout
+
+
+def hosts_of_job() -> list[str]:
+    """Of the job that this process runs in. Raises as `scontrol` does."""
+    return scontrol("show", "hostnames", os.environ["SLURM_JOB_NODELIST"]).split()
+
+
+def complaint(stderr: str) -> str:
+    """What a command of Slurm complained of, in one line."""
+    return "; ".join(
+        re.sub(r"^(sbatch: |scancel: )?(error: )?", "", line) for line in stderr.splitlines() if line.strip()
+    )
 
 
 def scontrol_complaint(error: Exception) -> str:

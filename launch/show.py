@@ -7,15 +7,12 @@ from pathlib import Path
 from typing import TextIO
 
 from launch.records import End, JobNote, job_folder, log_path
+from mtbert.files import NO_ROOM
 from mtbert.manifest import folders
-from mtbert.runs import NO_ROOM
-from mtbert.stops import give_up
+from mtbert.stops import STOPPED, give_up
 
 REMEMBERED = 4000
 """Bytes of a log shown to someone who joins late, about a screen and a half."""
-
-STOPPED = 130
-"""Exit code of a job that was stopped or cancelled: what shells use after Ctrl-C."""
 
 
 class Unwatched(Exception):
@@ -82,7 +79,7 @@ def report(run: Path, note: JobNote, end: End | None, said: str = "") -> int:
         return 1
     if end.status == "mistake":
         tell(f"error: {end.message}")
-        if any((run / "checkpoints").glob("step-*")):  # a disk that was full at the end, say
+        if folders(run):  # a disk that was full at the end, say
             tell(f"continue with: {resume}")
         return 2
     if end.status in ("failed", "lost"):

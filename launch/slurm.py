@@ -31,6 +31,7 @@ from launch.records import (
     End,
     JobNote,
     Lock,
+    complaint,
     job_folder,
     last_end,
     log_path,
@@ -43,10 +44,10 @@ from launch.records import (
     submit_command,
     writable_by_me_alone,
 )
-from launch.show import STOPPED, Tail, Unwatched, launcher_logs, report, tell
+from launch.show import Tail, Unwatched, launcher_logs, report, tell
 from mtbert.errors import UserError
-from mtbert.runs import alive
-from mtbert.stops import UNREAD
+from mtbert.files import alive
+from mtbert.stops import STOPPED, UNREAD
 
 GRACE_S = 90
 """Seconds before the time limit at which ranks are asked to save; half the limit where that is shorter."""
@@ -157,7 +158,8 @@ def submit_jobs(args: argparse.Namespace, name: str, folder: Path, runs: Sequenc
         with writable_by_me_alone(), outside_of_any_job(), contextlib.redirect_stderr(io.StringIO()):
             submitted = executor.submit_array(jobs)
     except FailedJobError as error:
-        raise UserError(_complaint(str(error))) from None
+        told = complaint(str(error))
+        raise UserError(f"sbatch refused the job: {told} (--local trains on this machine instead)") from None
     ranks = args.gpus_per_node or args.ranks_per_node or 1
     return [
         JobNote("slurm", handle.job_id, job.token, "", args.nodes, ranks, bool(args.gpus_per_node))
@@ -179,17 +181,6 @@ GPUS = re.compile(r"(--)?(gpus|(gres|tres)\S*=.*(gpu|mps|shard))")
 def _extra(words: Sequence[str]) -> dict[str, Any]:
     pairs = [word.partition("=") for word in words]
     return {key.removeprefix("--").replace("-", "_"): value if equals else True for key, equals, value in pairs}
-
-
-def _complaint(stderr: str) -> str:
-    return f"sbatch refused the job: {_told(stderr)} (--local trains on this machine instead)"
-
-
-def _told(stderr: str) -> str:
-    """What a command of Slurm complained of, in one line."""
-    return "; ".join(
-        re.sub(r"^(sbatch: |scancel: )?(error: )?", "", line) for line in stderr.splitlines() if line.strip()
-    )
 
 
 def minutes(text: str) -> int:
@@ -309,7 +300,7 @@ def cancel(run: Path, note: JobNote) -> str:
     except FileNotFoundError:
         raise UserError(f"cancel {run}: no scancel here; cancel job {note.id} where Slurm is") from None
     if done.returncode:
-        raise UserError(f"cancel {run}: {_told(done.stderr) or f'scancel failed, exit code {done.returncode}'}")
+        raise UserError(f"cancel {run}: {complaint(done.stderr) or f'scancel failed, exit code {done.returncode}'}")
     return f"cancelled job {note.id}; its ranks save if they can within the cluster's KillWait"
 
 

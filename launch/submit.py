@@ -20,7 +20,6 @@ if not __package__:  # started as a script: the checkout, not launch/, is where 
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from launch.records import (
-    ROOT,
     JobNote,
     Lock,
     log_path,
@@ -33,21 +32,11 @@ from launch.records import (
 )
 from launch.show import length
 from mtbert.config import Config, SurgeryConfig, WeightingConfig
-from mtbert.config_files import load_config, to_yaml
-from mtbert.errors import CommandLine, UserError
-from mtbert.runs import (
-    check_encoder,
-    check_run,
-    create_run,
-    discard_unstarted,
-    independent,
-    local_folder,
-    user_path,
-    write_atomically,
-)
-from mtbert.stops import UNREAD, give_up
-
-DEFAULT_CONFIG = Path("configs") / "quickstart.yaml"
+from mtbert.config_files import DEFAULT_CONFIG, load_config, to_yaml
+from mtbert.errors import CommandLine, UserError, count
+from mtbert.files import user_path, write_atomically
+from mtbert.runs import check_encoder, check_run, create_run, discard_unstarted, independent, local_folder
+from mtbert.stops import STOPPED, UNREAD, give_up
 
 RESUMABLE = ("checkpoint.", "data.cache=", "data.dir=", "engine.threads=", "run.evaluate_every=", "run.log_every=")
 """What --set may change when a run is continued: nothing that would alter the model or the course of training."""
@@ -90,15 +79,17 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("runs", nargs="*", type=user_path, help=argparse.SUPPRESS)
 
     what = parser.add_argument_group("what to train")
-    what.add_argument("--config", type=user_path, metavar="YAML", help=f"configuration (default: {DEFAULT_CONFIG})")
+    what.add_argument(
+        "--config", type=user_path, metavar="YAML", help="configuration (default: configs/quickstart.yaml)"
+    )
     what.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", dest="overrides")
     what.add_argument("--resume", type=user_path, metavar="RUN", help="continue a run folder from its last checkpoint")
     what.add_argument("--array", metavar="KEY=V1,V2,...", help="one job per value, for example seed=0,1,2")
 
     where = parser.add_argument_group("where")
-    where.add_argument("--nodes", type=_count, default=1, metavar="N", help="nodes (default: 1)")
-    where.add_argument("--ranks-per-node", type=_count, metavar="N", help="CPU ranks on each node (default: 1)")
-    where.add_argument("--gpus-per-node", type=_count, metavar="N", help="GPUs on each node, one rank each")
+    where.add_argument("--nodes", type=count, default=1, metavar="N", help="nodes (default: 1)")
+    where.add_argument("--ranks-per-node", type=count, metavar="N", help="CPU ranks on each node (default: 1)")
+    where.add_argument("--gpus-per-node", type=count, metavar="N", help="GPUs on each node, one rank each")
     where.add_argument("--local", action="store_true", help="run here even where sbatch exists")
 
     slurm = parser.add_argument_group("Slurm (without them, the cluster's defaults)")
@@ -106,7 +97,7 @@ def parser() -> argparse.ArgumentParser:
     slurm.add_argument("--time", metavar="LIMIT", help="90 (minutes), 1:30:00 or 1-12; a job at its limit is requeued")
     for name in ("account", "qos", "constraint", "exclude", "mem"):
         slurm.add_argument(f"--{name}", metavar="X", help="as for sbatch")
-    slurm.add_argument("--cpus-per-rank", type=_count, metavar="N")
+    slurm.add_argument("--cpus-per-rank", type=count, metavar="N")
     slurm.add_argument("--slurm", nargs="+", action="extend", default=[], metavar="OPTION[=VALUE]",
                        help="any other option of sbatch, for example reservation=mine")  # fmt: skip
 
@@ -201,9 +192,7 @@ def train(args: argparse.Namespace, command: list[str]) -> int:
 def _source(args: argparse.Namespace) -> Path:
     """The file the configuration comes from."""
     if args.resume is None:
-        roots = (Path(), ROOT)
-        default = next((root / DEFAULT_CONFIG for root in roots if (root / DEFAULT_CONFIG).is_file()), DEFAULT_CONFIG)
-        return args.config or default
+        return args.config or DEFAULT_CONFIG
     if args.config is not None:
         raise UserError("--resume takes the configuration from the run folder; leave --config out")
     source: Path = args.resume / "config.yaml"
@@ -330,7 +319,7 @@ def _here(
     args: argparse.Namespace, source: Path, configs: list[Config], values: list[str | None], command: list[str]
 ) -> int:
     from launch.local import gpu_numbers, gpus_here, run_here
-    from launch.show import STOPPED, report
+    from launch.show import report
 
     here = gpus_here()
     gpus = args.gpus_per_node or (0 if args.ranks_per_node else here // args.nodes)
@@ -444,12 +433,6 @@ def _note(run: Path) -> JobNote:
 def _show_configurations(configs: list[Config], values: list[str | None]) -> None:
     for config, value in zip(configs, values, strict=True):
         print(f"\n# configuration{f' with {value}' if value else ''}\n{to_yaml(config)}", end="")
-
-
-def _count(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1")
-    return int(text)
 
 
 if __name__ == "__main__":

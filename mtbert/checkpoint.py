@@ -34,8 +34,8 @@ from torch import Tensor
 
 from mtbert.engine import Engine
 from mtbert.errors import UserError
+from mtbert.files import write_atomically
 from mtbert.manifest import (
-    FORMAT,
     MAX_MANIFEST,
     PASSED_OVER,
     Best,
@@ -51,7 +51,7 @@ from mtbert.manifest import (
     sha256,
     with_the_best,
 )
-from mtbert.runs import Rank, write_atomically
+from mtbert.runs import FORMAT, Rank
 from mtbert.surgery import Surgery
 from mtbert.weighting import Weighting
 from mtbert.zero import Span
@@ -75,12 +75,12 @@ class Checkpointer:
         self.rank = rank
         self.keep = keep
         self.every_s = every_s
-        self.best: dict[str, float] | None = None  # of what is on disk
+        self.best: Best | None = None  # of what is on disk
         self._due_at = time.monotonic() + every_s
         self._trouble: str | None = None  # of the last save
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[None] | None = None
-        self._writing_best: dict[str, float] | None = None
+        self._writing_best: Best | None = None
         self._group: dist.ProcessGroup | None = None  # the threads' own, for training goes on in the other one
 
     def __enter__(self) -> Checkpointer:
@@ -99,7 +99,7 @@ class Checkpointer:
         self,
         engine: Engine,
         step: int,
-        best: dict[str, float] | None,
+        best: Best | None,
         message: Callable[[str], None],
         histories: Sequence[list[tuple[int, list[float]]]],
         course: Course | None,
@@ -130,7 +130,7 @@ class Checkpointer:
             adam_steps=engine.steps_taken(),
             adam_parts=[group.part for group in engine.groups],
             averaged_steps=engine.averaged_steps,
-            best=None if best is None else Best(step=int(best["step"]), score=best["score"]),
+            best=best,
             histories=list(histories),
             course=course,
             shapes={name: list(shape) for name, shape in engine.shapes.items()},

@@ -18,21 +18,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mtbert.config import Config
-from mtbert.config_files import load_config, schema, to_yaml
+from mtbert.config_files import DEFAULT_CONFIG, load_config, schema, to_yaml
 from mtbert.errors import CommandLine, UserError, to_install
+from mtbert.files import user_path
 from mtbert.lock import RunLock
 from mtbert.reference import reference
-from mtbert.runs import Rank, check_run, create_run, discard_unstarted, user_path
-from mtbert.stops import UNREAD, give_up, stop_requests
+from mtbert.runs import Rank, check_run, create_run, discard_unstarted
+from mtbert.stops import STOPPED, UNREAD, give_up, stop_requests
 
 if TYPE_CHECKING:
     from mtbert.evaluate import Evaluation
     from mtbert.predict import Report
     from mtbert.trained import Trained
-
-
-STOPPED = 130
-"""Exit code after Ctrl-C or SIGTERM, as shells have it."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -75,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = CommandLine(prog="python -m mtbert", description="Multi-task BERT with sharded surgery.")
     commands = parser.add_subparsers(required=True, metavar="command")
 
-    command = commands.add_parser("train", help="train in this process (several ranks: launch/submit.py)")
+    command = commands.add_parser("train", help="train in this process (several ranks: launch/submit.py or torchrun)")
     _add_config(command)
     command.add_argument("--resume", metavar="RUN", help="continue this run folder instead of starting a new one")
     command.add_argument("--quiet", action="store_true", help="nothing on stdout")
@@ -216,29 +213,39 @@ def _add_config(
     )
 
 
-def default_config() -> Path:
-    """configs/quickstart.yaml of this checkout."""
-    return Path(__file__).parent.parent / "configs" / "quickstart.yaml"
-
-
 def _config(options: argparse.Namespace) -> Config:
-    return load_config(options.config or default_config(), options.set)
+    return load_config(options.config or DEFAULT_CONFIG, options.set)
 
 
 def _train(options: argparse.Namespace) -> int:
     if options.resume and (options.config or options.set):
         raise UserError("--resume: a run continues with the configuration in its folder; leave out --config and --set")
-    if options.resume:
-        folder = existing_run(options.resume)
-    else:
-        config = _config(options)
-        folder = create_run(config, str(options.config or default_config()), sys.argv)
-    from mtbert.trainer import train
+    rank = Rank.here()
+    config = None if options.resume else _config(options)
+    folder: Path | None = None
+
+    def begin() -> str:
+        """The run folder, which this process holds from then on."""
+        source = str(options.config or DEFAULT_CONFIG)
+        begun = create_run(config, source, sys.argv) if config else existing_run(options.resume)
+        held.enter_context(RunLock(begun, f"{secrets.token_hex(4)}-0").held())
+        return str(begun)
 
     try:
-        with RunLock(folder, f"{secrets.token_hex(4)}-0").held(), _stop_on_signals() as stop:
-            outcome = train(folder, Rank(), stop, quiet=options.quiet or options.json)
+        with contextlib.ExitStack() as held:
+            if rank.world == 1:
+                folder = Path(begin())
+            else:
+                from mtbert.ranks import told_by_first
+
+                folder = Path(held.enter_context(told_by_first(rank, begin)))
+            from mtbert.trainer import train
+
+            stop = held.enter_context(_stop_on_signals())
+            outcome = train(folder, rank, stop, quiet=options.quiet or options.json)
     except (Exception, KeyboardInterrupt) as error:
+        if folder is None or not rank.first:
+            raise
         if not options.resume and isinstance(error, UserError | KeyboardInterrupt):
             discard_unstarted(folder)
         from mtbert.manifest import folders
@@ -246,12 +253,13 @@ def _train(options: argparse.Namespace) -> int:
         if folders(folder) or (isinstance(error, KeyboardInterrupt) and folder.is_dir()):
             print(_continue(folder), file=sys.stderr)
         raise
-    if options.json:
+    if options.json and rank.first:
         scores = {name: _finite(score) for name, score in outcome.metrics.items()}
         record = {"run": str(folder), "status": outcome.status, "step": outcome.step, "scores": scores}
         print(json.dumps(record))
     if outcome.status == "stopped":
-        print(f"stopped after step {outcome.step}; {_continue(folder)}", file=sys.stderr)
+        if rank.first:
+            print(f"stopped after step {outcome.step}; {_continue(folder)}", file=sys.stderr)
         return STOPPED
     return 0
 

@@ -17,6 +17,9 @@ from mtbert.config import Config, Section, SurgeryConfig, WeightingConfig
 from mtbert.errors import UserError
 from mtbert.yaml_files import dump_yaml, merge, parse_override, read_layers
 
+DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
+"""Of this checkout: the generated three-task quick start."""
+
 
 def load_config(path: str | Path | None, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """The configuration in `path` with dotted overrides (`a.b=value`, the value read as YAML) laid over it.

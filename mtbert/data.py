@@ -26,10 +26,10 @@ from torch import Tensor
 
 from mtbert.config import HUB_FILE, DataConfig, TaskConfig
 from mtbert.errors import UserError
+from mtbert.files import read_small, user_path
 from mtbert.packing import Packed, pack
-from mtbert.pretrained import hub_errors, refuse_damaged
+from mtbert.pretrained import hub_file
 from mtbert.readers import Quarantined
-from mtbert.runs import read_small, user_path
 from mtbert.token_cache import Progress, ensure
 
 T = TypeVar("T")
@@ -220,14 +220,8 @@ def locate_file(file: str, where: str, config: DataConfig) -> tuple[str, Path]:
         if not path.exists() and config.dir is None and not Path(file).is_absolute():
             raise UserError(f"{where}: {path}: no such file in {Path.cwd()}; data.dir is not set")
         return str(path), path
-    from huggingface_hub import hf_hub_download  # takes a third of a second
-
     repository, revision, path_in_repository = named.groups()
-    what = f"{where}: {file}"
-    with hub_errors(what):
-        path = Path(hf_hub_download(repository, path_in_repository, repo_type="dataset", revision=revision))
-    refuse_damaged(path, what)
-    return file, path
+    return file, hub_file(repository, path_in_repository, f"{where}: {file}", revision)
 
 
 def _open(folder: Path, shown: str) -> Dataset:

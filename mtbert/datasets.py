@@ -20,9 +20,9 @@ import numpy as np
 from mtbert.config import Config, TaskConfig
 from mtbert.data import locate_file
 from mtbert.errors import UserError
-from mtbert.pretrained import hub_errors, refuse_damaged
+from mtbert.files import read_small, user_path, write_atomically
+from mtbert.pretrained import hub_file
 from mtbert.readers import Quarantined, csv_writer, form_of, read_rows, read_table, unfit
-from mtbert.runs import read_small, user_path, write_atomically
 from mtbert.token_cache import Judged, judge, wanted_columns
 
 TEXTS = [
@@ -303,7 +303,7 @@ def fetch(folder: Path, tasks: Sequence[str]) -> Iterator[str]:
         if target.exists():
             yield f"{target}: is there already"
             continue
-        fetched = _download(source)
+        fetched = hub_file(source.repository, source.path, f"{source.repository}/{source.path}")
         content, rows = _rewritten(fetched, source)
         origins[source.target] = {
             "repository": source.repository,
@@ -330,16 +330,6 @@ def _origins(record: Path) -> dict[str, Any]:
     if not isinstance(origins, dict):
         raise UserError(f"{record}: not what `data fetch` wrote; it was damaged: remove it")
     return origins
-
-
-def _download(source: Source) -> Path:
-    from huggingface_hub import hf_hub_download  # takes a third of a second
-
-    name = f"{source.repository}/{source.path}"
-    with hub_errors(name):
-        path = Path(hf_hub_download(source.repository, source.path, repo_type="dataset"))
-    refuse_damaged(path, name)
-    return path
 
 
 def _rewritten(path: Path, source: Source) -> tuple[str, int]:

@@ -19,6 +19,13 @@ def to_install(extra: str) -> str:
     return f"pip install -c constraints.txt -e '.[{extra}]' in the checkout"
 
 
+def count(text: str) -> int:
+    """Of something, on a command line: 1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1")
+    return int(text)
+
+
 class CommandLine(argparse.ArgumentParser):
     """A parser that tells its mistakes in one line as well: argparse puts the usage before, thirty lines for some."""
 

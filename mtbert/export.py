@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
-import uuid
 import warnings
 from pathlib import Path
 from typing import Any
@@ -31,11 +29,11 @@ from mtbert.config import TaskConfig
 from mtbert.data import special_ids
 from mtbert.encoder import Encoder, Layer, Pooling
 from mtbert.errors import UserError, to_install
+from mtbert.files import folder_made_aside, user_path
 from mtbert.heads import Head, MultiTaskModel
 from mtbert.pages import render
 from mtbert.pretrained import save_pretrained
 from mtbert.record import RunRecord
-from mtbert.runs import aside, sweep, user_path
 from mtbert.trained import Trained, kept_encoder
 
 HEADS_FORMAT = 1
@@ -55,19 +53,13 @@ def export(run: Trained, folder: Path, onnx: bool = False) -> None:
     try:
         if folder.exists():  # also . and /, beside which no name can be
             raise UserError(f"{folder}: exists already; name a new folder")
-        new = aside(folder.with_name(f"exporting-{uuid.uuid4().hex}"))  # not mkdtemp: its folders are closed to others
-        sweep(folder.parent, "exporting-*")
-        try:
-            new.mkdir(parents=True)
+        with folder_made_aside(folder) as new:
             _encoder(run, new)
             _sentence_transformers(run, new)
             _heads(run, new)
             if onnx:
                 _onnx(run, new / "onnx")
             _write(new / "README.md", model_card(run))
-            new.rename(folder)
-        finally:
-            shutil.rmtree(new, ignore_errors=True)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error.strerror}") from None
 

@@ -17,7 +17,7 @@ from typing import Annotated
 from pydantic import Field, TypeAdapter
 
 from mtbert.errors import UserError
-from mtbert.runs import alive, aside, read_json
+from mtbert.files import alive, aside, read_json
 
 HEARTBEAT_S = 5.0
 STALE_S = 60.0

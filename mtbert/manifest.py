@@ -26,10 +26,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, StringConstraints, ValidationError
 
 from mtbert.errors import UserError
-
-FORMAT = 1
-"""Of checkpoints; goes up when an older mtbert could no longer continue from one, and so with every new key of a
-manifest: keys that are not known count as damage."""
+from mtbert.runs import FORMAT
 
 MAX_MANIFEST = 2**24
 """Bytes. That of a large encoder on 64 ranks takes a hundredth of it."""
@@ -56,6 +53,8 @@ class File(_Strict):
 
 
 class Best(_Strict):
+    """The best evaluation so far: after how many steps, and its composite."""
+
     step: NonNegativeInt
     score: float
 
@@ -73,17 +72,19 @@ class Course(_Strict):
 
 
 class Manifest(_Strict):
+    """Of format 1 are those that lack keys: they came in one after another. Each of format 2 has them all."""
+
     format: Annotated[int, Field(ge=1, le=FORMAT)]
     step: NonNegativeInt  # steps done: training goes on with this step
     adam_steps: list[NonNegativeInt]  # of every group of parameters
-    adam_parts: list[str] = []  # of the model, that these groups belong to; a run from before they were kept
-    averaged_steps: NonNegativeInt = 0  # a run from before there were averages
-    best: Best | None  # step and score of the best evaluation so far
+    adam_parts: list[str] = []  # of the model, that these groups belong to
+    averaged_steps: NonNegativeInt = 0
+    best: Best | None
     histories: list[list[tuple[NonNegativeInt, list[float]]]] = []  # `Schedule.history` of every schedule of the run
-    course: Course | None = None  # a run from before it was kept
+    course: Course | None = None
     shapes: dict[str, list[NonNegativeInt]]  # of the whole parameters
     files: dict[FileName, File]
-    sha256: Sha256 | None = None  # of all else (`sealed`); a run from before there was one
+    sha256: Sha256 | None = None  # of all else (`sealed`)
 
 
 def sealed(values: Mapping[str, Any]) -> str:
@@ -118,15 +119,19 @@ class Checkpoint:
         return sum(name.startswith("rank-") for name in self.manifest.files)
 
     @property
-    def best(self) -> dict[str, float] | None:
-        best = self.manifest.best
-        return None if best is None else {"step": best.step, "score": best.score}
+    def best(self) -> Best | None:
+        return self.manifest.best
 
 
 def folders(run_dir: Path) -> list[Path]:
     """The folders of a run's checkpoints, newest first; whole ones and damaged ones."""
     found = (run_dir / "checkpoints").glob("step-*")
     return sorted((folder for folder in found if folder.name.removeprefix("step-").isdecimal()), reverse=True)
+
+
+def step_of(folder: Path) -> int:
+    """That of a checkpoint's folder."""
+    return int(folder.name.removeprefix("step-"))
 
 
 def folder_of(run_dir: Path, step: int) -> Path:
@@ -137,8 +142,7 @@ def read_manifest(folder: Path) -> Checkpoint:
     """A checkpoint's manifest, its files not looked at.
 
     Raises `UserError` where it is missing or damaged, `Unreadable` where it cannot be read, `NewerFormat` where a newer
-    mtbert wrote it: a format is believed only where the checksum is right, which every manifest has from the first
-    newer one on.
+    mtbert wrote it: a format is believed only where the checksum is right, which every manifest has from format 2 on.
     """
     path = folder / "manifest.json"
     try:
@@ -149,8 +153,9 @@ def read_manifest(folder: Path) -> Checkpoint:
         if len(text) > MAX_MANIFEST:
             raise ValueError
         values = json.loads(text)
-        seal = values.get("sha256") if isinstance(values, dict) else None
-        whole = seal is None or seal == _checksum(values)
+        told = values if isinstance(values, dict) else {"format": 1}
+        seal, written = told.get("sha256"), told.get("format")
+        whole = seal == _checksum(told) or (seal is None and written == 1)
     except UserError:
         raise
     except (OSError, ValueError, RecursionError) as error:
@@ -158,8 +163,8 @@ def read_manifest(folder: Path) -> Checkpoint:
             raise Unreadable(f"{path}: cannot be read: {error.strerror}") from None
         raise UserError(f"{path}: missing or not readable; the checkpoint is not complete") from None
     if not whole:
-        raise UserError(f"{path}: its checksum is not the one it holds; it was damaged")
-    if seal and isinstance(written := values.get("format"), int) and written > FORMAT:
+        raise UserError(f"{path}: its checksum is {'not the one it holds' if seal else 'missing'}; it was damaged")
+    if isinstance(written, int) and written > FORMAT:
         raise NewerFormat(f"{path}: format {written} is from a newer mtbert, this one reads up to {FORMAT}; update it")
     try:
         manifest = Manifest.model_validate_json(text)
@@ -167,6 +172,8 @@ def read_manifest(folder: Path) -> Checkpoint:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
         raise UserError(f"{path}: {' '.join(where.split())}: {first['msg']}; it was damaged") from None
+    if manifest.format > 1 and (missing := Manifest.model_fields.keys() - manifest.model_fields_set):
+        raise UserError(f"{path}: {min(missing)}: Field required; it was damaged")
     if folder.name != (name := folder_of(folder, manifest.step).name):
         raise UserError(f"{path}: is that of {name}; it was damaged, or the folder renamed")
     return Checkpoint(folder, manifest)
@@ -260,7 +267,7 @@ class State:
         found = self.checkpoint
         saved = datetime.datetime.fromtimestamp(self.saved).isoformat(" ", "seconds")
         return {
-            "step": found.step if found else int(self.folder.name.removeprefix("step-")),
+            "step": found.step if found else step_of(self.folder),
             "saved": saved,
             "bytes": found.size if found else None,
             "ranks": found.world if found else None,

@@ -8,8 +8,8 @@ from typing import Any
 
 from mtbert.errors import UserError
 from mtbert.figures import COSINE, conflict_curves, curves_of, data_uri, panels
+from mtbert.files import write_atomically
 from mtbert.record import RunRecord
-from mtbert.runs import write_atomically
 
 Table = tuple[list[str], list[list[str | float | None]]]
 """Columns and rows."""

@@ -26,8 +26,8 @@ from numpy.typing import NDArray
 
 from mtbert.config import TaskConfig
 from mtbert.errors import UserError, to_install
+from mtbert.files import user_path, written_aside
 from mtbert.readers import Quarantined, Record, Table, csv_writer, form_of, read_table
-from mtbert.runs import user_path, written_aside
 from mtbert.token_cache import judge
 from mtbert.trained import Trained
 

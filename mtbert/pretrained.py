@@ -11,15 +11,16 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]  # of httpx or httpx2
 from safetensors import SafetensorError
 from torch import Tensor
 
 from mtbert.encoder import Encoder, EncoderShape
 from mtbert.errors import UserError
+from mtbert.files import read_small, user_path, write_atomically
 from mtbert.manifest import sha256
-from mtbert.runs import PRETRAINED_FILES, local_folder, read_small, user_path, write_atomically
+from mtbert.runs import PRETRAINED_FILES, local_folder
 
 _TO_HUGGING_FACE = {
     "words": "embeddings.word_embeddings",
@@ -161,6 +162,18 @@ def hub_errors(what: str, instead: str = "") -> Iterator[None]:
     except (OSError, HTTPError, HFValidationError) as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise UserError(f"{what}: cannot fetch it from the hub: {reason}{instead and '; '}{instead}") from None
+
+
+def hub_file(repository: str, path: str, what: str, revision: str | None = None) -> Path:
+    """A file of a data set, fetched. Raises `UserError` where the hub does not give it, or it is not what the hub gave.
+
+    Args:
+        what: it is for, in messages.
+    """
+    with hub_errors(what):
+        fetched = Path(hf_hub_download(repository, path, repo_type="dataset", revision=revision))
+    refuse_damaged(fetched, what)
+    return fetched
 
 
 def refuse_damaged(path: Path, what: str) -> None:

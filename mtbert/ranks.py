@@ -7,7 +7,8 @@ import os
 import resource
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -83,6 +84,25 @@ def join_ranks(rank: Rank, config: EngineConfig, timeout_s: float = 1800) -> Non
         timeout=datetime.timedelta(seconds=timeout_s),
         **store,
     )
+
+
+@contextmanager
+def told_by_first(rank: Rank, work: Callable[[], str]) -> Iterator[str]:
+    """What `work` returns on the first rank, on all of them; they have not joined yet, and may during the block.
+
+    A `UserError` of it is raised on every rank.
+    """
+    # where the first rank serves it, this store must be there until `join_ranks` has opened it again
+    store, _, _ = next(dist.rendezvous(rank.rendezvous, rank.rank, rank.world))  # type: ignore[attr-defined]
+    if rank.first:
+        try:
+            store.set("mtbert/told", "+" + work())
+        except UserError as error:
+            store.set("mtbert/told", "-" + str(error))
+    told = store.get("mtbert/told").decode()
+    if told[0] == "-":
+        raise UserError(told[1:])
+    yield told[1:]
 
 
 def patient_group() -> dist.ProcessGroup:

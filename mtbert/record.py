@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import math
+import os
 import sys
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -28,7 +29,8 @@ from pydantic import BaseModel, Field, ValidationError
 from mtbert.config import Config, TaskConfig
 from mtbert.config_files import load_config
 from mtbert.errors import UserError
-from mtbert.runs import check_run, read_small, write_atomically
+from mtbert.files import read_small, write_atomically, written_aside
+from mtbert.runs import check_run
 
 METRICS_FILE = "metrics.jsonl"
 PREDICTIONS = "predictions"
@@ -81,6 +83,69 @@ def _predictions(folder: Path, step: int) -> Path:
 
 
 @dataclass(frozen=True)
+class Line:
+    """One of `metrics.jsonl`."""
+
+    step: int
+    time: float  # seconds since 1970
+    values: dict[str, float]  # by tag; not a number where the run met one
+
+
+def read_lines(run_dir: Path, tag: str = "") -> Iterator[Line]:
+    """What a run logged, in order; nothing before it does. The last line may still be in the writing, and is left out.
+
+    Args:
+        tag: only lines with it.
+
+    Raises `UserError` for a file that cannot be read, and a line that no training wrote.
+    """
+    path = run_dir / METRICS_FILE
+    for number, line in enumerate(_lines(path), 1):
+        if not line.endswith(b"\n") or tag.encode() not in line:  # else it takes longer to be parsed than to be read
+            continue
+        try:
+            told = _parsed(line)
+        except ValueError:
+            raise UserError(f"{path} line {number}: not what training wrote; it was damaged") from None
+        if not tag or tag in told.values:
+            yield told
+
+
+def keep_lines_before(run_dir: Path, step: int) -> int:
+    """Drop what a run logged of this and later steps, and half a line at the end, where its writer was killed.
+
+    Returns how many other lines were damaged, and are dropped as well; one that is far too long counts as several.
+    """
+    path = run_dir / METRICS_FILE
+    damaged = 0
+    if path.exists():
+        with path.open("rb") as file, written_aside(path) as aside, aside.open("wb") as kept:
+            while line := file.readline(MAX_LINE):
+                try:
+                    if line.endswith(b"\n") and _parsed(line).step < step:
+                        kept.write(line)
+                    damaged += len(line) == MAX_LINE
+                except ValueError:
+                    damaged += 1
+            kept.flush()
+            os.fsync(kept.fileno())
+    return damaged
+
+
+def _parsed(line: bytes) -> Line:
+    """Raises `ValueError` for what no training wrote: a disk may have."""
+    try:
+        record = json.loads(line)
+        step, time, broken = int(record.pop("step")), float(record.pop("time")), record.pop("not_finite", {})
+        values = {tag: float(broken.get(tag, value)) for tag, value in record.items()}
+    except (TypeError, LookupError, AttributeError, RecursionError, OverflowError):
+        raise ValueError from None
+    if not 0 <= step < 2**53 or any(BEYOND < abs(value) < math.inf for value in values.values()):
+        raise ValueError
+    return Line(step, time, values)
+
+
+@dataclass(frozen=True)
 class Curve:
     """One tag of `metrics.jsonl`. Not a number where the run met one."""
 
@@ -97,9 +162,12 @@ class Environment(BaseModel):
 
     command: list[str] = []  # what the user typed
     directory: str = ""
+    mtbert: str = ""
+    commit: str | None = None  # of the code, with a + where it was changed since; None outside a checkout
     python: str = ""
     platform: str = ""
     host: str = ""
+    cpu: str = ""
     cpus: Annotated[int, Field(lt=2**31)] | None = None
     packages: dict[str, str] = {}
 
@@ -139,22 +207,11 @@ class RunRecord:
 
     @cached_property
     def curves(self) -> dict[str, Curve]:
-        """Every tag's curve. The last line may still be in the writing; it is then left out."""
-        path = self.folder / METRICS_FILE
+        """Every tag's curve."""
         points: dict[str, list[tuple[int, float]]] = {}
-        for number, line in enumerate(_lines(path) if path.is_file() else (), 1):
-            if not line.endswith(b"\n"):
-                continue
-            try:
-                record = json.loads(line)
-                step, _, broken = int(record.pop("step")), record.pop("time"), record.pop("not_finite", {})
-                values = {tag: float(broken.get(tag, value)) for tag, value in record.items()}
-                if not 0 <= step < 2**53 or any(BEYOND < abs(value) < math.inf for value in values.values()):
-                    raise ValueError
-            except (ValueError, TypeError, LookupError, AttributeError, RecursionError, OverflowError):
-                raise UserError(f"{path} line {number}: not what training wrote; it was damaged") from None
-            for tag, value in values.items():
-                points.setdefault(tag, []).append((step, value))
+        for line in read_lines(self.folder):
+            for tag, value in line.values.items():
+                points.setdefault(tag, []).append((line.step, value))
         return {
             tag: Curve(np.array([step for step, _ in pairs]), np.array([value for _, value in pairs]))
             for tag, pairs in points.items()
@@ -268,6 +325,8 @@ def _lines(path: Path) -> Iterator[bytes]:
                 if len(line) == MAX_LINE:
                     raise UserError(f"{path}: a line of more than {MAX_LINE:,} bytes; it was damaged")
                 yield line
+    except FileNotFoundError:
+        return
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 
@@ -294,12 +353,15 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 __all__ = [
     "Curve",
     "Environment",
+    "Line",
     "Result",
     "RunRecord",
     "Said",
     "TaskResult",
     "Which",
+    "keep_lines_before",
     "kept_id",
+    "read_lines",
     "settings",
     "write_predictions",
 ]

@@ -3,42 +3,29 @@
 from __future__ import annotations
 
 import datetime
-import errno
-import glob
 import hashlib
 import itertools
 import json
 import os
-import platform
 import re
 import shutil
 import stat
-import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal, TypeVar
-
-from pydantic import TypeAdapter, ValidationError
+from typing import Literal
 
 from mtbert.config import Config, EncoderConfig
 from mtbert.config_files import to_yaml
+from mtbert.environment import environment
 from mtbert.errors import UserError
+from mtbert.files import read_small, user_path, write_atomically
 
-T = TypeVar("T")
-
-FORMAT = 1
-"""Of run folders; goes up when an older mtbert could no longer continue one."""
-
-MAX_SMALL = 2**24
+FORMAT = 2
+"""Of run folders and the checkpoints in them; goes up when an older mtbert could no longer continue one, and so with
+every new key of a manifest: keys that are not known count as damage."""
 
 PRETRAINED_FILES = "config.json, model.safetensors and a tokenizer"
-
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""Errors of a write that a full disk, a quota or a limit on file sizes refuses: training outlives them."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +37,25 @@ class Rank:
     local_rank: int = 0
     local_world: int = 1
     rendezvous: str = ""
+
+    @classmethod
+    def here(cls) -> Rank:
+        """This process as torchrun's variables have it, or another launcher's of torch programs; else the only one.
+
+        Raises `UserError` where some of them are missing.
+        """
+        if os.environ.get("WORLD_SIZE", "1") == "1":
+            return cls()
+        try:
+            names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+            rank, world, local, local_world = (int(os.environ[name]) for name in names)
+            rendezvous = f"tcp://{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        except (KeyError, ValueError) as error:
+            raise UserError(
+                f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {error}: several ranks need RANK, LOCAL_RANK, "
+                f"LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT too, as torchrun sets them; or unset it"
+            ) from None
+        return cls(rank, world, local, local_world, rendezvous)
 
     @property
     def first(self) -> bool:
@@ -98,73 +104,6 @@ class Stopwatch:
         self._last = now
 
 
-def alive(pid: int) -> bool:
-    """Whether a process of this host is there and not merely waiting for its parent to hear of its end: in containers
-    the first process may never ask."""
-    foreign = False
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        foreign = True
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except PermissionError:  # another user's, with hidepid=1
-        return True
-    except FileNotFoundError:  # gone meanwhile, or no Linux; another user's with hidepid=2
-        return foreign or not Path("/proc/self").exists()
-
-
-HOST = platform.node().replace(".", "-")
-
-
-def aside(target: Path) -> Path:
-    """Where this process writes what is to take the name of `target` when it is whole. `sweep` knows such names."""
-    return target.with_name(f".{target.name}.{HOST}.{os.getpid()}.tmp")
-
-
-def sweep(folder: Path, name: str = "*") -> None:
-    """Remove what processes of this host that were killed have left aside in `folder`, for files of that name."""
-    for path in folder.glob(f".{name}.{HOST}.*.tmp"):
-        pid = path.name.split(".")[-2]
-        if pid.isdecimal() and not alive(int(pid)):
-            with suppress(OSError):  # another user's, or another process sweeps as well
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-@contextmanager
-def written_aside(path: Path) -> Iterator[Path]:
-    """Where to write what `path` is to hold: a file beside it that takes its name if nothing goes wrong. A link stays
-    one, to the new file; a pipe or a device is written to itself, a rename would put a file in its place.
-    """
-    if path.exists() and not path.is_file():
-        yield path
-        return
-    target = Path(os.path.realpath(path))
-    sweep(target.parent, glob.escape(target.name))
-    new = aside(target)
-    try:
-        yield new
-        new.replace(target)
-    finally:
-        new.unlink(missing_ok=True)  # there only if something went wrong
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write aside, fsync, rename: a reader sees the old file or the new one, never half of it."""
-    with written_aside(path) as new, new.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        if stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # a pipe refuses it
-            os.fsync(file.fileno())
-
-
-def user_path(name: str | Path) -> Path:
-    """With ~ replaced as shells do: of a user that there is not it stays, and then no such file is found."""
-    return Path(os.path.expanduser(name))  # noqa: PTH111 - Path.expanduser raises RuntimeError for such a user
-
-
 def check_encoder(encoder: EncoderConfig) -> None:
     """Raises `UserError` where it has no source, or two."""
     if (encoder.pretrained is None) == (encoder.shape is None):
@@ -208,9 +147,10 @@ def create_run(config: Config, source: str | None, command: list[str]) -> Path:
         ) from None
     except OSError as error:
         raise UserError(f"run.dir {config.run.dir}: cannot make {folder}: {error.strerror}") from None
+    made_by = {"format": FORMAT, **environment(command)}
     try:
         write_atomically(folder / "config.yaml", text)
-        write_atomically(folder / "environment.json", json.dumps(_environment(command), indent=2) + "\n")
+        write_atomically(folder / "environment.json", json.dumps(made_by, indent=2) + "\n")
     except OSError as error:
         shutil.rmtree(folder)
         raise UserError(f"run.dir {config.run.dir}: cannot write to {folder}: {error.strerror}") from None
@@ -269,85 +209,9 @@ def _check_files(folder: Path) -> None:
                 raise UserError(f"{path}: is neither a file nor a folder, and has no place in a run folder; remove it")
 
 
-def read_small(path: Path) -> bytes:
-    """A file of a run or a model that is small by nature. Raises `OSError`, and `UserError` for a large one."""
-    with path.open("rb") as file:
-        content = file.read(MAX_SMALL + 1)
-    if len(content) > MAX_SMALL:
-        raise UserError(f"{path}: more than {MAX_SMALL:,} bytes, which is not what its name promises")
-    return content
-
-
-_SECRET_NAMES = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|KEY)(_ID)?$")
-_SECRET_OPTIONS = re.compile(r"--?([\w-]*[_-])?(token|secret|password|passwd|key)", re.IGNORECASE)
-_SECRETS = re.compile(r"\bhf_[A-Za-z0-9]{8,}|(?<=://)[^/\s@]+(?=@)|(?i:(?<=token=)|(?<=password=)|(?<=secret=))\S+")
-
-
-def read_json(kind: TypeAdapter[T], path: Path) -> T | None:
-    """What a small file holds, None where that is something else. Raises `OSError`, also for one that is not there.
-
-    Args:
-        kind: made once, by the caller: that takes ten times as long as to read with one.
-    """
-    try:
-        content = read_small(path)
-        return kind.validate_json(content, strict=True)
-    except (UserError, ValidationError):
-        return None
-
-
-def redacted(text: str) -> str:
-    """Without what looks like a secret: hub tokens, passwords in addresses, values of variables such as HF_TOKEN."""
-    for name, value in os.environ.items():
-        if _SECRET_NAMES.search(name) and len(value) >= 8:
-            text = text.replace(value, "[redacted]")
-    return _SECRETS.sub("[redacted]", text)
-
-
-def redacted_command(words: list[str]) -> list[str]:
-    """Also without the word after an option such as --token."""
-    return [
-        "[redacted]" if at and _SECRET_OPTIONS.fullmatch(words[at - 1]) else redacted(word)
-        for at, word in enumerate(words)
-    ]
-
-
 def discard_unstarted(folder: Path) -> None:
     """Remove a run folder that holds nothing but what `create_run` and a launcher put there, so that its name is free
     again."""
     put_there = {"config.yaml", "environment.json", "encoder", "code", "job", "logs"}
     if {path.name for path in folder.iterdir()} <= put_there:
         shutil.rmtree(folder)
-
-
-def _environment(command: list[str]) -> dict[str, Any]:
-    """What a reader needs to repeat the run; no environment variables, they may hold secrets, and no secret that was
-    typed."""
-    packages: Mapping[str, str] = {
-        name: metadata.version(name)
-        for name in ("torch", "deepspeed", "torchjd", "tokenizers", "numpy", "submitit")
-        if _installed(name)
-    }
-    return {
-        "format": FORMAT,
-        "command": [_legible(word) for word in redacted_command(command)],
-        "directory": _legible(str(Path.cwd())),
-        "python": sys.version.split()[0],
-        "platform": platform.platform(),
-        "host": platform.node(),
-        "cpus": os.cpu_count(),
-        "packages": packages,
-    }
-
-
-def _legible(text: str) -> str:
-    """With all that is not UTF-8 escaped: JSON's readers refuse the half surrogate pair that Python makes of it."""
-    return text.encode(errors="backslashreplace").decode()
-
-
-def _installed(name: str) -> bool:
-    try:
-        metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return False
-    return True

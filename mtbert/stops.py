@@ -13,6 +13,8 @@ from typing import TextIO
 
 ECHO_S = 0.5
 """Signals that come within this time of one are no second request."""
+STOPPED = 128 + signal.SIGINT
+"""Exit code of what was stopped or cancelled: what shells say after Ctrl-C."""
 UNREAD = 128 + signal.SIGPIPE
 """Exit code where the reader of stdout has enough (`| head`): what shells say of a process that SIGPIPE ended."""
 

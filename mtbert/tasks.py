@@ -5,13 +5,8 @@ Shapes: N examples of a split, B of a batch, P texts of a batch (B, 2·B or 3·B
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import shutil
-import tempfile
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -35,18 +30,15 @@ from mtbert.data import (
     special_ids,
 )
 from mtbert.errors import UserError
+from mtbert.files import folder_made_aside, read_small, user_path, write_atomically
 from mtbert.losses import example_losses
 from mtbert.manifest import sha256
 from mtbert.ranking import mnrl
-from mtbert.runs import read_small, user_path, write_atomically
 from mtbert.token_cache import Progress
 
 Split = Literal["train", "dev"]
 
 CHECKSUMS = "checksums.json"
-
-ABANDONED_S = 3600.0
-"""A folder in the making, untouched for this long, belongs to a process that was killed."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +145,13 @@ def _generated(wanted: Generate, cache: Path) -> Path:
     """The generated corpus with its tokenizer, named after what it depends on; ranks may race, one result stays."""
     recipe = f"{wanted.model_dump_json()} {Path(synthetic.__file__).read_text(encoding='utf-8')}"
     folder = cache / hashlib.sha256(recipe.encode()).hexdigest()[:16]
-    return folder if _whole(folder) else _made_aside(folder, lambda aside: _generate(wanted, aside))
+    if not _whole(folder):
+        try:
+            with folder_made_aside(folder, _whole) as aside:
+                _generate(wanted, aside)
+        except OSError as error:
+            raise UserError(f"data.cache: cannot make a folder in {folder.parent}: {error.strerror}") from None
+    return folder
 
 
 def _generate(wanted: Generate, folder: Path) -> None:
@@ -173,32 +171,3 @@ def _whole(folder: Path) -> bool:
         return all(sha256(folder / name) == checksum for name, checksum in checksums.items())
     except (OSError, ValueError, AttributeError, RecursionError):
         return False
-
-
-def _made_aside(folder: Path, make: Callable[[Path], None]) -> Path:
-    """Make a folder, in place of a damaged one, under another name and rename it: it is there whole or not at all."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        for left in folder.parent.glob(".making-*"):
-            with contextlib.suppress(FileNotFoundError):  # another rank clears it away, too
-                if time.time() - left.stat().st_mtime > ABANDONED_S:
-                    shutil.rmtree(left, ignore_errors=True)
-        aside = Path(tempfile.mkdtemp(prefix=".making-", dir=folder.parent))
-        damaged = aside.with_name(f"{aside.name}.damaged")
-    except OSError as error:
-        raise UserError(f"data.cache: cannot make a folder in {folder.parent}: {error.strerror}") from None
-    try:
-        make(aside)
-        aside.chmod(0o755)
-        if folder.is_dir() and not _whole(folder):
-            with contextlib.suppress(FileNotFoundError):  # another process was faster
-                folder.rename(damaged)
-        try:
-            aside.rename(folder)
-        except OSError:
-            if not _whole(folder):  # else another process was first, with the same content
-                raise
-    finally:
-        for left in (aside, damaged):
-            shutil.rmtree(left, ignore_errors=True)
-    return folder

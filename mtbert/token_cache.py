@@ -13,7 +13,6 @@ import itertools
 import json
 import os
 import re
-import shutil
 import time
 import zlib
 from collections.abc import Callable, Iterable, Sequence
@@ -26,9 +25,9 @@ from tokenizers import Tokenizer
 
 from mtbert.config import TaskConfig
 from mtbert.errors import UserError
+from mtbert.files import folder_made_aside, write_atomically
 from mtbert.manifest import sha256
 from mtbert.readers import Quarantined, Row, no_character, no_text, read_rows, unfit
-from mtbert.runs import aside, sweep, write_atomically
 
 Progress = Callable[[str, int], None]
 """Called with what the file is called and its rows done."""
@@ -166,32 +165,18 @@ def _tokenise(
     progress: Progress | None,
 ) -> None:
     """Write the arrays of `rows` aside and rename them to `folder`, replacing one that is damaged."""
-    sweep(folder.parent)
-    new = aside(folder)
-    new.mkdir()
-    try:
-        with _Writer(new, task, shown, tokenizer) as writer:
-            start = told = time.monotonic()
-            for done, row in enumerate(rows):
-                writer.add(row)
-                if (
-                    progress
-                    and done % 256 == 0
-                    and (now := time.monotonic()) > max(start + TOLD_AFTER_S, told + TOLD_EVERY_S)
-                ):
-                    progress(shown, done)
-                    told = now
-            writer.finish()
-        if folder.exists():
-            damaged = aside(folder.with_name(f"{folder.name}.damaged"))
-            folder.rename(damaged)
-            shutil.rmtree(damaged)
-        try:
-            new.rename(folder)
-        except OSError:  # a host that does not share the lock was first
-            assert intact(folder)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
+    with folder_made_aside(folder, intact) as new, _Writer(new, task, shown, tokenizer) as writer:
+        start = told = time.monotonic()
+        for done, row in enumerate(rows):
+            writer.add(row)
+            if (
+                progress
+                and done % 256 == 0
+                and (now := time.monotonic()) > max(start + TOLD_AFTER_S, told + TOLD_EVERY_S)
+            ):
+                progress(shown, done)
+                told = now
+        writer.finish()
 
 
 class _Writer:

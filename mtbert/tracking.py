@@ -29,8 +29,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from mtbert.figures import pixels
-from mtbert.record import MAX_LINE, METRICS_FILE
-from mtbert.runs import NO_ROOM, Rank, written_aside
+from mtbert.files import NO_ROOM
+from mtbert.record import METRICS_FILE, keep_lines_before
+from mtbert.runs import Rank
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -132,7 +133,8 @@ class Tracker:
         self._lines: _Lines | None = None
         damaged = 0
         if rank.first:
-            self._lines, damaged = _continue(run_dir / METRICS_FILE, first_step)
+            damaged = keep_lines_before(run_dir, first_step)
+            self._lines = _Lines(run_dir / METRICS_FILE)
         self._display = _display(first_step, total_steps) if rank.first and not quiet else None
         if damaged:
             self.message(f"{METRICS_FILE}: {damaged} line(s) were damaged and are dropped")
@@ -282,34 +284,6 @@ class _Lines:
     def close(self) -> None:
         self.write("")
         self._file.close()
-
-
-def _continue(path: Path, first_step: int) -> tuple[_Lines, int]:
-    """`path` with the records before `first_step`, open to append; and how many damaged lines were dropped.
-
-    The last line may be half a record, where its writer was killed; it is dropped, too. A line that is far too long
-    counts as several.
-    """
-    damaged = 0
-    if path.exists():
-        with path.open("rb") as file, written_aside(path) as aside, aside.open("wb") as kept:
-            while line := file.readline(MAX_LINE):
-                step = _step(line) if line.endswith(b"\n") else math.inf
-                if step < first_step:
-                    kept.write(line)
-                damaged += math.isinf(step) and (line.endswith(b"\n") or len(line) == MAX_LINE)
-            kept.flush()
-            os.fsync(kept.fileno())
-    return _Lines(path), damaged
-
-
-def _step(line: bytes) -> float:
-    """Infinity for a line that no training wrote: a disk may have."""
-    try:
-        step = int(json.loads(line)["step"])
-        return step if 0 <= step < 2**53 else math.inf
-    except (ValueError, TypeError, LookupError, RecursionError, OverflowError):
-        return math.inf
 
 
 def print_table(

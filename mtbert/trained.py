@@ -30,13 +30,14 @@ from mtbert.config_files import load_config
 from mtbert.data import Dataset, Strings, collate, load_tokenizer, sequence_lengths, special_ids
 from mtbert.encoder import EncoderShape
 from mtbert.errors import UserError
+from mtbert.files import read_small, write_atomically
 from mtbert.heads import MultiTaskModel
 from mtbert.losses import predict, probabilities
 from mtbert.manifest import find_checkpoint, sha256
 from mtbert.packing import batches_by_length, pack
 from mtbert.pretrained import read_shape, write_shape
 from mtbert.ranks import choose_precision, local_device
-from mtbert.runs import Rank, check_run, read_small, write_atomically
+from mtbert.runs import Rank, check_run
 
 Origin = dict[str, str | None]
 KEPT = ("origin.json", "config.json", "tokenizer.json")

@@ -33,17 +33,19 @@ from mtbert.engine import (
     StepResult,
     parameter_groups,
 )
+from mtbert.environment import cpu
 from mtbert.errors import UserError
 from mtbert.evaluate import Evaluation, evaluate, evaluate_all
 from mtbert.figures import cosine_map, evaluation_figures
+from mtbert.files import NO_ROOM, write_atomically
 from mtbert.flops import encoder_flops, peak_flops
-from mtbert.manifest import Checkpoint, Course
+from mtbert.manifest import Best, Checkpoint, Course
 from mtbert.metrics import metric_of
 from mtbert.phases import Phase, plan
 from mtbert.randomness import addressed_generator
 from mtbert.ranks import close_ranks, in_turn, join_ranks, peak_memory
 from mtbert.record import RunRecord, Said, Which, kept_id, settings, write_predictions
-from mtbert.runs import NO_ROOM, Outcome, Rank, Stopwatch, check_run, write_atomically
+from mtbert.runs import Outcome, Rank, Stopwatch, check_run
 from mtbert.schedule import Schedule, Share
 from mtbert.surgery import Surgery, conflicts
 from mtbert.tasks import Task, load_tasks, locate_data, scored_on
@@ -177,7 +179,7 @@ class _Run:
         self.device = self.engine.device
         self.checkpointer = checkpointer
         self.first_step = 0
-        self.best: dict[str, float] | None = None
+        self.best: Best | None = None
         if checkpoint is not None:
             self.checkpointer.load(self.engine, checkpoint)
             self.first_step, self.best = checkpoint.step, checkpoint.best
@@ -331,7 +333,7 @@ class _Run:
 
     def _save_due(self, step: int) -> bool:
         every = self.config.checkpoint.every_steps
-        improved = self.best is not None and self.best["step"] == step + 1
+        improved = self.best is not None and self.best.step == step + 1
         return improved or step + 1 == self.total_steps or (every is not None and (step + 1) % every == 0)
 
     def _evaluate(self, step: int) -> None:
@@ -345,8 +347,8 @@ class _Run:
         self.tracker.scalars(step, {**values, "metric/composite": score})
         told = "  ".join(f"{result.task} {result.metric} {result.score:.4f}" for result in results)
         self.tracker.message(f"step {step + 1}: {told}  composite {score:.4f}")
-        if math.isfinite(score) and (self.best is None or score > self.best["score"]):
-            self.best = {"step": step + 1, "score": score}
+        if math.isfinite(score) and (self.best is None or score > self.best.score):
+            self.best = Best(step=step + 1, score=score)
         if self.config.schedule.kind == "adaptive":
             self._adapt(step)
         if self.rank.first:
@@ -358,7 +360,7 @@ class _Run:
         tasks = {task.name: task for task in self.tasks}
         said = {result.task: _said(tasks[result.task], result) for result in results}
         try:
-            write_predictions(self.run_dir, step + 1, said, int(self.best["step"]) if self.best else None)
+            write_predictions(self.run_dir, step + 1, said, self.best.step if self.best else None)
         except OSError as error:
             if error.errno not in NO_ROOM:
                 raise
@@ -392,7 +394,7 @@ class _Run:
 
     def _save(self, step: int) -> None:
         self.tracker.flush()
-        if self.checkpointer.wait() and self.best is not None and self.best["step"] != step:
+        if self.checkpointer.wait() and self.best is not None and self.best.step != step:
             self.best = self.checkpointer.best  # it may be the one that could not be saved
         histories = [list(schedule.history) for schedule in self._schedules()]
         course = self._course() if self.rank.first else None
@@ -488,6 +490,8 @@ class _Run:
             return
         rounded = {part: round(seconds, 3) for part, seconds in launch.parts.items()}
         record = {"step": self.first_step, "seconds": rounded, "total": round(sum(rounded.values()), 3)}
+        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else cpu()
+        record |= {"ranks": self.rank.world, "device": device}
         write_atomically(self.run_dir / "launch.json", json.dumps(record) + "\n")
         parts = ", ".join(f"{part} {seconds:.1f}" for part, seconds in rounded.items())
         self.tracker.message(f"first step after {record['total']:.1f} s: {parts}")

@@ -279,7 +279,7 @@ def test_a_part_is_stamped_and_the_others_stay(tmp_path: Path, monkeypatch: pyte
 def test_a_count_is_one_or_more(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         step.main(["--rounds", text])
-    assert "is no number from 1 on" in capsys.readouterr().err
+    assert "is not a number from 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "nan", "inf", "x"])

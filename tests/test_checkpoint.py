@@ -125,7 +125,7 @@ def save(
     keeper: Checkpointer,
     step: int,
     engine: Engine,
-    best: dict[str, float] | None = None,
+    best: Best | None = None,
     message: Callable[[str], None] = pytest.fail,
 ) -> str | None:
     keeper.save(engine, step, best, message, HISTORIES, COURSE)
@@ -143,8 +143,8 @@ def test_what_is_saved_comes_back_bit_for_bit(run: Path) -> None:
     engine = go_on(make_engine(), range(3))
     before = numbers(engine)
     with Checkpointer(run, Rank(), keep=1) as keeper:
-        assert save(keeper, 3, engine, {"step": 2, "score": 0.5}) is None
-        assert keeper.best == {"step": 2, "score": 0.5}
+        assert save(keeper, 3, engine, Best(step=2, score=0.5)) is None
+        assert keeper.best == Best(step=2, score=0.5)
     manifest = open_checkpoint(folder_of(run, 3)).manifest
     assert manifest.files.keys() == {"rank-0-of-1.safetensors", "surgery.safetensors", "weighting.safetensors"}
     assert (manifest.step, manifest.best, manifest.averaged_steps) == (3, Best(step=2, score=0.5), 3)
@@ -157,7 +157,7 @@ def test_what_is_saved_comes_back_bit_for_bit(run: Path) -> None:
     found = keeper.latest(pytest.fail)
     assert found is not None and found.step == 3
     keeper.load(resumed, found)
-    assert numbers(resumed) == before and keeper.best == {"step": 2, "score": 0.5}
+    assert numbers(resumed) == before and keeper.best == Best(step=2, score=0.5)
     assert numbers(go_on(resumed, range(3, 5))) == numbers(go_on(engine, range(3, 5)))
 
 
@@ -198,13 +198,13 @@ def test_training_goes_on_while_a_copy_is_written(run: Path, monkeypatch: pytest
     before = numbers(engine)
     with Checkpointer(run, Rank(), keep=1, every_s=0.0) as keeper:
         assert keeper.due()
-        keeper.save(engine, 2, {"step": 2, "score": 1.0}, pytest.fail, [], None)
+        keeper.save(engine, 2, Best(step=2, score=1.0), pytest.fail, [], None)
         go_on(engine, range(2, 4))
         assert not keeper.due(), "at most one save is under way"
         assert keeper.best is None and not folder_of(run, 2).exists()
         assert keeper._group not in (None, dist.group.WORLD), "the thread's collectives must not meet with training's"
         gate.set()
-        assert keeper.wait() is None and keeper.best == {"step": 2, "score": 1.0}
+        assert keeper.wait() is None and keeper.best == Best(step=2, score=1.0)
         assert keeper.due()
         keeper.load(engine, open_checkpoint(folder_of(run, 2)))
     assert numbers(engine) == before
@@ -264,11 +264,11 @@ def test_when_a_save_is_due(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_newest_and_the_best_are_kept(run: Path) -> None:
     keeper, engine = Checkpointer(run, Rank(), keep=2), make_engine("sum", "fixed")
     for step in range(1, 5):
-        assert save(keeper, step, engine, {"step": 1, "score": 0.5}) is None
+        assert save(keeper, step, engine, Best(step=1, score=0.5)) is None
     assert names(run) == ["01", "03", "04"]
-    assert save(keeper, 5, engine, {"step": 5, "score": 0.6}) is None
+    assert save(keeper, 5, engine, Best(step=5, score=0.6)) is None
     assert names(run) == ["01", "04", "05"], "the best that step 4 knows stays as long as that one"
-    assert save(keeper, 6, engine, {"step": 5, "score": 0.6}) is None
+    assert save(keeper, 6, engine, Best(step=5, score=0.6)) is None
     assert names(run) == ["05", "06"]
 
 
@@ -350,19 +350,19 @@ def test_a_save_that_fails_leaves_the_older_ones_and_says_so(run: Path) -> None:
     """The disk takes no file over a kilobyte: as good as a full one."""
     said: list[str] = []
     keeper, engine = Checkpointer(run, Rank(), keep=1), make_engine("sum", "fixed")
-    assert save(keeper, 1, engine, {"step": 1, "score": 0.1}) is None
+    assert save(keeper, 1, engine, Best(step=1, score=0.1)) is None
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
-        trouble = save(keeper, 2, engine, {"step": 2, "score": 0.2}, said.append)
+        trouble = save(keeper, 2, engine, Best(step=2, score=0.2), said.append)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert trouble == "step 2 could not be saved: File too large"
     assert said == [f"{trouble}; training goes on, and saving is tried again"]
     assert keeper.wait() == trouble, "until one succeeds"
-    assert names(run) == ["01"] and keeper.best == {"step": 1, "score": 0.1}
-    assert save(keeper, 3, engine, {"step": 3, "score": 0.3}, said.append) is None
-    assert said[1:] == ["step 3 is saved"] and keeper.best == {"step": 3, "score": 0.3}
+    assert names(run) == ["01"] and keeper.best == Best(step=1, score=0.1)
+    assert save(keeper, 3, engine, Best(step=3, score=0.3), said.append) is None
+    assert said[1:] == ["step 3 is saved"] and keeper.best == Best(step=3, score=0.3)
     assert save(keeper, 4, engine) is None, "nothing is told of one that nobody waits for"
 
 

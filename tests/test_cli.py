@@ -27,6 +27,7 @@ from mtbert import __version__
 from mtbert.cli import _parser, _stop_on_signals, main
 from mtbert.config_files import load_config
 from mtbert.lock import RunLock
+from mtbert.manifest import find_checkpoint
 from mtbert.stops import ECHO_S
 from tune.search import parser as tune_parser
 
@@ -280,6 +281,42 @@ def test_train_then_evaluate(tmp_path: Path) -> None:
     assert (again.returncode, again.stdout) == (2, "")
     assert re.fullmatch(r"mtbert: run\.name first: runs/first exists already; .*\n", again.stderr)
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()} == before
+
+
+def torchrun(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """On two ranks of this machine."""
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "mtbert"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*words, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=PATIENCE_S
+    )
+
+
+def test_torchrun_s_processes_are_the_ranks_of_one_run(tmp_path: Path) -> None:
+    settings = ["--set", *TINY, f"data.cache={tmp_path}"]
+    trained = torchrun("train", "--json", *settings, cwd=tmp_path)
+    assert trained.returncode == 0, trained.stderr
+    [run] = (tmp_path / "runs").iterdir()
+    [line] = trained.stdout.splitlines()
+    assert json.loads(line)["run"] == f"runs/{run.name}"
+    assert json.loads((run / "launch.json").read_text())["ranks"] == 2
+    assert find_checkpoint(run, "latest").world == 2
+    assert not (run / "job" / "lock").exists()
+
+    (tmp_path / "runs" / "taken").mkdir()
+    refused = torchrun("train", "--json", *settings, "run.name=taken", cwd=tmp_path)
+    told = "mtbert: run.name taken: runs/taken exists already; "
+    assert refused.returncode == 1 and refused.stderr.count(told) == 2, refused.stderr
+
+
+def test_half_of_what_torchrun_sets_is_a_mistake(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "x")
+    assert main(["train", "--quiet"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("mtbert: WORLD_SIZE is 2, but ") and told.count("\n") == 1
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(

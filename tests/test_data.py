@@ -40,8 +40,8 @@ from mtbert.data import (
     special_ids,
 )
 from mtbert.errors import UserError
+from mtbert.files import HOST
 from mtbert.readers import Row, read_rows
-from mtbert.runs import HOST
 from mtbert.token_cache import intact
 
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz", "film", "good", "##s", "É"]

@@ -32,7 +32,18 @@ PAGES = [ROOT / page for page in ("README.md", "CONTRIBUTING.md", "slurm/README.
 PAGES += sorted((ROOT / "docs").glob("*.md"))
 OWN_TEST = ("adding-a-task.md", "export.md", "using.md")
 """Pages whose commands and programs follow from each other: test_docs_using.py and test_export.py run them in order."""
-PROGRAMS = ("python", "make", "tensorboard", "sbatch", "export", "source", "pip", "slurm/cluster.sh", "MTBERT_")
+PROGRAMS = (
+    "python",
+    "make",
+    "tensorboard",
+    "sbatch",
+    "export",
+    "source",
+    "pip",
+    "torchrun",
+    "slurm/cluster.sh",
+    "MTBERT_",
+)
 SMALL = [
     *["phases=[{steps: 2}]", "schedule.batch_size=4", "schedule.length=4", "run.evaluate_every=2", "data.cache=cache"],
     *["engine.threads=THREADS", "engine.precision=fp32"],
@@ -52,6 +63,7 @@ ELSEWHERE = {
     r"slurm/cluster\.sh.*|sbatch .*|MTBERT_SLURM=1 .*": "needs a Slurm cluster: tests/slurm",
     r"python launch/submit\.py (--follow RUN|cancel RUN|--nodes 4 --resume RUN)": "needs a job: tests/slurm",
     r"python launch/submit\.py --nodes 2 --follow": "the same, on the cluster of `make slurm-up`: tests/slurm",
+    r"torchrun .*": "needs several hosts: tests/test_cli.py starts it on this one",
     r"(make search|python -m tune)( .*)?": "minutes of work",
     r".*runs/SEARCH.*": "what a search has left",
     r"python -m mtbert serve .*": "serves until it is stopped: tests/test_serve.py",

@@ -26,10 +26,10 @@ from mtbert.cli import main
 from mtbert.config import Config
 from mtbert.errors import UserError
 from mtbert.export import PaddedEncoder, export
+from mtbert.files import HOST
 from mtbert.heads import MultiTaskModel
 from mtbert.packing import pack
 from mtbert.readers import Row, read_rows
-from mtbert.runs import HOST
 from mtbert.trained import Trained, load_run
 
 ROOT = Path(__file__).parent.parent
@@ -265,9 +265,9 @@ def test_what_a_killed_export_left_goes_with_the_next(trained_run: Path, tmp_pat
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     for pid in (dead.pid, os.getpid()):
-        (tmp_path / f".exporting-0.{HOST}.{pid}.tmp" / "onnx").mkdir(parents=True)
+        (tmp_path / f".other-0.{HOST}.{pid}.tmp" / "onnx").mkdir(parents=True)
     export(load_run(trained_run, "latest", "fp32"), tmp_path / "model")
-    assert {path.name for path in tmp_path.iterdir()} == {f".exporting-0.{HOST}.{os.getpid()}.tmp", "model"}
+    assert {path.name for path in tmp_path.iterdir()} == {f".other-0.{HOST}.{os.getpid()}.tmp", "model"}
 
 
 def test_of_two_exports_at_once_one_is_there_whole(trained_run: Path, tmp_path: Path) -> None:

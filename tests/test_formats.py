@@ -2,7 +2,7 @@
 
     python tests/test_formats.py          makes tests/fixtures/format-N, N being the format of run folders now
 
-Do that when `mtbert.runs.FORMAT` or `mtbert.manifest.FORMAT` goes up, before the change; the two formats before stay.
+Do that when `mtbert.runs.FORMAT` goes up: the two formats before stay.
 """
 
 from __future__ import annotations
@@ -120,7 +120,8 @@ def make(place: Path) -> None:
         words = (run / name).read_text().replace(str(data), "DATA").replace(str(place / "cache"), "CACHE")
         (run / name).write_text(words.replace(str(place), "PLACE") + secret)
     environment = json.loads((run / "environment.json").read_text())
-    (run / "environment.json").write_text(json.dumps({**environment, "host": "", "directory": ""}, indent=2) + "\n")
+    environment |= dict.fromkeys(("commit", "directory", "host", "cpu"), "")
+    (run / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
     shutil.rmtree(place / "cache")
     (place / "c.yaml").unlink()
 

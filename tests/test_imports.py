@@ -16,8 +16,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 FLOORS = [
-    ["errors", "stops"],
-    ["yaml_files"],
+    ["errors", "stops", "environment"],
+    ["yaml_files", "files"],
     ["config"],
     ["config_files", "zero"],
     ["runs", "ranks", "randomness", "baselines", "reference", "manifest", "methods"],

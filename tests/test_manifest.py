@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -38,7 +39,7 @@ from mtbert.manifest import (
     survey,
     with_the_best,
 )
-from mtbert.runs import Rank
+from mtbert.runs import FORMAT, Rank
 
 SHARD = "rank-0-of-1.safetensors"
 
@@ -52,7 +53,7 @@ def make(run: Path, *steps: int, best: int | None = None) -> Path:
         folder.mkdir(parents=True)
         (folder / SHARD).write_bytes(b"%d" % step)
         manifest = Manifest(
-            format=1,
+            format=FORMAT,
             step=step,
             adam_steps=[step],
             best=None if best is None else Best(step=best, score=0.5),
@@ -152,7 +153,7 @@ def test_prune_removes_nothing_where_nothing_is_intact(tmp_path: Path, capsys: p
     assert main(["checkpoint", "prune", str(run), "--keep", "1"]) == 2
     assert capsys.readouterr().err == f"mtbert: {run}: none of its 2 checkpoints is intact; nothing was removed\n"
     shutil.rmtree(folder_of(run, 20))
-    rewrite(folder_of(run, 10), format=2)
+    rewrite(folder_of(run, 10), format=FORMAT + 1)
     assert main(["checkpoint", "prune", str(run), "--keep", "1"]) == 2
     assert "from a newer mtbert" in capsys.readouterr().err
     assert steps(run) == [10]
@@ -301,8 +302,8 @@ def test_damage_is_told_in_full(tmp_path: Path) -> None:
     assert told(folder) == f"{path}: missing or not readable; the checkpoint is not complete"
     path.write_text(whole.replace('"step": 10', '"step": 11'))
     assert told(folder) == f"{path}: its checksum is not the one it holds; it was damaged"
-    path.write_text(sealed({**json.loads(whole), "format": 2}))
-    assert told(folder) == f"{path}: format 2 is from a newer mtbert, this one reads up to 1; update it"
+    path.write_text(sealed({**json.loads(whole), "format": 3}))
+    assert told(folder) == f"{path}: format 3 is from a newer mtbert, this one reads up to 2; update it"
     path.write_text(sealed({**json.loads(whole), "files": {SHARD: {"size": 2, "sha256": 5}}}))
     assert told(folder) == f"{path}: files.{SHARD}.sha256: Input should be a valid string; it was damaged"
     path.write_text("7")
@@ -405,23 +406,43 @@ def test_links_in_a_checkpoint_are_refused(tmp_path: Path) -> None:
 def test_a_newer_format_is_no_damage(tmp_path: Path) -> None:
     """Whatever else is new about it."""
     folder = folder_of(make(tmp_path / "run", 10), 10)
-    (folder / "manifest.json").write_text(sealed({"format": 2, "spans": []}))
+    (folder / "manifest.json").write_text(sealed({"format": FORMAT + 1, "spans": []}))
     with pytest.raises(NewerFormat):
         open_checkpoint(folder)
 
 
 def test_a_flipped_format_is_damage(tmp_path: Path) -> None:
-    """In a manifest with a checksum, and in one from before there were any: an older checkpoint is then taken."""
+    """In a manifest with a checksum, and in one of format 1 without: an older checkpoint is then taken."""
     run = make(tmp_path / "run", 10, 20)
     path = folder_of(run, 20) / "manifest.json"
     with_checksum = path.read_text()
-    values = json.loads(with_checksum)
+    values = {**json.loads(with_checksum), "format": 1}
     del values["sha256"]
     for text in (with_checksum, json.dumps(values)):
         path.write_text(text)
         assert find_checkpoint(run, "latest").step == 20
-        path.write_text(text.replace('"format": 1', '"format": 3'))
-        assert find_checkpoint(run, "latest").step == 10
+        for other in "013":
+            if (flipped := re.sub('"format": .', f'"format": {other}', text)) != text:
+                path.write_text(flipped)
+                assert find_checkpoint(run, "latest").step == 10
+
+
+def test_a_manifest_of_this_format_lacks_nothing(tmp_path: Path) -> None:
+    """Not its checksum either, without which a flipped bit would pass."""
+    folder = folder_of(make(tmp_path / "run", 10), 10)
+    path = folder / "manifest.json"
+    whole = json.loads(path.read_text())
+    for name in Manifest.model_fields:
+        less = {key: value for key, value in whole.items() if key != name}
+        path.write_text(json.dumps(less) if name == "sha256" else sealed(less))
+        with pytest.raises(UserError, match=r"checksum is missing|Field required|not the one it holds"):
+            read_manifest(folder)
+        if name in ("adam_parts", "averaged_steps", "course", "histories"):
+            path.write_text(sealed({**less, "format": 1}))
+            assert read_manifest(folder).step == 10
+    path.write_text(json.dumps({**whole, "sha256": None}))
+    with pytest.raises(UserError, match=r"its checksum is missing; it was damaged$"):
+        read_manifest(folder)
 
 
 JSON = st.recursive(

@@ -15,9 +15,10 @@ import pytest
 from mtbert.cli import main
 from mtbert.config_files import load_config, to_yaml
 from mtbert.figures import evaluation_figures
+from mtbert.files import write_atomically
 from mtbert.pages import run_pictures
 from mtbert.record import RunRecord, Said, write_predictions
-from mtbert.runs import Rank, write_atomically
+from mtbert.runs import Rank
 from mtbert.tracking import Tracker
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"

@@ -15,11 +15,14 @@ from pathlib import Path
 
 import pytest
 
+from mtbert import __version__
 from mtbert.config import Config, DataConfig, EncoderConfig
 from mtbert.config_files import load_config
+from mtbert.environment import commit, cpu
 from mtbert.errors import UserError
+from mtbert.files import alive, sweep, write_atomically
 from mtbert.record import RunRecord
-from mtbert.runs import Outcome, Rank, alive, create_run, discard_unstarted, sweep, write_atomically
+from mtbert.runs import FORMAT, Outcome, Rank, create_run, discard_unstarted
 
 ROOT = Path(__file__).parent.parent
 COMMAND = ["mtbert", "train", "--set", "seed=3"]
@@ -72,7 +75,37 @@ def test_the_folder_holds_config_and_environment(tmp_path: Path) -> None:
     assert environment["directory"] == str(Path.cwd())
     assert environment["python"] == ".".join(map(str, sys.version_info[:3]))
     assert environment["cpus"] == os.cpu_count()
-    assert {"torch", "deepspeed", "numpy"} <= set(environment["packages"])
+    assert {"torch", "deepspeed", "safetensors", "numpy"} <= set(environment["packages"])
+    assert (environment["mtbert"], environment["commit"]) == (__version__, commit() or None)
+    assert environment["cpu"] == cpu() != ""
+    assert {"format": FORMAT, **RunRecord(folder).environment.model_dump()} == environment
+
+
+def test_the_commit_is_that_of_this_program(tmp_path: Path) -> None:
+    """With a + where the code is another by now; a copy that lies in the checkout of something else has none."""
+
+    def git(*words: str) -> str:
+        who = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false")
+        return subprocess.run(["git", "-C", tmp_path, *who, *words], check=True, capture_output=True, text=True).stdout
+
+    code, installed = tmp_path / "mtbert" / "environment.py", tmp_path / ".venv" / "environment.py"
+    for path in (code, installed):
+        path.parent.mkdir()
+        path.write_text("1\n")
+    assert commit(code) == ""
+    git("init", "--quiet")
+    git("add", "mtbert")
+    git("commit", "--quiet", "--message", "one")
+    head = git("rev-parse", "--short=10", "HEAD").strip()
+    assert (commit(code), commit(installed)) == (head, "")
+    code.write_text("2\n")
+    assert commit(code) == f"{head}+"
+
+
+def test_without_git_there_is_no_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    folder = create_run(make_config(tmp_path), None, COMMAND)
+    assert json.loads((folder / "environment.json").read_text())["commit"] is None
 
 
 def test_a_command_line_that_is_not_utf_8(tmp_path: Path) -> None:
@@ -134,7 +167,8 @@ FULL_DISK = """
     from pathlib import Path
     from mtbert.config_files import load_config
     from mtbert.errors import UserError
-    from mtbert.runs import create_run, write_atomically
+    from mtbert.files import write_atomically
+    from mtbert.runs import create_run
     task = "tasks.a={kind: classification, train: t, dev: d}"
     config = load_config(None, [f"run.dir={sys.argv[1]}", "run.name=first", task])
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -256,7 +290,7 @@ def test_paths_in_the_folder_are_absolute(tmp_path: Path, monkeypatch: pytest.Mo
 HANGS = """
 import sys
 from pathlib import Path
-from mtbert.runs import written_aside
+from mtbert.files import written_aside
 with written_aside(Path(sys.argv[1])) as aside:
     aside.write_text("half")
     print("half", flush=True)

@@ -7,6 +7,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from mtbert.config_files import load_config
 from mtbert.data import load_tokenizer
 from mtbert.encoder import EncoderShape
 from mtbert.errors import UserError
+from mtbert.files import HOST
 from mtbert.heads import MultiTaskModel
 from mtbert.phases import plan
 from mtbert.tasks import Task, load_tasks, locate_data, locate_tokenizer
@@ -179,11 +181,12 @@ def test_a_damaged_corpus_is_made_again(tmp_path: Path, name: str, damage: str) 
 
 
 def test_what_a_killed_process_left_is_cleared_away(tmp_path: Path) -> None:
-    old, new = (tmp_path / "generated" / name for name in (".making-old", ".making-new"))
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    old, new = (tmp_path / "generated" / f".0.{HOST}.{pid}.tmp" for pid in (dead.pid, os.getpid()))
     for left in (old, new):
         left.mkdir(parents=True)
         (left / "sst-train.csv").write_text("half of it")
-    os.utime(old, (0, 0))
     locate_data(quick(tmp_path))
     assert not old.exists() and new.exists(), "the new one may be at work"
 

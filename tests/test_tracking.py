@@ -87,7 +87,8 @@ def test_damaged_lines_are_dropped_and_long_ones_never_held_whole(
 ) -> None:
     write(tmp_path, 0, 3)
     with (tmp_path / "metrics.jsonl").open("ab") as file:
-        file.write(b'{"stop": 3}\n' + bytes(16 * MAX_LINE) + b'\n{"step": 3, "time": 0, "loss/sst": 3}\n')
+        file.write(b'{"step": 3, "time": 0, "loss/sst": "x"}\n{"stop": 3}\n' + bytes(16 * MAX_LINE))
+        file.write(b'\n{"step": 3, "time": 0, "loss/sst": 3}\n')
     tracemalloc.start()
     try:
         with Tracker(tmp_path, Rank(), 4, 10):
@@ -95,7 +96,7 @@ def test_damaged_lines_are_dropped_and_long_ones_never_held_whole(
     finally:
         tracemalloc.stop()
     assert [record["step"] for record in records(tmp_path)] == [0, 1, 2, 3]
-    assert "metrics.jsonl: 18 line(s) were damaged and are dropped" in capsys.readouterr().out
+    assert "metrics.jsonl: 19 line(s) were damaged and are dropped" in capsys.readouterr().out
 
 
 def test_resume_after_death_in_the_middle_of_a_line(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from mtbert.building import build
 from mtbert.checkpoint import _Reader, load_weights
 from mtbert.config import CheckpointConfig, Config, OptimizerConfig, PhaseConfig
 from mtbert.config_files import config_of, load_config, to_yaml
+from mtbert.environment import cpu
 from mtbert.errors import UserError
 from mtbert.manifest import find_checkpoint, folder_of, open_checkpoint, sealed
 from mtbert.metrics import METRICS
@@ -498,6 +499,7 @@ def test_the_start_is_measured(config: Config, capsys: pytest.CaptureFixture[str
     train(run, Rank())
     launch = json.loads((run / "launch.json").read_text())
     assert list(launch["seconds"]) == ["rendezvous", "data", "build", "first step"] and launch["step"] == 0
+    assert (launch["ranks"], launch["device"]) == (1, cpu())
     assert launch["total"] == pytest.approx(sum(launch["seconds"].values()), abs=0.01)
     assert f"first step after {launch['total']:.1f} s: rendezvous " in capsys.readouterr().out
 

@@ -20,10 +20,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.records import ROOT, outside_of_any_job
-from launch.show import STOPPED
+from launch.records import ROOT, complaint, hosts_of_job, outside_of_any_job
 from mtbert.errors import UserError
-from mtbert.runs import write_atomically
+from mtbert.files import write_atomically
+from mtbert.stops import STOPPED
 from tune.cluster import OBJECT_STORE_BYTES, ray_folder, ray_home, set_variables, write_token
 
 JOIN_S = 120
@@ -65,8 +65,7 @@ def submit(folder: Path, name: str, nodes: int, cpus: int, options: Sequence[str
     with outside_of_any_job():
         sent = subprocess.run(["sbatch", "--parsable", script], capture_output=True, text=True)
     if sent.returncode:
-        lines = [line.removeprefix("sbatch: ").removeprefix("error: ") for line in sent.stderr.splitlines() if line]
-        raise UserError(f"sbatch refused the search: {'; '.join(lines)}")
+        raise UserError(f"sbatch refused the search: {complaint(sent.stderr)}")
     return sent.stdout.strip().split(";")[0]
 
 
@@ -74,7 +73,7 @@ def main() -> int:
     """On one node of the job."""
     # of scancel and a time limit, so that what is here is taken away
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    folder, hosts, job = Path(sys.argv[1]), _hosts(), os.environ["SLURM_JOB_ID"]
+    folder, hosts, job = Path(sys.argv[1]), hosts_of_job(), os.environ["SLURM_JOB_ID"]
     port = 6380 + int(job) % 2000  # below the ports of Ray's own workers
     token = folder / f".token-{job}"  # of this job: another one may search here, or be about to
     with contextlib.suppress(KeyboardInterrupt):
@@ -125,11 +124,6 @@ def _ray_start(home: Path, *options: str) -> subprocess.Popen[bytes]:
         *options,
     ]
     return subprocess.Popen(words, stdout=subprocess.DEVNULL)
-
-
-def _hosts() -> list[str]:
-    listed = ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]]
-    return subprocess.run(listed, check=True, capture_output=True, text=True, timeout=60).stdout.split()
 
 
 def _wait_for(host: str, port: int) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from launch.records import job_folder
-from mtbert.record import METRICS_FILE
+from mtbert.record import read_lines
 
 LINEAGE_FILE = "lineage.jsonl"
 STARTS_FILE = "starts.jsonl"
@@ -17,15 +18,9 @@ STARTS_FILE = "starts.jsonl"
 
 def evaluations_in(folder: Path) -> Iterator[tuple[int, dict[str, float | None]]]:
     """(steps done, scores) of each evaluation in a run folder; None is a score that is not a number."""
-    try:
-        lines = (folder / METRICS_FILE).read_text(encoding="utf-8").splitlines(keepends=True)
-    except FileNotFoundError:
-        return
-    for line in lines:
-        if line.endswith("\n") and '"metric/composite"' in line:
-            record = json.loads(line)
-            tags = [tag for tag in record if tag.startswith("metric/")]
-            yield record["step"] + 1, {tag.split("/")[1]: record[tag] for tag in tags}
+    for line in read_lines(folder, "metric/composite"):
+        scores = {tag.split("/")[1]: value for tag, value in line.values.items() if tag.startswith("metric/")}
+        yield line.step + 1, {name: score if math.isfinite(score) else None for name, score in scores.items()}
 
 
 def lineage(folder: Path) -> list[dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 import string
@@ -15,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mtbert.config_files import load_config, to_yaml
-from mtbert.record import METRICS_FILE
-from mtbert.runs import write_atomically
+from mtbert.errors import UserError
+from mtbert.files import write_atomically
+from mtbert.record import read_lines
 from tune.board import brief
 from tune.curves import attempts, evaluations_in
 from tune.space import Parameter, Space
@@ -198,20 +198,20 @@ def cost(folder: Path, asked: float, examples: int) -> Cost | None:
         examples: seen up to its last evaluation.
     """
     try:
-        lines = [json.loads(line) for line in (folder / METRICS_FILE).read_text(encoding="utf-8").splitlines()]
-    except (FileNotFoundError, ValueError):
+        lines = [*read_lines(folder)]
+    except UserError:
         return None
-    evaluated = [line["step"] + 1 for line in lines if "metric/composite" in line]
-    windows = [line for line in lines if "speed/examples_per_second" in line]
+    evaluated = [line.step + 1 for line in lines if "metric/composite" in line.values]
+    windows = [line for line in lines if "speed/examples_per_second" in line.values]
     if not windows or not evaluated:
         return None
     per_step = examples / evaluated[-1]
-    before = [0, *(line["step"] + 1 for line in windows)]
+    before = [0, *(line.step + 1 for line in windows)]
     seconds = [
-        (line["step"] + 1 - first) * per_step / line["speed/examples_per_second"]
+        (line.step + 1 - first) * per_step / line.values["speed/examples_per_second"]
         for line, first in zip(windows, before, strict=False)
     ]
-    return Cost(windows[0]["time"] - seconds[0] - asked, sum(seconds), lines[-1]["time"] - asked)
+    return Cost(windows[0].time - seconds[0] - asked, sum(seconds), lines[-1].time - asked)
 
 
 def _cost(folder: Path, study: Study) -> str:

@@ -34,16 +34,16 @@ import filelock
 from pydantic import Field, TypeAdapter, ValidationError
 
 from launch.records import ROOT, snapshot_code
-from launch.show import STOPPED
 from mtbert.config import Config
-from mtbert.config_files import config_of, load_config, to_yaml
+from mtbert.config_files import DEFAULT_CONFIG, config_of, load_config, to_yaml
+from mtbert.environment import redacted
 from mtbert.errors import CommandLine, UserError, to_install
-from mtbert.runs import create_run, redacted, user_path, written_aside
-from mtbert.stops import stop_requests
+from mtbert.files import user_path, written_aside
+from mtbert.runs import create_run, usable_cores
+from mtbert.stops import STOPPED, stop_requests
 from mtbert.yaml_files import dump_yaml, inline_yaml, read_yaml
 from tune.space import Space, corners, load_space
 
-DEFAULT_CONFIG = ROOT / "configs" / "quickstart.yaml"
 DEFAULT_SPACE = ROOT / "configs" / "search" / "default.yaml"
 PRETRAINED_SPACE = ROOT / "configs" / "search" / "pretrained.yaml"
 
@@ -453,8 +453,7 @@ def open_study(folder: Path, settings: Settings, space: Space, config: Config, r
 def _this_machine() -> dict[str, float]:
     from launch.local import gpus_here
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return {"CPU": cores, "GPU": gpus_here()}
+    return {"CPU": usable_cores(), "GPU": gpus_here()}
 
 
 @contextmanager

@@ -20,9 +20,9 @@ from optuna.storages import InMemoryStorage, RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
+from mtbert.environment import redacted
 from mtbert.errors import UserError
 from mtbert.randomness import addressed_rng
-from mtbert.runs import redacted
 from tune.space import Space, Values
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)

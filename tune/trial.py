@@ -27,9 +27,9 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from launch.records import End, job_folder, read_end
 from mtbert.config_files import load_config, to_yaml
-from mtbert.manifest import with_the_best
-from mtbert.record import METRICS_FILE
-from mtbert.runs import write_atomically
+from mtbert.files import write_atomically
+from mtbert.manifest import folders, step_of, with_the_best
+from mtbert.record import keep_lines_before
 from tune.curves import LINEAGE_FILE, STARTS_FILE, attempts, evaluations_in
 from tune.owner import Owner
 
@@ -119,7 +119,7 @@ def _train(folder: Path, plan: Plan) -> None:
 
 def _saved(folder: Path) -> int:
     """The step of a run folder's newest checkpoint, 0 without one."""
-    return max((int(path.name.removeprefix("step-")) for path in (folder / "checkpoints").glob("step-*")), default=0)
+    return max(map(step_of, folders(folder)), default=0)
 
 
 def graft(folder: Path, donor: Path, step: int, plan: Plan) -> int:
@@ -131,8 +131,7 @@ def graft(folder: Path, donor: Path, step: int, plan: Plan) -> int:
     own = folder / "checkpoints"
     deadline = time.monotonic() + WRITTEN_S
     while True:
-        saved = sorted((donor / "checkpoints").glob("step-*"))
-        source = next((path for path in saved if int(path.name.removeprefix("step-")) >= step), None)
+        source = next((path for path in reversed(folders(donor)) if step_of(path) >= step), None)
         if source is None:
             if time.monotonic() > deadline:
                 raise LostRanks(f"{donor.name} left no checkpoint at step {step} or later to go on from")
@@ -152,11 +151,8 @@ def graft(folder: Path, donor: Path, step: int, plan: Plan) -> int:
     own_file = folder / "config.yaml"
     write_atomically(own_file, plan.config)
     write_atomically(own_file, to_yaml(load_config(own_file, [f"run.name={folder.name!r}"])))
-    start = int(source.name.removeprefix("step-"))
-    if (records := folder / METRICS_FILE).exists():  # the ranks would cut it, after old scores were read as new ones
-        lines = records.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < start]
-        write_atomically(records, "".join(kept))
+    start = step_of(source)
+    keep_lines_before(folder, start)  # as the ranks will, but before old scores are read as new ones
     with (folder / LINEAGE_FILE).open("a") as file:
         file.write(json.dumps({"step": start, "from": donor.name, "values": plan.values}) + "\n")
     return start

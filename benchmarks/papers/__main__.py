@@ -19,13 +19,14 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.options import amount, count
+from benchmarks.options import amount
 from benchmarks.papers.page import PAGE, all_recipes, outdated_told, search_differs, write_page
 from benchmarks.papers.record import RECORD, SEARCH, Line, Record, outdated
 from benchmarks.papers.rows import ROOT, ROWS, SEEDS, Recipe, changed, recipes
 from benchmarks.papers.running import Runner, contents, search_of
 from mtbert.config import Config
-from mtbert.errors import CommandLine, UserError
+from mtbert.errors import CommandLine, UserError, count
+from mtbert.stops import STOPPED
 
 DATA = ROOT.parent / "shared" / "data"
 ENCODER = ROOT / "runs" / "minilm"
@@ -102,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", file=sys.stderr)
-        return 130
+        return STOPPED
     print(f"written: {target}")
     return 0
 

@@ -32,9 +32,9 @@ from benchmarks.papers.rows import (
 )
 from mtbert.config import Config
 from mtbert.errors import UserError
+from mtbert.files import write_atomically
 from mtbert.phases import plan
 from mtbert.record import Curve
-from mtbert.runs import write_atomically
 
 PAGE = ROOT / "docs" / "papers.md"
 HEADINGS = {

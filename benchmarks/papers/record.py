@@ -23,8 +23,8 @@ from benchmarks.papers.rows import PLACES, ROOT, ROWS, Recipe, key
 from mtbert.config import Config
 from mtbert.config_files import config_of
 from mtbert.errors import UserError
+from mtbert.files import read_small, write_atomically
 from mtbert.record import Curve
-from mtbert.runs import read_small, write_atomically
 
 RECORD = ROOT / "benchmarks" / "papers.jsonl"
 SEARCH = "C7"

@@ -30,11 +30,12 @@ from benchmarks.papers.rows import ROOT, Recipe, config_path, differing, identit
 from mtbert.config import Config
 from mtbert.config_files import load_config
 from mtbert.data import locate_file
+from mtbert.environment import commit
 from mtbert.errors import UserError
+from mtbert.files import user_path, write_atomically
 from mtbert.manifest import folders, read_manifest, sha256
 from mtbert.pretrained import load_pretrained
 from mtbert.record import RunRecord
-from mtbert.runs import user_path, write_atomically
 from mtbert.stops import stop_requests
 from mtbert.tasks import load_tasks, locate_data, locate_tokenizer
 
@@ -195,7 +196,7 @@ def stamp(row: str, config: Config, encoder: str | None) -> dict[str, Any]:
         "encoder": encoder_told(config, encoder),
         "when": datetime.date.today().isoformat(),
         "machine": options.machine(),
-        "commit": options.commit(),
+        "commit": commit(),
     }
 
 

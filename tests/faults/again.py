@@ -28,7 +28,8 @@ sys.path.insert(0, str(ROOT))
 
 import page  # noqa: E402
 
-from benchmarks.options import commit, machine  # noqa: E402
+from benchmarks.options import machine  # noqa: E402
+from mtbert.environment import commit  # noqa: E402
 from mtbert.stops import stop_requests  # noqa: E402
 
 RECORD = Path(__file__).with_name("again.jsonl")

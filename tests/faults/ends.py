@@ -16,7 +16,7 @@ from kinds import Evidence, kind
 from moments import PHASES, caught, to_training
 from patient import ROOT, Lost, NotInjected, Patient, state
 
-from launch.show import STOPPED
+from mtbert.stops import STOPPED
 
 PAUSE_S = 30.0
 """For which a rank is stopped."""

@@ -43,7 +43,7 @@ sys.path.insert(0, str(ROOT))
 
 import page  # noqa: E402
 
-from benchmarks.options import commit  # noqa: E402
+from mtbert.environment import commit  # noqa: E402
 
 CORPUS = HERE / "corpus"
 LEDGER = HERE / "fuzz.jsonl"
@@ -191,10 +191,10 @@ def _run(place: Path) -> Any:
 
 def _metrics(content: bytes, place: Path) -> Any:
     """As a report reads it, and as training that goes on does."""
-    from mtbert.tracking import _continue
+    from mtbert.record import keep_lines_before
 
     (place / "metrics.jsonl").write_bytes(content)
-    _continue(place / "metrics.jsonl", 10)[0].close()
+    keep_lines_before(place, 10)
     (place / "metrics.jsonl").write_bytes(content)
     run = _run(place)
     return run.curves, run.scores("best"), run.scores("latest")

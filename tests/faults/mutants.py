@@ -38,7 +38,7 @@ sys.path.insert(0, str(ROOT))
 
 import page  # noqa: E402
 
-from benchmarks.options import commit  # noqa: E402
+from mtbert.environment import commit  # noqa: E402
 
 RECORD = Path(__file__).with_name("mutants.json")
 

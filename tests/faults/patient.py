@@ -27,10 +27,10 @@ import yaml
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from launch.show import STOPPED  # noqa: E402
 from mtbert.config_files import load_config  # noqa: E402
+from mtbert.files import alive  # noqa: E402
 from mtbert.manifest import Checkpoint, prune, survey  # noqa: E402
-from mtbert.runs import alive  # noqa: E402
+from mtbert.stops import STOPPED  # noqa: E402
 
 STEPS, SAVE_EVERY, EVALUATE_EVERY = 240, 10, 80
 PATIENCE_S = 300.0

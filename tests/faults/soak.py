@@ -45,8 +45,8 @@ import refusals  # noqa: F401
 from kinds import KINDS, Kind, here
 from patient import ROOT, Lab, Lost, NotInjected, Patient, Undisturbed, lab, undisturbed
 
-from benchmarks.options import commit
-from launch.show import STOPPED
+from mtbert.environment import commit
+from mtbert.stops import STOPPED
 
 SURVIVED, LOST, NOTHING, BROKEN = "survived", "lost", "not injected", "harness error"
 COUNTED = (SURVIVED, LOST)

@@ -13,6 +13,7 @@ from fuzz_readers import CORPUS, READERS, entries, outstanding, refuses_or_reads
 
 from launch.records import End, JobNote
 from mtbert.lock import Owner
+from mtbert.manifest import Best
 
 ROOM = 2**30
 
@@ -47,7 +48,7 @@ PLAIN: dict[str, tuple[Callable[[Any], Any], Any]] = {
     "jsonl": (lambda read: rows(read[:2]), [{"text": "a", "label": 1}, {"text": None}]),
     "parquet": (rows, [("a", 0.5), (None, 1.0)]),
     "yaml": (lambda read: (read.seed, read.data.dir, read.tasks["a"].classes), (1, "D", 3)),
-    "manifest": (lambda read: (read.step, read.best), (3, {"step": 3, "score": 0.5})),
+    "manifest": (lambda read: (read.step, read.best), (3, Best(step=3, score=0.5))),
     "shard": (lambda read: read.tolist(), [1.0, 1.0]),
     "weights": (lambda read: read[1]["words.weight"].tolist(), [[1.0, 1.0]] * 3),
     "metrics": (lambda read: (read[0]["loss/a"].values[0], read[1][0], read[2][1]["b"]), (0.25, 4, 0.0)),
@@ -81,8 +82,9 @@ def test_what_is_in_order_is_read(reader: str, tmp_path: Path) -> None:
 def test_a_manifest_is_sealed_before_it_is_read(tmp_path: Path) -> None:
     """Else no mutation of one with a checksum would get further than that."""
     folder = CORPUS / "manifest"
-    read = refuses_or_reads("manifest", (folder / "sealed").read_bytes(), tmp_path)
-    assert read is not None and read.size == 1
+    for name in ("sealed", "format-2"):
+        read = refuses_or_reads("manifest", (folder / name).read_bytes(), tmp_path)
+        assert read is not None and read.size == 1
     assert refuses_or_reads("manifest", (folder / "sealed-newer").read_bytes(), tmp_path) is None
 
 

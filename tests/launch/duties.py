@@ -12,7 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mtbert.errors import UserError
-from mtbert.runs import Outcome, Rank, write_atomically
+from mtbert.files import write_atomically
+from mtbert.runs import Outcome, Rank
 
 Stop = Callable[[], bool]
 Launch = Callable[..., "subprocess.Popen[str]"]

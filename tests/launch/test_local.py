@@ -35,7 +35,7 @@ from launch.records import (
     write_note,
 )
 from mtbert.errors import UserError
-from mtbert.runs import HOST
+from mtbert.files import HOST
 from mtbert.stops import ECHO_S
 
 

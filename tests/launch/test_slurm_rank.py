@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -238,6 +239,29 @@ def test_the_batch_script_takes_options_for_no_run_folder(tmp_path: Path, words:
     done = subprocess.run(script, cwd=tmp_path, env=environment, capture_output=True, text=True)
     run, *rest = made.split()
     assert done.stdout.split()[3:] == [run, "--config", "my.yaml", *rest]
+
+
+def test_a_plain_job_keeps_its_command_its_script_and_its_code(tmp_path: Path, slurm: FakeSlurm) -> None:
+    script = ROOT / "slurm" / "train.sbatch"
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (tmp_path / ".venv" / "bin" / "python").chmod(0o755)
+    environment = {**os.environ, **VARIABLES, "SLURM_NNODES": "1", "PYTHONPATH": str(ROOT), "CONFIG": QUICKSTART[1]}
+    words = ["bash", str(script), "runs/mine", "--set", "seed=3"]
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "runs" / "mine"
+    command = json.loads((run / "environment.json").read_text())["command"]
+    assert command == ["sbatch", "slurm/train.sbatch", "runs/mine", *QUICKSTART, "--set", "seed=3"]
+    assert (run / "job" / "7_submission.sh").read_bytes() == script.read_bytes()
+    assert (
+        slurm.calls("srun")[-1] == "--kill-on-bad-exit=1 .venv/bin/python runs/mine/code/launch/rank.py train runs/mine"
+    )
+
+    (run / "code" / "launch" / "job.py").write_text("raise SystemExit('the copy')")
+    rank = [sys.executable, run / "code" / "launch" / "rank.py", "train", run]
+    done = subprocess.run(rank, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stderr == "the copy\n"
 
 
 def make(run: Path | str, *words: str, place: Path, **variables: str) -> subprocess.CompletedProcess[str]:

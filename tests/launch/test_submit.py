@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from fake_slurm import FakeSlurm
 from harness import PATIENCE_S
 
 from launch import records
-from launch.records import End, EndRecord, JobNote, Lock, stop_path, write_note
+from launch.records import End, EndRecord, JobNote, Lock, snapshot_code, stop_path, write_note
 from launch.slurm import standings
 from launch.submit import main
 from mtbert.config_files import load_config
@@ -524,14 +525,22 @@ def test_a_damaged_note_hides_no_other_job(tmp_path: Path) -> None:
     assert done.returncode == 2 and done.stderr.startswith("error: runs/a/job/job.json: not what a launcher wrote; ")
 
 
+def test_of_two_submissions_that_copy_the_code_into_one_folder_one_does(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        copies = [each.result() for each in [pool.submit(snapshot_code, tmp_path) for _ in range(4)]]
+    assert copies == [tmp_path / "code"] * 4
+    assert [path.name for path in tmp_path.iterdir()] == ["code"]
+    assert (tmp_path / "code" / "launch" / "start.py").is_file() and (tmp_path / "code" / "mtbert" / "cli.py").is_file()
+
+
 def test_a_run_folder_from_a_newer_version_is_refused(config: Path, tmp_path: Path) -> None:
     run = create_run(load_config(config, [f"run.dir={tmp_path}"]), None, [])
     made_by = json.loads((run / "environment.json").read_text())
-    assert made_by["format"] == 1
-    (run / "environment.json").write_text(json.dumps({**made_by, "format": 2}))
+    assert made_by["format"] == 2
+    (run / "environment.json").write_text(json.dumps({**made_by, "format": 3}))
     done = submit("--resume", run, "--local", "--dry-run", cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert done.stderr.startswith(f"error: {run}: run folder of format 2, from a newer mtbert; this one reads up to 1")
+    assert done.stderr.startswith(f"error: {run}: run folder of format 3, from a newer mtbert; this one reads up to 2")
 
 
 def test_a_mistake_found_by_a_rank_leaves_no_run_folder(config: Path, tmp_path: Path) -> None:

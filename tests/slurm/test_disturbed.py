@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from conftest import PATIENCE, STEPS, Bench, Trained, assert_same_course, finish, scontrol, send, wait_until
 
-from mtbert.runs import alive
+from mtbert.files import alive
 
 
 def test_a_job_at_its_time_limit_goes_on_until_it_is_done(bench: Bench) -> None:

@@ -33,9 +33,12 @@ def test_a_graft_brings_the_best_checkpoint_along(trained_run: Path, tmp_path: P
     for path, own in ((best, {"step": 1}), (newest, {})):
         (path / "manifest.json").write_text(sealed({**values, **own, "best": {"step": 1, "score": 0.9}}))
     folder.mkdir()
+    lines = [json.dumps({"step": at, "time": 0, "metric/composite": 0.5}) + "\n" for at in (0, step - 1, step)]
+    (folder / "metrics.jsonl").write_text("".join([*lines[:2], '{"step"\n', *lines[2:], lines[0][:9]]))
     command = [sys.executable, "-c", GRAFT, str(folder), str(donor), str(step)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert (folder / "metrics.jsonl").read_text() == "".join(lines[:2])
     assert find_checkpoint(folder, "latest").step == step and find_checkpoint(folder, "best").step == 1
 
 
