@@ -44,6 +44,25 @@ HEADINGS = {
     "D": "D · Fine-tuning methods",
     "E": "E · Past the papers",
 }
+PAPERS = {
+    "A": (
+        "R. Matheny, S. Charles and G. Seir",
+        "OptimusBERT: Exploring BERT Transformer with Multi-Task Fine-Tuning, Gradient Surgery, and Adaptive Multiple "
+        "Negative Rank Loss Learning Fine-Tuning",
+    ),
+    "B": (
+        "A. Wu and W. Larlarb",
+        "Optimizing Multitask BERT: A Study of Sampling Methods and Advanced Training Techniques",
+    ),
+    "C": (
+        "S. Ramos and Y. Dalmia",
+        "Multi-Task Learning for Robust Contextualized Sentence Embedding Generation",
+    ),
+    "D": (
+        "C. Toups, K. Tsegay and A. Alinur",
+        "Evaluating fine-tuning methods for robust multi-task sentence embeddings",
+    ),
+}
 PICTURED = ("A5", "C4", "B5")
 NOTHING = 0.01
 """The smallest difference of a score or composite that counts."""
@@ -155,12 +174,9 @@ def _head(entries: Sequence[Entry], first: dict[str, Recipe], findings: int) -> 
     return [
         "# The four papers' systems here\n",
         "<!-- Written by `python -m benchmarks.papers --report` from benchmarks/papers.jsonl. -->\n",
-        "**A**: R. Matheny, S. Charles and G. Seir, *OptimusBERT: Exploring BERT Transformer with Multi-Task "
-        "Fine-Tuning, Gradient Surgery, and Adaptive Multiple Negative Rank Loss Learning Fine-Tuning*. **B**: A. Wu and "
-        "W. Larlarb, *Optimizing Multitask BERT: A Study of Sampling Methods and Advanced Training Techniques*. **C**: "
-        "S. Ramos and Y. Dalmia, *Multi-Task Learning for Robust Contextualized Sentence Embedding Generation*. **D**: "
-        "C. Toups, K. Tsegay and A. Alinur, *Evaluating fine-tuning methods for robust multi-task sentence embeddings*. "
-        "All are project reports of Stanford's course CS224N. What the terms mean: [README.md](README.md#terms).\n",
+        "The papers are project reports of Stanford's course CS224N: "
+        + "; ".join(f"**{letter}** {authors}, *{title}*" for letter, (authors, title) in PAPERS.items())
+        + ". What the terms mean: [README.md](README.md#terms).\n",
         "Every number of ours comes from\n\n    make papers\n\n"
         "It takes many hours, and need not have them at once: each finished run is a line of "
         "[papers.jsonl](../benchmarks/papers.jsonl), with its configuration, its scores and what the page needs of its "
