@@ -130,6 +130,11 @@ class Trained:
         return str(json.loads((self.folder / "job" / "job.json").read_text())["id"])
 
     @property
+    def world(self) -> int:
+        note = json.loads((self.folder / "job" / "job.json").read_text())
+        return int(note["nodes"] * note["ranks_per_node"])
+
+    @property
     def restarts(self) -> int:
         return int(re.search(r"Restarts=(\d+)", scontrol("show", "job", "-o", self.job))[1])  # type: ignore[index]
 
@@ -167,7 +172,7 @@ class Trained:
         for folder in Path("/proc").glob("[0-9]*"):
             with suppress(FileNotFoundError, ProcessLookupError, PermissionError):
                 words = (folder / "cmdline").read_bytes().split(b"\0")
-                if not any(word.endswith((b"start.py", b"launch.rank")) for word in words[:3]):
+                if not any(word.endswith((b"launch/start.py", b"launch/rank.py")) for word in words[:3]):
                     continue
                 variables = dict(line.partition(b"=")[::2] for line in (folder / "environ").read_bytes().split(b"\0"))
                 task = b"%s_%s" % tuple(variables.get(b"SLURM_ARRAY_" + name, b"") for name in (b"JOB_ID", b"TASK_ID"))
@@ -180,9 +185,9 @@ class Trained:
         """Stops the clock of the ranks (SIGSTOP) at a moment when `condition` holds, so that what is done to them
         happens then, however busy this machine is. Gives the ranks' process ids."""
         deadline = time.monotonic() + timeout
-        wait_until(lambda: self.step() >= 0, timeout, "the first step")
+        # a run that is continued has steps before it has ranks
+        wait_until(lambda: self.step() >= 0 and len(self.ranks()) == self.world, timeout, "the first step of all ranks")
         pids = self.ranks()
-        assert pids, "the ranks were gone before they could be held"
         while True:
             send(signal.SIGSTOP, pids)
             if condition():
