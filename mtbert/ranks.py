@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from mtbert.config import EngineConfig
 from mtbert.errors import UserError
@@ -67,16 +68,16 @@ def join_ranks(rank: Rank, config: EngineConfig, timeout_s: float = 1800) -> Non
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(config.deterministic)
     torch.set_num_threads(config.threads or _threads_told() or rank.cores)
-    rendezvous = rank.rendezvous
-    if not rendezvous:
+    place = rank.rendezvous
+    if not place:
         assert rank.world == 1, "several ranks need a rendezvous"
         store: Any = {"store": dist.HashStore()}  # type: ignore[attr-defined]
-    elif rendezvous.startswith("file://"):  # as an init method it would end at a # or ? in the path
-        file = dist.FileStore(rendezvous.removeprefix("file://"), rank.world)  # type: ignore[attr-defined]
+    elif place.startswith("file://"):  # as an init method it would end at a # or ? in the path
+        file = dist.FileStore(place.removeprefix("file://"), rank.world)  # type: ignore[attr-defined]
         file.set_timeout(datetime.timedelta(seconds=timeout_s))
         store = {"store": file}
     else:
-        store = {"init_method": rendezvous}
+        store = {"init_method": place}
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         rank=rank.rank,
@@ -93,7 +94,7 @@ def told_by_first(rank: Rank, work: Callable[[], str]) -> Iterator[str]:
     A `UserError` of it is raised on every rank.
     """
     # where the first rank serves it, this store must be there until `join_ranks` has opened it again
-    store, _, _ = next(dist.rendezvous(rank.rendezvous, rank.rank, rank.world))  # type: ignore[attr-defined]
+    store, _, _ = next(rendezvous(rank.rendezvous, rank.rank, rank.world))
     if rank.first:
         try:
             store.set("mtbert/told", "+" + work())
