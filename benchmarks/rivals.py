@@ -26,10 +26,10 @@ Step = Callable[[int], None]
 class Rival(nn.Module):
     """The papers' model: one encoder pass per text, padded to the longest of the batch, pooler, concat heads.
 
-    As ours without dropout of the attention's weights, whose random numbers are no work of ours.
+    `attention_dropout`: of the attention's weights, which ours has not: random numbers it need not draw.
     """
 
-    def __init__(self, shape: EncoderShape, attention: str = "sdpa") -> None:
+    def __init__(self, shape: EncoderShape, attention: str = "sdpa", attention_dropout: float = 0.0) -> None:
         super().__init__()
         self.bert = BertModel(
             BertConfig(
@@ -37,7 +37,7 @@ class Rival(nn.Module):
                 num_hidden_layers=shape.layers,
                 num_attention_heads=shape.heads,
                 intermediate_size=shape.intermediate_size,
-                attention_probs_dropout_prob=0.0,
+                attention_probs_dropout_prob=attention_dropout,
                 attn_implementation=attention,
             )
         )
@@ -57,8 +57,8 @@ class Rival(nn.Module):
         return [self.loss(task, batch.sentences[task], batch.labels[task]) for task in TASKS]
 
 
-def build(shape: EncoderShape, attention: str = "sdpa") -> Rival:
-    return Rival(shape, attention).train().to(local_device(Rank()))
+def build(shape: EncoderShape, attention: str = "sdpa", attention_dropout: float = 0.0) -> Rival:
+    return Rival(shape, attention, attention_dropout).train().to(local_device(Rank()))
 
 
 def padded(text: list[np.ndarray]) -> tuple[Tensor, Tensor]:
@@ -69,9 +69,9 @@ def padded(text: list[np.ndarray]) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(ids), torch.from_numpy(mask)
 
 
-def papers(shape: EncoderShape, batches: Batches) -> Step:
+def papers(shape: EncoderShape, batches: Batches, attention_dropout: float) -> Step:
     """transformers in fp32, random batches padded to their longest, PCGrad over whole gradients (Pytorch-PCGrad)."""
-    model = build(shape)
+    model = build(shape, attention_dropout=attention_dropout)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
     parameters = list(model.parameters())
 

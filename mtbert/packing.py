@@ -111,7 +111,7 @@ def _blocks(lengths: np.ndarray, starts: np.ndarray) -> list[Block]:
         if alone[begin]:
             end = begin + int(alike[begin])
         else:
-            end = int(np.searchsorted(lengths, max(1.25 * lengths[begin], lengths[begin] + 4), side="right"))
+            end = int(np.searchsorted(lengths, max(1.5 * lengths[begin], lengths[begin] + 8), side="right"))
             end = begin + int(np.argmax(np.append(alone[begin:end], True)))
         blocks.append(_block(lengths[begin:end], int(starts[begin]), int(starts[end])))
         begin = end

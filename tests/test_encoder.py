@@ -227,7 +227,7 @@ def test_blocks_cover_all_tokens_with_little_padding() -> None:
     assert [block.tokens.start for block in packed.blocks] == [0, *(block.tokens.stop for block in packed.blocks[:-1])]
     assert packed.blocks[-1].tokens.stop == packed.tokens
     assert sum(block.count for block in packed.blocks) == 200
-    assert sum(block.count * block.longest for block in packed.blocks) <= 1.25 * packed.tokens
+    assert sum(block.count * block.longest for block in packed.blocks) <= 1.3 * packed.tokens
 
 
 def test_packed_fields_speak_of_the_callers_order() -> None:
