@@ -83,7 +83,6 @@ def _gpu_rows(part: str, lengths: str) -> list[Row]:
 
 ROWS = [
     Row("against the papers' stack, PCGrad", "minilm.times_faster.papers", "{:.1f}×", 12, "≥"),
-    Row("the same without dropout of attention weights, as ours", "minilm.times_faster.papers, our dropout", "{:.1f}×"),
     Row(
         "against transformers with bf16 autocast, the faster attention, which does no surgery",
         "minilm.times_faster.autocast",

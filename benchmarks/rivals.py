@@ -69,9 +69,9 @@ def padded(text: list[np.ndarray]) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(ids), torch.from_numpy(mask)
 
 
-def papers(shape: EncoderShape, batches: Batches, attention_dropout: float) -> Step:
+def papers(shape: EncoderShape, batches: Batches) -> Step:
     """transformers in fp32, random batches padded to their longest, PCGrad over whole gradients (Pytorch-PCGrad)."""
-    model = build(shape, attention_dropout=attention_dropout)
+    model = build(shape, attention_dropout=0.1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
     parameters = list(model.parameters())
 

@@ -7,7 +7,6 @@ usage: python -m benchmarks.step [--shape minilm | base] [--rounds 12] [--batch 
     bare loop        the arithmetic of `ours` without DeepSpeed
     bare sum         the arithmetic of `ours, plain sum` without DeepSpeed
     papers           transformers, fp32, random padded batches, PCGrad over whole gradients: what the four papers ran
-    papers, our dropout   the same without dropout of the attention's weights, which all others here do without too
     autocast sdpa    transformers, bf16 autocast, padded to the longest of the batch, fused AdamW, no surgery
     autocast eager   the same with transformers' own attention: sdpa is slow on CPUs in bf16 with a mask
     autojac          transformers, fp32, TorchJD's Jacobian and PCGrad
@@ -86,14 +85,9 @@ def compare(
                 contender("bare sum", partial(BareLoop, surgery=False), alike=True),
             ]
         )
-        whole = [
-            ("papers", partial(papers, attention_dropout=0.1)),
-            ("papers, our dropout", partial(papers, attention_dropout=0.0)),
-            ("autojac", autojac),
-        ]
         rivals = dict(
             [
-                *(contender(name, build) for name, build in whole if whole_gradients),
+                *([contender("papers", papers), contender("autojac", autojac)] if whole_gradients else []),
                 contender("autocast sdpa", partial(autocast, attention="sdpa")),
                 contender("autocast eager", partial(autocast, attention="eager")),
             ]

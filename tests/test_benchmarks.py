@@ -123,16 +123,16 @@ TINY = EncoderShape(30522, 16, 2, 2, 32, 512)
 
 def test_a_step_of_everyone() -> None:
     """As it is on a GPU, but for the memory and the compiled one, which are told there only."""
-    told = step.compare(TINY, rounds=10, batch=4)
+    told = step.compare(TINY, rounds=9, batch=4)
     assert set(told["seconds"]) == {
         *("ours", "ours, plain sum", "bare loop", "bare sum"),
-        *("papers", "papers, our dropout", "autojac", "autocast sdpa", "autocast eager"),
+        *("papers", "autojac", "autocast sdpa", "autocast eager"),
     }
-    expected = sum(draw(number, 4, 10, alike=True).tokens for number in range(10)) / 10
+    expected = sum(draw(number, 4, 9, alike=True).tokens for number in range(9)) / 9
     assert told["tokens"] == dict.fromkeys(told["seconds"], expected)
     factors = told["times_faster"]
     assert factors["autocast"] == min(factors["autocast sdpa"], factors["autocast eager"])
-    assert {len(values) for values in told["seconds_by_batch"].values()} == {10}
+    assert {len(values) for values in told["seconds_by_batch"].values()} == {9}
     assert set(told["seconds_by_batch_close"]) == {"ours", "ours, plain sum", "bare loop", "bare sum"}
     assert f"{expected:.0f} tokens a step" in step.table(told)
 
