@@ -43,10 +43,13 @@ from mtbert.manifest import (
     Course,
     File,
     Manifest,
+    NewerFormat,
+    Unreadable,
     discard,
     folder_of,
     folders,
     intact,
+    open_checkpoint,
     sealed,
     sha256,
     with_the_best,
@@ -208,13 +211,14 @@ class Checkpointer:
         self._prune(target, manifest.best)
 
     def _prune(self, saved: Path, best: Best | None) -> None:
-        """What is newer than the checkpoint just saved was passed over as damaged, and must not crowd out good ones."""
+        """What is newer than the checkpoint just saved was passed over, and goes if it is damaged: one that only could
+        not be read that time is what this run will come to, and is kept."""
         there = folders(self.folder.parent)
         kept = with_the_best([folder for folder in there if folder <= saved][: self.keep])
         if best is not None:  # whatever the disk says of the manifest just written
             kept.add(folder_of(self.folder.parent, best.step))
         for folder in there:
-            if folder not in kept:
+            if folder not in kept and (folder < saved or _is_damaged(folder)):
                 with contextlib.suppress(OSError):  # the new one is saved all the same; the next save tries again
                     discard(folder)
 
@@ -280,6 +284,16 @@ def load_weights(checkpoint: Checkpoint, shapes: Mapping[str, torch.Size]) -> di
     state = "average" if checkpoint.manifest.averaged_steps else "master"
     with _Reader(checkpoint) as reader:
         return {name: reader.span(Span(name, 0, shape.numel(), 0), state).view(shape) for name, shape in shapes.items()}
+
+
+def _is_damaged(folder: Path) -> bool:
+    try:
+        open_checkpoint(folder)
+    except (Unreadable, NewerFormat):
+        return False
+    except UserError:
+        return True
+    return False
 
 
 def _check_shapes(checkpoint: Checkpoint, shapes: Mapping[str, torch.Size]) -> None:

@@ -36,8 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 2 a user's mistake (one line on stderr), 130 stopped, 141 nobody reads stdout any more; our
     own bug raises."""
     options = _parser().parse_args(arguments)
-    if sys.stdout is None:  # `>&-`
-        sys.stdout = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # `>&-`
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
     if isinstance(sys.stdout, io.TextIOWrapper):  # terminals without UTF-8, and half surrogate pairs that JSON let in
         sys.stdout.reconfigure(errors="backslashreplace")
     try:

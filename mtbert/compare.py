@@ -156,6 +156,11 @@ def _differences(groups: Sequence[Group], which: Which, resamples: int) -> tuple
     resampled = bootstrap(said, metrics, resamples)
     everything = {name: np.arange(len(said[0][0][name])) for name in metrics}
     observed = [_mean([_scores(run, metrics, everything) for run in runs]) for runs in said]
+    for group, scores in zip(groups, observed, strict=True):
+        recorded = [run.scores(which)[1] for run in group.runs]
+        for name in scores:  # what a broken model said is no score, though its classes may be numbers
+            if not all(math.isfinite(score[name]) for score in recorded):
+                scores[name] = math.nan
     compared = list(metrics)
     if notes:  # it would be of fewer tasks than the composite that is shown
         notes.append("composite: not of all tasks; not compared")

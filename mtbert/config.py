@@ -297,6 +297,8 @@ class TaskConfig(Section):
         regression = self.regression
         low, high = self.range if regression else (0, self.classes - 1)
         try:
+            if "_" in str(label):  # 1_0 is 10 to Python alone
+                raise TypeError
             number = float(label)
         except (TypeError, ValueError, OverflowError):  # OverflowError: of an integer that is no float
             number = math.nan

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -207,6 +208,8 @@ def load_file(
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"data.cache {config.cache}: cannot make {cache}: {error.strerror}") from None
+    if not os.access(cache, os.W_OK | os.X_OK):
+        raise UserError(f"data.cache {config.cache}: cannot write to {cache}; name a folder of your own")
     return _open(ensure(cache, path, shown, task, tokenizer, progress, source), shown)
 
 
@@ -217,7 +220,7 @@ def locate_file(file: str, where: str, config: DataConfig) -> tuple[str, Path]:
     """
     if not (named := HUB_FILE.fullmatch(file)):
         path = user_path(config.dir or ".") / user_path(file)
-        if not path.exists() and config.dir is None and not Path(file).is_absolute():
+        if config.dir is None and not Path(file).is_absolute() and not os.access(path, os.F_OK):
             raise UserError(f"{where}: {path}: no such file in {Path.cwd()}; data.dir is not set")
         return str(path), path
     repository, revision, path_in_repository = named.groups()

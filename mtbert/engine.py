@@ -280,11 +280,12 @@ class Engine:
         return gram_MM.view(wide, wide), head_gram_KK.view(deep, deep), losses_K, bool(wishes[0]), bool(wishes[1])
 
     def _set_rates(self, rates: Sequence[float | None], tasks: Sequence[int], through: Sequence[int]) -> None:
-        present = {self.tasks[task] for task in tasks}
+        pulling = [task for task in tasks if self.loss_weights[task] > 0]
+        present = {self.tasks[task] for task in pulling}
         for group, rate, values in zip(self.groups, rates, self._host.options, strict=True):
             values["lr"] = rate or 0.0
             # what no task of this step trains must not fade or decay
-            idle = not through if group.task is None else present.isdisjoint(group.users)
+            idle = not set(pulling) & set(through) if group.task is None else present.isdisjoint(group.users)
             values["frozen"] = rate is None or idle
 
     def _apply(

@@ -15,7 +15,8 @@ from mtbert.schedule import Schedule
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of a run. Phases that train the same tasks go on with the same schedule where they left it."""
+    """A stretch of a run. Phases that train the same tasks go on with the same schedule where they left it; others
+    begin a pass through the data of each of their tasks, in an order of its own."""
 
     config: PhaseConfig
     first: int
@@ -65,7 +66,9 @@ def plan(config: Config, tokens_N: Sequence[NDArray[np.integer]]) -> list[Phase]
 
     def schedule(tasks: tuple[int, ...], epochs: int = 1) -> Schedule:
         tokens = [tokens_N[task] for task in tasks]
-        return Schedule(config.schedule, tokens, [sizes[task] for task in tasks], config.seed, epochs, tasks)
+        before = list(dict.fromkeys(trained[: trained.index(tasks)]))
+        earlier = [sum(task in others for others in before) for task in tasks]
+        return Schedule(config.schedule, tokens, [sizes[task] for task in tasks], config.seed, epochs, tasks, earlier)
 
     lengths = {tasks: schedule(tasks).steps_per_epoch for tasks in trained}
     steps = [

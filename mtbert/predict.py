@@ -13,6 +13,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
@@ -366,8 +367,11 @@ def shown_name(source: str) -> str:
 def _refuse_source(source: str, target: str) -> None:
     """Raises `UserError` where the answers would take the place of what they are answers to."""
     path = user_path(target)
-    with suppress(OSError):  # which whoever opens them tells
-        if "-" not in (source, target) and path.is_file() and path.samefile(user_path(source)):
+    with suppress(OSError, io.UnsupportedOperation):  # which whoever opens them tells; a stdin that is no file
+        if target == "-" or not path.is_file():
+            return
+        read = os.fstat(sys.stdin.fileno()) if source == "-" else user_path(source).stat()  # `- < FILE`
+        if os.path.samestat(read, path.stat()):
             raise UserError(f"--out {target}: is the file that is read; name another")
 
 

@@ -85,11 +85,21 @@ def read_rows(
         source: column that says where a row comes from, which some rows of JSON lines may lack.
 
     The format follows from the name (.jsonl, .ndjson, .json; .parquet, .pq), all else is tab- or comma-separated by its
-    first line (where that has neither, .tsv by tabs), `"` quoting. Lines without a character are no rows. A row's line
+    first line (where that has neither, .tsv by tabs), `"` quoting. Lines without a character are no rows, but in a
+    file of one column. A row's line
     in Parquet is its number.
     Raises `UserError` for a missing or unreadable file, a missing column, bytes that are not UTF-8, NUL bytes.
     """
     shown = shown or str(path)
+    try:
+        yield from _read_rows(path, columns, id_column, shown, source)
+    except OSError as error:  # of a file or folder of somebody else's
+        raise UserError(f"{shown}: {error.strerror or error}") from None
+
+
+def _read_rows(
+    path: Path, columns: Sequence[str], id_column: str | None, shown: str, source: str | None
+) -> Iterator[Row | Quarantined]:
     if not path.is_file():
         raise UserError(f"{shown}: {_missing_file(path)}")
     names = [*columns, *(name for name in (id_column, source) if name is not None)]
@@ -256,7 +266,7 @@ class _Delimited:
         for at in range(count):
             text = self._lines.peek(at)
             assert text is not None
-            if text.count("\t") != width - 1:
+            if text.strip("\r\n") and text.count("\t") != width - 1:
                 return []
         return (self._lines.peek() or "").rstrip("\r\n").split("\t")
 
@@ -305,6 +315,8 @@ def _records(
         number = lines.number
         if not text.rstrip("\r\n"):
             lines.drop(1)
+            if width == 1:  # the row whose only field is empty
+                yield number, [""]
             continue
         parsed = table.parse(0, width)
         lines.refuse_broken(parsed.lines, zip(header, parsed.fields, strict=False))

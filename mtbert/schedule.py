@@ -42,6 +42,7 @@ class Schedule:
         batch_sizes: per task, examples in a global batch.
         epochs: total number, over which `anneal` runs.
         tasks: the numbers of these tasks in the run, by which shares name them; default 0 … K-1.
+        earlier: per task, how many schedules before this one in the run have it: each draws anew; default none.
 
     Of kind `adaptive` it is a function of its `history` besides, which `adapt` writes and a checkpoint keeps.
     """
@@ -54,9 +55,11 @@ class Schedule:
         seed: int,
         epochs: int = 1,
         tasks: Sequence[int] | None = None,
+        earlier: Sequence[int] | None = None,
     ) -> None:
         assert len(tokens_N) == len(batch_sizes) and all(len(tokens) for tokens in tokens_N)
         self.tasks = list(range(len(tokens_N)) if tasks is None else tasks)
+        self._earlier = [0] * len(tokens_N) if earlier is None else list(earlier)
         self.history: list[tuple[int, list[float]]] = []  # from this step on, these probabilities of the tasks
         self._course: list[NDArray[np.int64]] = []  # adaptive: batches drawn per task before each step
         self.config = config
@@ -140,7 +143,7 @@ class Schedule:
 
     def _draw_step(self, step: int) -> NDArray[np.int64]:
         chances = next((each for first, each in reversed(self.history) if first <= step), None)
-        rng = addressed_rng(self.seed, "adaptive tasks", step)
+        rng = addressed_rng(self.seed, "adaptive tasks", step, *_unless_0(max(self._earlier)))
         return rng.choice(len(self.tokens_N), size=self.config.tasks_per_step, p=chances)
 
     def _draw_epoch(self, epoch: int) -> NDArray[np.int64]:
@@ -151,7 +154,7 @@ class Schedule:
         progress = min(epoch / (self.epochs - 1), 1.0) if self.epochs > 1 else 0.0
         alpha = self.config.alpha - self.config.anneal * progress
         weights_K = np.array([len(tokens) for tokens in self.tokens_N], np.float64) ** alpha
-        rng = addressed_rng(self.seed, "tasks", epoch)
+        rng = addressed_rng(self.seed, "tasks", epoch, *_unless_0(max(self._earlier)))
         size = (self.steps_per_epoch, self.config.tasks_per_step)
         return rng.choice(len(weights_K), size=size, p=weights_K / weights_K.sum())
 
@@ -172,7 +175,7 @@ class Schedule:
         is still random. Batch sizes differ by one at most, so no batch is a small remainder.
         """
         tokens_N, batches = self.tokens_N[task], self.batches_per_pass[task]
-        rng = addressed_rng(self.seed, "pass", self.tasks[task], number)
+        rng = addressed_rng(self.seed, "pass", self.tasks[task], number, *_unless_0(self._earlier[task]))
         order_N = np.arange(len(tokens_N), dtype=np.int32)  # a dataset may have millions: no copy, and half the bytes
         rng.shuffle(order_N)
         bounds = np.arange(batches + 1) * len(tokens_N) // batches
@@ -203,6 +206,11 @@ class Schedule:
         return {
             self.tasks[task]: (ordinal + 1) / self.batches_per_pass[task] for task, ordinal in self.batches_at(step)
         }
+
+
+def _unless_0(number: int) -> list[int]:
+    """Of an address: runs from before there was this number go on as they began."""
+    return [number] if number else []
 
 
 def _numbered(draws: NDArray[np.int64], drawn: NDArray[np.int64]) -> list[tuple[int, int]]:

@@ -23,7 +23,7 @@ import uvicorn
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, FailFast, Field
 
 from mtbert import __version__
 from mtbert.errors import UserError
@@ -65,7 +65,7 @@ class _Body(BaseModel):
 
 class PredictRequest(_Body):
     task: str = Field(description="one of the tasks that /healthz lists", examples=["sst"])
-    inputs: list[str | tuple[str, str] | tuple[str, str, str]] = Field(
+    inputs: Annotated[list[str | tuple[str, str] | tuple[str, str, str]], FailFast()] = Field(
         description="texts, or pairs or triplets of texts as the task has them",
         examples=[["A fine film."], [["One.", "Two."]]],
     )
@@ -75,7 +75,9 @@ class Prediction(BaseModel):
     prediction: int | float | str = Field(
         description="class number (or its name where the task has names), or value within the task's range"
     )
-    score: float = Field(description="as the head gives it: logit, cosine, or value before it is clamped")
+    score: float = Field(
+        description="as the head gives it: logit (with loss bce that of class 1), cosine, or value before it is clamped"
+    )
     probability: Annotated[float | None, Field(description="of the predicted class, where there is such a thing")]
 
 
@@ -85,7 +87,7 @@ class PredictResponse(BaseModel):
 
 
 class EmbedRequest(_Body):
-    inputs: list[str] = Field(description="texts", examples=[["A sentence."]])
+    inputs: Annotated[list[str], FailFast()] = Field(description="texts", examples=[["A sentence."]])
 
 
 class EmbedResponse(BaseModel):

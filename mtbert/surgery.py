@@ -20,7 +20,8 @@ and "sum" below are meant for gradients that do not conflict:
     cagrad       Liu, B. et al. 2021                 cvxpy     mean + a vector c times as long as the mean
     aligned_mtl  Senushkin et al. 2023               -         mean, after all singular values became the least
     imtl_g       Liu, L. et al. 2021                 -         Σ w = 1, projections on all g_k equal; w_k may be < 0
-    krum         Blanchard et al. 2017               -         mean of the n_selected most central gradients
+    krum         Blanchard et al. 2017, but by sums  -         mean of the n_selected most central gradients
+                 of distances, not of their squares
     fairgrad     Ban and Ji 2024                     scipy     for alpha 1 of length √K, however long the g_k are
     pcd          arXiv:2606.29521                    -         as long as the first task's gradient
 
@@ -201,23 +202,24 @@ def _dualproj(*, reg_eps: float = 1e-4) -> Weigh:
     return _scale_free(_torchjd().DualProjWeighting(projector=_projector(reg_eps)))
 
 
-def _mgda(*, epsilon: float = 1e-3, max_iters: int = 100) -> Weigh:
-    """Frank-Wolfe: `epsilon` is the step size under which it stops, `max_iters` its longest course.
-
-    Tasks without any gradient in the step (λ = 0, no pair above a threshold) take no part: the shortest convex
-    combination would be theirs, and no task would train.
-    """
-    weigh = _scale_free(_torchjd().MGDAWeighting(epsilon=epsilon, max_iters=max_iters))
+def _of_those_that_pull(weigh: Weigh) -> Weigh:
+    """For methods that would choose a task without any gradient in the step (λ = 0, no pair above a threshold) before
+    all others, so that no task would train: such tasks take no part."""
 
     def of_those_that_pull(gram_KK: Tensor, context: Context) -> Tensor:
         pull_K = gram_KK.diagonal() > 0
         if pull_K.all() or not pull_K.any():
             return weigh(gram_KK, context)
         weights_K = torch.zeros(len(gram_KK))
-        weights_K[pull_K] = weigh(gram_KK[pull_K][:, pull_K], context).float()
+        weights_K[pull_K] = weigh(gram_KK[pull_K][:, pull_K], context).float() if pull_K.sum() > 1 else 1.0
         return weights_K
 
     return of_those_that_pull
+
+
+def _mgda(*, epsilon: float = 1e-3, max_iters: int = 100) -> Weigh:
+    """Frank-Wolfe: `epsilon` is the step size under which it stops, `max_iters` its longest course."""
+    return _of_those_that_pull(_scale_free(_torchjd().MGDAWeighting(epsilon=epsilon, max_iters=max_iters)))
 
 
 def _cagrad(*, c: float, norm_eps: float = 1e-4) -> Weigh:
@@ -232,7 +234,13 @@ def _cagrad(*, c: float, norm_eps: float = 1e-4) -> Weigh:
         weights_K = weigh(gram_KK, context)
         return weights_K if c >= 1 or weights_K.any() else torch.full((len(gram_KK),), 1 / len(gram_KK))
 
-    return in_the_ball
+    weigh_pulling = _of_those_that_pull(in_the_ball)
+
+    def around_the_mean_of_all(gram_KK: Tensor, context: Context) -> Tensor:
+        pulling = int((gram_KK.diagonal() > 0).sum())
+        return weigh_pulling(gram_KK, context) * ((pulling or len(gram_KK)) / len(gram_KK))
+
+    return around_the_mean_of_all
 
 
 def _aligned_mtl(*, scale_mode: Literal["min", "median", "rmse"] = "min") -> Weigh:
@@ -250,9 +258,16 @@ def _gradvac(*, beta: float = 0.5, eps: float = 1e-8) -> Weigh:
 
 
 def _krum(*, n_byzantine: int, n_selected: int = 1) -> Weigh:
-    """`n_byzantine`: gradients that may be arbitrary; `n_selected`: gradients that are kept."""
-    weigh = _scale_free(_torchjd().KrumWeighting(n_byzantine=n_byzantine, n_selected=n_selected))
+    """`n_byzantine`: gradients that may be arbitrary; `n_selected`: gradients that are kept.
+
+    Of a step in which too few tasks have a gradient to judge by, the mean of these is kept.
+    """
+    krum = _scale_free(_torchjd().KrumWeighting(n_byzantine=n_byzantine, n_selected=n_selected))
     least = max(n_byzantine + 3, n_selected)
+
+    @_of_those_that_pull
+    def weigh(gram_KK: Tensor, context: Context) -> Tensor:
+        return krum(gram_KK, context) if len(gram_KK) >= least else _mean()(gram_KK, context)
 
     def checked(gram_KK: Tensor, context: Context) -> Tensor:
         if len(gram_KK) < least:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -120,6 +121,17 @@ def scored_on(
     shown, path = locate_file(file, "--file", config.data) if on_hub else (file, user_path(file))
     data = load_file(path, shown, task, config.data, tokenizer, progress)
     return Task(name, task, data, data, special_ids(tokenizer), max_length)
+
+
+def with_own_cache(config: Config) -> Config:
+    """With this user's own cache where that of the run, which may be from another user or machine, takes no files."""
+    recorded = user_path(config.data.cache)
+    for folder in (recorded / "tokens", recorded / "generated"):
+        near = next(place for place in (folder, *folder.parents) if os.access(place, os.F_OK))
+        if not os.access(near, os.W_OK | os.X_OK):
+            own = {"cache": DataConfig.model_fields["cache"].default}
+            return config.model_copy(update={"data": config.data.model_copy(update=own)})
+    return config
 
 
 def locate_data(config: Config) -> DataConfig:

@@ -79,9 +79,13 @@ def _content_hash(path: Path, cache: Path) -> str:
 
     A file changed less than two seconds ago is hashed anew: it may change again within the clock's resolution.
     """
-    if not path.is_file():
-        return ""  # read_rows says what is wrong
-    stat = path.stat()
+    try:
+        if not path.is_file():
+            return ""  # read_rows says what is wrong
+        stat = path.stat()
+        path.open("rb").close()
+    except OSError:
+        return ""
     identity = [str(path.resolve()), stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
     seen = cache / f"{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]}.seen"
     if seen.is_file() and re.fullmatch(rb"[0-9a-f]{64}", known := seen.read_bytes()):  # else it was damaged

@@ -105,7 +105,7 @@ class Answers:
     """What a task's head says of N examples, float64 each; NaN where there is no such thing."""
 
     predictions_N: NDArray[np.float64]  # class numbers, or values within the task's range
-    scores_N: NDArray[np.float64]  # as the head gives it: logit of the class, cosine, or value before it is clamped
+    scores_N: NDArray[np.float64]  # as the head gives it: logit (of bce that of class 1), cosine, unclamped value
     probabilities_N: NDArray[np.float64]  # of the predicted class
 
 

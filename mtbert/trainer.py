@@ -48,7 +48,7 @@ from mtbert.record import RunRecord, Said, Which, kept_id, settings, write_predi
 from mtbert.runs import Outcome, Rank, Stopwatch, check_run
 from mtbert.schedule import Schedule, Share
 from mtbert.surgery import Surgery, conflicts
-from mtbert.tasks import Task, load_tasks, locate_data, scored_on
+from mtbert.tasks import Task, load_tasks, locate_data, scored_on, with_own_cache
 from mtbert.tracking import Tracker, tokenising_told
 from mtbert.trained import Trained, keep_encoder, load_run
 from mtbert.weighting import Weighting
@@ -112,7 +112,8 @@ def evaluate_run(run_dir: Path, which: Which, quiet: bool = True) -> tuple[int, 
         quiet: nothing on stdout where tokenising takes long.
     """
     with _opened(run_dir, which) as (run, rank), tokenising_told(rank, quiet) as progress:
-        tasks = load_tasks(run.config, locate_data(run.config), run.tokenizer, run.max_length, progress)
+        config = with_own_cache(run.config)
+        tasks = load_tasks(config, locate_data(config), run.tokenizer, run.max_length, progress)
         results, score = evaluate_all(run.model, tasks, rank, run.device)
     return run.step, results, score
 
@@ -127,7 +128,7 @@ def evaluate_file(
     """
     with _opened(run_dir, which) as (run, rank), tokenising_told(rank, quiet) as progress:
         run.task(name)
-        task = scored_on(file, name, run.config, run.tokenizer, run.max_length, progress)
+        task = scored_on(file, name, with_own_cache(run.config), run.tokenizer, run.max_length, progress)
         return run.step, task, evaluate(run.model, task, rank, run.device)
 
 
@@ -557,7 +558,7 @@ class _Run:
             rows.append([task.name, result.metric, result.score, trivial, words])
             record[task.name] = {
                 "metric": result.metric,
-                "score": result.score,
+                "score": result.score if math.isfinite(result.score) else None,
                 "trivial": trivial,
                 "bag_of_words": words,
             }

@@ -168,6 +168,12 @@ class _Learnt(Method):
         for name, numbers in (("value", value), ("exp_avg", first), ("exp_avg_sq", second), ("steps", steps)):
             self.state[name][tasks] = numbers
 
+    def _descend_where_lost(self, seen: Seen, gradient_K: Tensor, rate: float) -> None:
+        """A loss of 0 (λ = 0, no pair above a threshold) tells nothing, and would raise its factor at every step."""
+        lost_K = seen.losses_K != 0
+        if lost_K.any():
+            self.descend(seen.tasks[lost_K], gradient_K[lost_K], rate)
+
     def shown(self) -> Tensor:
         return self.state["value"]
 
@@ -182,7 +188,7 @@ class _Homoscedastic(_Learnt):
 
     def learn(self, seen: Seen, rate: float) -> None:
         # d/ds (c·e^(−s)·ℓ + s/2)
-        self.descend(seen.tasks, 0.5 - self.factors(seen, 0) * seen.losses_K, rate)
+        self._descend_where_lost(seen, 0.5 - self.factors(seen, 0) * seen.losses_K, rate)
 
 
 class _ImtlL(_Learnt):
@@ -191,7 +197,7 @@ class _ImtlL(_Learnt):
 
     def learn(self, seen: Seen, rate: float) -> None:
         # d/ds (e^s·ℓ − s)
-        self.descend(seen.tasks, self.factors(seen, 0) * seen.losses_K - 1, rate)
+        self._descend_where_lost(seen, self.factors(seen, 0) * seen.losses_K - 1, rate)
 
 
 class _Famo(_Learnt):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,23 @@ def interruptible() -> None:
     """A shell starts what it runs in the background, tests too, with SIGINT ignored, which children inherit."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def as_nobody() -> Callable[[], AbstractContextManager[None]]:
+    """A user whom modes keep out, as they do not root. Imports must be done before: the installation may be private."""
+
+    @contextmanager
+    def become() -> Iterator[None]:
+        was = os.getresuid()
+        if was[1] == 0:
+            os.setresuid(65534, 65534, 0)
+        try:
+            yield
+        finally:
+            os.setresuid(*was)
+
+    return become
 
 
 @pytest.fixture(scope="session")

@@ -289,6 +289,19 @@ def test_damaged_checkpoints_do_not_crowd_out_good_ones(tmp_path: Path) -> None:
     assert names(tmp_path) == ["11"]
 
 
+def test_a_newer_checkpoint_that_is_whole_stays(run: Path) -> None:
+    """It was passed over because it could not be read that time: a file server's hiccup."""
+    keeper, engine = Checkpointer(run, Rank(), keep=3), make_engine("sum", "fixed")
+    for step in range(1, 4):
+        save(keeper, step, engine)
+    keeper = Checkpointer(run, Rank(), keep=1)
+    keeper._prune(folder_of(run, 1), None)
+    assert names(run) == ["01", "02", "03"]
+    (folder_of(run, 3) / "manifest.json").write_text("{}")
+    keeper._prune(folder_of(run, 1), None)
+    assert names(run) == ["01", "02"], "damaged ones must not crowd out good ones"
+
+
 def test_what_a_user_put_beside_the_checkpoints_stays(tmp_path: Path) -> None:
     there = ["step-00000001", "step-00000002", "step-00000002.bak", "step-old"]
     for name in there:

@@ -193,6 +193,16 @@ def test_a_stdout_that_takes_nothing(options: list[str]) -> None:
     assert (done.returncode, done.stderr) == (0, ""), "who closes it wants to see nothing"
 
 
+def test_closed_streams(trained_run: Path) -> None:
+    command = [sys.executable, "-m", "mtbert", "predict", str(trained_run), "-", "--task", "sst", "--format", "jsonl"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    row = '{"sentence": "good"}\n'
+    done = subprocess.run(["sh", "-c", '"$@" 2>&-', "sh", *command], env=environment, input=row, stdout=-1, text=True)
+    assert done.returncode == 0 and list(map(json.loads, done.stdout.splitlines())), "nothing of stderr among answers"
+    done = subprocess.run(["sh", "-c", '"$@" <&-', "sh", *command], env=environment, stdout=-1, stderr=-1, text=True)
+    assert "Traceback" not in done.stderr and done.returncode in (0, 2)
+
+
 def test_a_terminal_without_utf_8(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"text": "a", "label": "caf\\u00e9"}\n{"text": "b", "label": "\\ud800"}\n')
     command = [sys.executable, "-m", "mtbert", "data", "check", str(tmp_path / "rows.jsonl")]

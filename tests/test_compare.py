@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -170,6 +171,22 @@ def test_a_broken_model_is_no_difference(runs: list[Path], tmp_path: Path, capsy
     assert main(["compare", str(broken), str(runs[0]), "--json"]) == 0
     told = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
     assert told["groups"][0]["scores"]["sts"] == {"mean": None, "deviation": None}
+
+
+def test_a_broken_classifier_is_no_difference_though_its_classes_are_numbers(runs: list[Path], tmp_path: Path) -> None:
+    """Evaluation scores it NaN, and keeps NaN's class, which is 0."""
+    answers = said(3, 0.6)
+    broken = make(tmp_path / "broken", 0.6, 3, "surgery.method=mean", answers=answers)
+    assert {difference.task for difference in compare([broken, runs[0]], "latest", 100).differences} >= {"sst"}
+    curves = broken / "metrics.jsonl"
+    lines = [json.loads(line) for line in curves.read_text().splitlines()]
+    for line in lines:
+        for tag in line.keys() & {"metric/sst/accuracy", "metric/composite"}:
+            line[tag] = math.nan
+    curves.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    comparison = compare([broken, runs[0]], "latest", 100)
+    assert {difference.task for difference in comparison.differences} == {"sts"}
+    assert len(comparison.notes) == 2 and all("no finite score" in note for note in comparison.notes)
 
 
 def test_at_the_command_line(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

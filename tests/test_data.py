@@ -297,6 +297,7 @@ def test_a_bad_file_of_triplets_is_an_error(home: Home, content: str, told: str)
         ("nan", "'nan' is not a class from 0 to 4"),
         ("inf", "is not a class from 0 to 4"),
         ("good", "'good' is not a class from 0 to 4"),
+        ("0_1", "'0_1' is not a class from 0 to 4"),
     ],
 )
 def test_a_bad_label_is_an_error(home: Home, label: str, told: str) -> None:

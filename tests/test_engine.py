@@ -421,6 +421,19 @@ def nothing_to_train(rank: Rank, zero: int) -> list[bool]:
     return moved
 
 
+def weighs_nothing(rank: Rank, zero: int) -> list[bool]:
+    """Whether each step moved weights: on a task of λ = 0 alone, before and after one on a task that counts."""
+    engine = engine_of(rank, kinds={**TASKS, "a": TASKS["a"].model_copy(update={"weight": 0.0})}, zero=zero)
+    mine = PLACEMENT[rank.world][rank.rank]
+    moved = []
+    for step, task in enumerate((0, 1, 0)):
+        before = masters(engine)
+        losses = {task: [lambda task=task, step=step: loss(engine.model, step, task, mine, rank.rank, 0.0)]}
+        assert not engine.step(step, losses).skipped
+        moved.append(not torch.equal(masters(engine), before))
+    return moved
+
+
 def heads_first(rank: Rank, zero: int) -> tuple[bool, bool]:
     """Whether the encoder and the heads move in a first step that leaves the encoder alone. Memory that nobody has
     written to is NaN here, as it may be anywhere."""
@@ -469,6 +482,12 @@ def test_famo_learns_nothing_from_a_loss_that_is_not_finite(ranks: Ranks) -> Non
 @pytest.mark.parametrize("zero", [1, 3])
 def test_a_step_without_a_backward_changes_nothing(ranks: Ranks, zero: int) -> None:
     assert ranks(2, nothing_to_train, zero) == [[False, True, False, True]] * 2
+
+
+@pytest.mark.parametrize("zero", [1, 3])
+def test_a_task_that_weighs_nothing_moves_nothing(ranks: Ranks, zero: int) -> None:
+    """Neither decay nor what is left of the momentum."""
+    assert ranks(2, weighs_nothing, zero) == [[False, True, False]] * 2
 
 
 # ----------------------------------------------------------------------------------------------- bad numbers, bf16

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -226,6 +227,26 @@ def test_a_file_is_scored_by_its_own_labels_and_says_what_it_leaves_out(
         f"mtbert: test.csv line 62: 2 fields instead of {header.count(chr(9)) + 1}",
         "mtbert: test.csv line 63: column 'is_duplicate': no label",
     ]
+
+
+def test_somebody_else_s_run_is_scored_with_one_s_own_cache(
+    trained_run: Path,
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run, home, theirs = tmp_path / "run", tmp_path / "home", tmp_path / "a file" / "cache"
+    shutil.copytree(trained_run, run)
+    config = (run / "config.yaml").read_text()
+    recorded = load_config(run / "config.yaml").data.cache
+    (run / "config.yaml").write_text(config.replace(recorded, str(theirs)))
+    theirs.parent.touch()  # root may write to every folder, but makes none in a file
+    monkeypatch.setenv("HOME", str(home))
+    home.mkdir()
+    assert main(["evaluate", str(run), "--task", "sst", "--json", "--file", str(corpus / "ids-sst-dev.csv")]) == 0
+    assert json.loads(capsys.readouterr().out)["examples"] == 60
+    assert list((home / ".cache" / "mtbert" / "tokens").iterdir())
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,17 @@ def test_phases_with_the_same_tasks_go_on_through_the_data(tmp_path: Path) -> No
             assert examples_at(parts, later, task) == examples_at(whole, step, task)
 
 
+def test_phases_with_other_tasks_draw_their_data_anew(tmp_path: Path) -> None:
+    """Else a curriculum would go through the same beginning of its data again and again."""
+    grown = plan(config(tmp_path, [{"steps": 3, "tasks": ["para"]}, {"steps": 3, "tasks": ["sst", "para"]}]), TOKENS)
+    first, second = ([examples_at(grown, start + step, 1) for step in range(3)] for start in (0, 3))
+    assert first != second
+    apart = plan(config(tmp_path, [{"steps": 3, "tasks": ["para"]}, {"steps": 3, "tasks": ["sst"]}]), TOKENS)
+    alone = plan(config(tmp_path, [{"steps": 3, "tasks": ["sst"]}]), TOKENS)
+    for step in range(3):
+        assert examples_at(apart, 3 + step, 0) == examples_at(alone, step, 0), "nothing of it was seen before"
+
+
 def factors(tmp_path: Path, phases: list[dict[str, Any]], **optimizer: Any) -> list[float]:
     made = config(tmp_path, phases, optimizer=optimizer)
     planned = plan(made, TOKENS)

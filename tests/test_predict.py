@@ -409,6 +409,18 @@ def test_a_link_stays_one_and_a_pipe_is_written_to(run: Trained, tmp_path: Path)
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["deep", "in.tsv", "link", "pipe", "real"]
 
 
+def test_what_is_read_through_a_redirection_is_not_replaced(trained_run: Path, tmp_path: Path) -> None:
+    source = tmp_path / "in.tsv"
+    source.write_text("id\tsentence\n1\tgood\n")
+    command = [sys.executable, "-m", "mtbert", "predict", str(trained_run), "--task", "sst", "-", "--out", str(source)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with source.open() as file:
+        done = subprocess.run(command, env=environment, stdin=file, stdout=-1, stderr=-1, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"mtbert: --out {source}: is the file that is read; name another\n"
+    assert source.read_text() == "id\tsentence\n1\tgood\n"
+
+
 def test_a_full_disk_behind_stdout(trained_run: Path, tmp_path: Path) -> None:
     (tmp_path / "in.tsv").write_text("id\tsentence\n1\tgood\n")
     command = [sys.executable, "-m", "mtbert", "predict", str(trained_run), "--task", "sst", str(tmp_path / "in.tsv")]

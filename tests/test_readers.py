@@ -7,7 +7,9 @@ import io
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import hypothesis.strategies as st
 import pyarrow
@@ -111,6 +113,28 @@ def test_one_column_is_read_by_the_name(tmp_path: Path, name: str, texts: list[s
 def test_byte_order_mark_blank_lines_and_no_last_newline(tmp_path: Path) -> None:
     path = write(tmp_path, "\ufefftext\tlabel\n\na\t1\n\r\nb\t0")
     assert good(rows(path, "text", "label")) == [(3, ("a", "1")), (5, ("b", "0"))]
+
+
+def test_an_empty_line_is_a_row_where_there_is_one_column(tmp_path: Path) -> None:
+    """Vectors and answers keep the places of their rows."""
+    assert good(rows(write(tmp_path, "text\na\n\nb\n"), "text")) == [(2, ("a",)), (3, ("",)), (4, ("b",))]
+
+
+def test_quotes_are_characters_before_an_empty_line_too(tmp_path: Path) -> None:
+    path = write(tmp_path, 'id\ttext\n1\ta\n2\t"open\n3\tb\n\n4\t"another" one\n', "rows.tsv")
+    assert [values for _, values in good(rows(path, "text"))] == [("a",), ('"open',), ("b",), ('"another" one',)]
+
+
+def test_what_may_not_be_read_is_the_users_to_mend(tmp_path: Path, as_nobody: Callable[[], Any]) -> None:
+    folder = tmp_path / "private"
+    folder.mkdir()
+    files = [write(tmp_path, "text\na\n", "locked.csv"), write(folder, "text\na\n"), folder / "none.csv"]
+    files[0].chmod(0)
+    folder.chmod(0o700)
+    with as_nobody():
+        for path in files:
+            with pytest.raises(UserError, match=f"^{path}: Permission denied$"):
+                rows(path, "text")
 
 
 def test_the_first_line_tells_the_delimiter_whatever_the_name(tmp_path: Path) -> None:

@@ -22,11 +22,12 @@ from typing import Any
 import numpy as np
 import pytest
 from harness import PATIENCE_S
+from pydantic import ValidationError
 
 from mtbert import serve
 from mtbert.cli import main
 from mtbert.readers import Row, read_rows
-from mtbert.serve import Limits, make_server
+from mtbert.serve import EmbedRequest, Limits, PredictRequest, make_server
 from mtbert.trained import Trained, load_run
 
 ROOT = Path(__file__).parent.parent
@@ -146,6 +147,17 @@ def test_a_bad_request_has_a_reason_and_the_service_stays_up(
     assert (found, list(answer)) == (status, ["detail"])
     assert re.search(told, answer["detail"]) and len(answer["detail"]) < 200
     assert ask(service, "/predict", sst("good"))[0] == 200
+
+
+@pytest.mark.parametrize("one", [b"0", b"[]"])
+def test_a_body_full_of_mistakes_is_refused_at_the_first(service: Address, one: bytes) -> None:
+    """Each would otherwise be a record of its own, gigabytes for a body of a megabyte."""
+    found, answer = ask(service, "/predict", b'{"task": "sst", "inputs": [' + b",".join([one] * 250_000) + b"]}")
+    assert found == 422 and answer["detail"].startswith("inputs.0")
+    for request, task in ((PredictRequest, {"task": "sst"}), (EmbedRequest, {})):
+        with pytest.raises(ValidationError) as found_wrong:
+            request.model_validate({**task, "inputs": [json.loads(one)] * 1000})
+        assert found_wrong.value.error_count() <= 6
 
 
 def test_a_body_without_a_length_is_measured(service: Address) -> None:

@@ -405,16 +405,30 @@ def test_cagrad_stays_in_its_ball_and_lifts_the_worst_task() -> None:
         assert (gram_KK @ weights_K.double()).min() >= (gram_KK @ mean_K.double()).min() - 1e-6 * gram_KK.trace()
 
 
-@methods("mgda", "cagrad")
-def test_a_task_without_a_gradient_stops_no_other(method: str) -> None:
-    """λ = 0, no pair above a threshold, or a task learnt by heart."""
+@pytest.mark.parametrize(
+    ("method", "options", "share"),
+    [("mgda", {}, 1), ("cagrad", {"c": 0.4}, 2 / 3), ("cagrad", {"c": 1.0}, 2 / 3), ("cagrad", {"c": 2.0}, 2 / 3)],
+)
+def test_a_task_without_a_gradient_stops_no_other(method: str, options: dict[str, Any], share: float) -> None:
+    """λ = 0, no pair above a threshold, or a task learnt by heart. `share`: of the mean, which is of all tasks."""
     gram_KK = gram(3)
     gram_KK[1, :] = gram_KK[:, 1] = 0
-    weights_K = surgery(method).weights(gram_KK, step=0).double()
+    weights_K = surgery(method, **options).weights(gram_KK, step=0).double()
     assert weights_K @ gram_KK @ weights_K > 1e-3 * gram_KK.trace()
-    if method == "mgda":
-        alone_K = surgery(method).weights(gram_KK[::2, ::2], step=0).double()
-        assert weights_K.tolist() == [alone_K[0], 0, alone_K[1]]
+    alone_K = surgery(method, **options).weights(gram_KK[::2, ::2], step=0).double()
+    torch.testing.assert_close(weights_K, share * torch.tensor([alone_K[0], 0, alone_K[1]], dtype=torch.float64))
+    gram_KK[0, :] = gram_KK[:, 0] = 0
+    last_K = surgery(method, **options).weights(gram_KK, step=0)
+    torch.testing.assert_close(last_K, torch.tensor([0, 0, 1.0 if method == "mgda" else 1 / 3]))
+
+
+def test_krum_chooses_no_task_without_a_gradient() -> None:
+    """Which is nearer to all others than these to each other."""
+    gram_KK = torch.diag(torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0]))
+    weights_K = surgery("krum", n_byzantine=1).weights(gram_KK, step=0)
+    assert weights_K[2] == 0 and weights_K.sum() == 1
+    few_K = surgery("krum", n_byzantine=1).weights(torch.diag(torch.tensor([1.0, 1.0, 0.0, 1.0, 0.0])), step=0)
+    torch.testing.assert_close(few_K, torch.tensor([1.0, 1, 0, 1, 0]) / 3)
 
 
 def test_cagrad_stays_in_its_ball_where_the_worst_case_is_nothing() -> None:

@@ -110,6 +110,15 @@ def test_a_loss_of_0_leaves_the_others_their_factors(method: str) -> None:
     assert learning.factors(torch.zeros(3, dtype=torch.float64), (0, 1, 2), 1, 0).tolist() == [0, 0, 0]
 
 
+@pytest.mark.parametrize("method", ["homoscedastic", "imtl_l"])
+def test_a_loss_of_0_does_not_drive_its_task_s_weight(method: str) -> None:
+    learning = weighting(method)
+    for step in range(20):
+        learning.learn(torch.tensor([0.7, 0.0, 0.4], dtype=torch.float64), (0, 1, 2), step, 0, 1.0)
+    first, untouched, third = learning.shown().values()
+    assert untouched == list(weighting(method).shown().values())[1] and first != untouched != third
+
+
 def test_homoscedastic_is_torchjd_s_for_regressions_and_twice_its_precision_for_classifications() -> None:
     """TorchJD's UW is ½·e^(−s)·L + ½·s for every task."""
     method = Weighting("homoscedastic", {"lr": 0.1}, [True] * 3, 0)
