@@ -156,15 +156,17 @@ def search(args: argparse.Namespace, command: list[str]) -> int:
         named = f"run.name={inline_yaml(settings.name)}"
         config = config_of(config.model_dump(mode="json"), [named], f"--name {settings.name}")
     check_place(args, settings)
-    if args.resume is None:
-        from tune.length import of_equal_length, own_examples  # with torch; opens the data, once for all trials
+    from tune.length import of_equal_length, own_examples  # with torch; opens the data, once for all trials
 
+    if args.resume is None:
         check_corners(source, space, settings.metrics)
         settings = replace(settings, examples=settings.examples or own_examples(config))
         of_equal_length(config, settings.examples, settings.evaluations)
         folder = make_folder(searched, settings, config, command)
         config = load_config(folder / "base.yaml")  # with absolute paths
         space = replace(space, base=config.model_dump(mode="json"))
+    else:
+        of_equal_length(config, settings.examples, settings.evaluations)  # data that are gone would fail every trial
     study = None
     try:
         with _only_search(folder):
@@ -286,6 +288,8 @@ def run(args: argparse.Namespace, folder: Path, settings: Settings, space: Space
                 Conductor(folder, settings, space, study, board).conduct(slots)
         except KeyboardInterrupt:
             code = STOPPED
+        except UserError as error:
+            raise UserError(f"{error}; then continue with: {again(args, folder)}") from None
     study.note_search(seconds=study.notes.get("seconds", 0.0) + time.monotonic() - started)
     best = write_best(folder, settings, study)
     write_report(folder, settings, space, study)

@@ -582,6 +582,33 @@ def test_settings_with_a_password_are_the_users_alone(tmp_path: Path, storage: s
     assert read_settings(tmp_path).storage == storage
 
 
+@pytest.mark.parametrize(
+    ("gone", "overrides"),
+    [
+        ("data.dir", ["data.generate=null", "encoder.tokenizer=vocab.txt"]),
+        ("encoder.pretrained", ["encoder.shape=null"]),
+    ],
+)
+def test_a_resume_whose_data_or_weights_are_gone_leaves_the_search_as_it_was(
+    gone: str,
+    overrides: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]"]))
+    base = load_config(TINY["base"], [*overrides, f"data.cache={tmp_path}/cache", f"{gone}={tmp_path}/gone"])
+    (tmp_path / "base.yaml").write_text(to_yaml(base))
+    (tmp_path / "space.yaml").write_text("parameters: {optimizer.lr: {uniform: [0.001, 0.01]}}")
+    written = yaml.safe_dump(SETTINGS)
+    (tmp_path / "search.yaml").write_text(written)
+    assert main(["--resume", str(tmp_path), "--trials", "10"]) == 2
+    err = capsys.readouterr().err
+    assert f"{tmp_path}/gone" in err and err.count("\n") == 1
+    assert (tmp_path / "search.yaml").read_text() == written
+
+
 def test_stages_cannot_be_asked_for_more_trials(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "base.yaml").write_text(to_yaml(load_config(ROOT / "configs" / "quickstart.yaml")))
     shutil.copyfile(ROOT / "configs" / "search" / "c7.yaml", tmp_path / "space.yaml")
