@@ -236,9 +236,14 @@ class Study:
         return [_tried(trial) for trial in self.study.get_trials(deepcopy=False) if trial.state != TrialState.WAITING]
 
     def best(self) -> Tried | None:
-        """The trial with the highest first metric among those that saw all examples; of several metrics, composite."""
+        """The trial with the highest metric among those that saw all examples; of several metrics, that of the front
+        with the highest composite, to which other tasks may contribute."""
         whole = [trial for trial in self.tried() if trial.state == "complete"]
-        return max(whole, key=lambda trial: (trial.scores[self.first_metric], -trial.number), default=None)
+        return max(
+            whole if len(self.metrics) == 1 else self.front(),
+            key=lambda trial: (trial.scores[self.first_metric], -trial.number),
+            default=None,
+        )
 
     def front(self) -> list[Tried]:
         """Trials that no other one beats in every metric."""

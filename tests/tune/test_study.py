@@ -144,6 +144,18 @@ def test_front_holds_what_nothing_beats(space: Space) -> None:
     assert best is not None and best.number == 3
 
 
+def test_the_best_of_several_metrics_is_on_the_front(space: Space) -> None:
+    """Whatever a composite of more tasks says."""
+    study = study_of(space, metrics=["sst", "sts"])
+    for sst, sts, para in [(0.5, 0.5, 0.9), (0.6, 0.5, 0.1), (0.5, 0.6, 0.2)]:
+        asked = study.ask()
+        assert asked is not None
+        study.report(asked[0], 100, {"sst": sst, "sts": sts, "para": para, "composite": (sst + sts + para) / 3})
+        study.finish(asked[0], "complete")
+    best = study.best()
+    assert best is not None and best.number == 2
+
+
 def test_what_matters_is_found_important(space: Space) -> None:
     study = study_of(space, sampler="random")
     for _ in range(40):
