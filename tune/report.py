@@ -43,6 +43,8 @@ def write_best(folder: Path, settings: Settings, study: Study) -> Tried | None:
     if len(settings.metrics) > 1:
         (folder / "pareto").mkdir(exist_ok=True)
         chosen += [(trial, folder / "pareto" / f"{trial.number:04d}.yaml") for trial in study.front()]
+        for path in {*(folder / "pareto").glob("[0-9]*.yaml")} - {path for _, path in chosen}:
+            path.unlink()  # of a trial that later ones beat
     for trial, path in chosen:
         config = load_config(folder / "trials" / f"{trial.number:04d}" / "config.yaml")
         place = config.run.model_copy(update={"dir": base.run.dir, "name": None})
