@@ -291,6 +291,18 @@ def test_a_population_outlives_a_broken_member_and_a_stop(place: Place) -> None:
 
 
 @pytest.mark.ranks
+def test_a_search_whose_reader_has_enough_writes_what_it_has(place: Place) -> None:
+    driver = place.new("unread", 3)
+    assert driver.stdout is not None and driver.stderr is not None
+    with driver.stdout as out:
+        out.readline()
+    with driver.stderr as errors:
+        assert (errors.read(), driver.wait(PATIENCE_S)) == ("", 141)
+    assert (place.run("unread") / "report.md").exists()
+    place.assert_all_gone(set())
+
+
+@pytest.mark.ranks
 def test_several_metrics_leave_a_front(place: Place) -> None:
     """Of tasks that are named as the fields of a trial's reports are."""
     tasks = load_config(TINY["base"]).model_dump(mode="json", exclude_none=True)["tasks"]
