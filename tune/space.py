@@ -12,11 +12,11 @@
     stages: [[optimizer.lr], [dropout]]
 
 A parameter is named after the configuration key it sets, or has any name and lists its `keys` (`*` stands for every
-task). `when` names parameters above it, or configuration keys, and the values under which it is searched. A simplex
-is its weights' sum, or `count`: their number, so that their mean is 1; `*` with one task leaves it out. A start fixes
-some parameters of a trial, the rest is drawn; `configuration` is what is varied as it is, as far as it lies in the
-space. With `stages` nothing is drawn: every combination of a stage's choices is tried, at the best values of the
-stages before it.
+task). `when` names parameters above it, or configuration keys that none sets, and the values under which it is
+searched. A simplex is its weights' sum, or `count`: their number, so that their mean is 1; `*` with one task leaves it
+out. A start fixes some parameters of a trial, the rest is drawn; `configuration` is what is varied as it is, as far as
+it lies in the space. With `stages` nothing is drawn: every combination of a stage's choices is tried, at the best
+values of the stages before it.
 """
 
 from __future__ import annotations
@@ -231,6 +231,7 @@ def load_space(path: Path, config: Config, raw: Mapping[str, Any] | None = None)
             raise UserError(f"{path}: {name}: {error}") from None
     if not parameters:
         raise UserError(f"{path}: parameters: nothing to search with this configuration: it has a single task")
+    _check_conditions(path, parameters)
     space = Space(tuple(parameters), (), _stages(path, raw, parameters), values)
     space = replace(space, starts=_starts(path, raw, space))
     _try_out(path, space)
@@ -311,6 +312,18 @@ def _condition(key: str, wanted: Any, above: Sequence[Parameter], values: Mappin
     if parameter.kind != "choice":
         raise ValueError(f"when: {key} is a {parameter.kind}; only a choice can be a condition")
     return options
+
+
+def _check_conditions(path: Path, parameters: Sequence[Parameter]) -> None:
+    """Refuses a condition on a configuration key that a parameter sets: the configuration's own value is no trial's."""
+    for place, parameter in enumerate(parameters):
+        for key in parameter.when.keys() - {each.name for each in parameters[:place]}:
+            for other in parameters:
+                if any(f"{key}.".startswith(f"{each}.") or each.startswith(f"{key}.") for each in other.keys):
+                    raise UserError(
+                        f"{path}: {parameter.name}: when: {key} is set by the parameter {other.name}; "
+                        f"name that parameter and its values instead, and put it above this one"
+                    )
 
 
 def _starts(path: Path, raw: Mapping[str, Any], space: Space) -> tuple[Values, ...]:

@@ -273,6 +273,21 @@ def test_the_configuration_is_found_among_whole_sections(tmp_path: Path) -> None
             "when: schedule.kind is never 'sample'; its options: round_robin, sampled",
         ),
         (
+            "parameters: {schedule: {choice: [{kind: round_robin}, {kind: sampled}]},"
+            " dropout: {uniform: [0, 0.3], keys: [encoder.dropout], when: {schedule.kind: sampled}}}",
+            "dropout: when: schedule.kind is set by the parameter schedule; name that parameter",
+        ),
+        (
+            "parameters: {kind: {choice: [round_robin, sampled], keys: [schedule.kind]},"
+            " schedule.alpha: {uniform: [0, 1], when: {schedule.kind: sampled}}}",
+            "schedule.alpha: when: schedule.kind is set by the parameter kind; name that parameter",
+        ),
+        (
+            "parameters: {encoder.dropout: {uniform: [0, 0.3], when: {schedule.kind: sampled}},"
+            " schedule.kind: {choice: [round_robin, sampled]}}",
+            "encoder.dropout: when: schedule.kind is set by the parameter schedule.kind; name that parameter and its",
+        ),
+        (
             "parameters: {schedule.alfa: {uniform: [0, 1], when: {schedule.kind: sampled}}}",
             "schedule.alfa: unknown key; did you mean 'alpha'?",
         ),
