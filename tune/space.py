@@ -332,6 +332,10 @@ def _starts(path: Path, raw: Mapping[str, Any], space: Space) -> tuple[Values, .
         raise UserError(
             f"{path}: starts: expected a list of points, each with parameters and their values, or {OWN_START}"
         )
+    if space.stages and len(starts) > 1:
+        raise UserError(
+            f"{path}: starts: stages begin from one start, and here are {len(starts)}; leave the others out"
+        )
     starts = [_own_start(space) if start == OWN_START else start for start in starts]
     for number, start in enumerate(starts, 1):
         for name, value in start.items():
@@ -340,6 +344,11 @@ def _starts(path: Path, raw: Mapping[str, Any], space: Space) -> tuple[Values, .
                 parameter.encode(value)
             except ValueError as error:
                 raise UserError(f"{path}: start {number}: {name}: {error} (got {value!r})") from None
+            if not space.stages and not space._applies(parameter, start):  # in stages others may yet make it apply
+                only = ", ".join(f"{key}: {inline_yaml([*wanted])}" for key, wanted in parameter.when.items())
+                raise UserError(
+                    f"{path}: start {number}: {name} is searched only when {only}; give that too, or leave it out"
+                )
     return tuple(starts)
 
 

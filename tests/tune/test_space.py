@@ -308,6 +308,18 @@ def test_the_configuration_is_found_among_whole_sections(tmp_path: Path) -> None
             "parameters: {schedule.length: {int: [10, 100]}}\nstarts: [{schedule.length: 20.5}]",
             "expected a whole number from 10 to 100 (got 20.5)",
         ),
+        *(
+            (
+                "parameters: {schedule.kind: {choice: [round_robin, sampled]},"
+                f" schedule.alpha: {{uniform: [0, 1], when: {{schedule.kind: sampled}}}}}}\nstarts: [{start}]",
+                "start 1: schedule.alpha is searched only when schedule.kind: [sampled]; give that too, or",
+            )
+            for start in ("{schedule.alpha: 0.5}", "{schedule.kind: round_robin, schedule.alpha: 0.5}")
+        ),
+        (
+            "parameters: {optimizer.lr: {choice: [0.1, 0.2]}}\nstages: [[optimizer.lr]]\nstarts: [configuration, {}]",
+            "starts: stages begin from one start, and here are 2",
+        ),
         (
             "parameters: {optimizer.lr: {uniform: [0, 1]}}\nstages: [[optimizer.lr]]",
             "only choices can be tried one by one",
