@@ -43,7 +43,7 @@ Values = dict[str, Any]
 
 RANGES = ("uniform", "loguniform", "int", "logint")
 KINDS = (*RANGES, "choice", "simplex")
-OWN_KEYS = ("run.", "phases", "checkpoint.", "engine.threads", "data.cache")
+OWN_KEYS = ("run", "phases", "checkpoint", "engine.threads", "data.cache")
 """Keys the search sets, or that must be the same in all trials."""
 OWN_START = "configuration"
 SHARE_BOUNDS = (1e-3, 0.999)
@@ -250,9 +250,11 @@ def _parameter(name: str, spec: Any, above: Sequence[Parameter], values: Mapping
     if not isinstance(listed, list) or not listed or not all(isinstance(key, str) for key in listed):
         raise ValueError("keys: expected a list of configuration keys")
     keys = tuple(key for pattern in listed for key in _expand(pattern, values))
+    options = spec[kind] if kind == "choice" and isinstance(spec[kind], list) else []
+    for inner in [*keys, *(inner for key in keys for option in options for inner in _keys_in(key, option))]:
+        if any(f"{inner}.".startswith(f"{own}.") for own in OWN_KEYS):
+            raise ValueError(f"{inner} is set by the search itself: it gives all trials the same length and place")
     for key in keys:
-        if key.startswith(OWN_KEYS):
-            raise ValueError(f"{key} is set by the search itself: it gives all trials the same length and place")
         if any(key in each.keys for each in above) or keys.count(key) > 1:
             raise ValueError(f"{key} is set twice; one parameter sets a key")
     conditions = spec.get("when") or {}
@@ -294,6 +296,13 @@ def _expand(pattern: str, values: Mapping[str, Any]) -> list[str]:
     if not pattern.startswith("tasks.*."):
         raise ValueError(f"key {pattern}: * stands for the name of a task, as in tasks.*.weight")
     return [pattern.replace("*", task, 1) for task in values["tasks"]]
+
+
+def _keys_in(key: str, option: Any) -> list[str]:
+    """What an option that is a section sets."""
+    if not isinstance(option, Mapping):
+        return []
+    return [each for name, value in option.items() for each in (f"{key}.{name}", *_keys_in(f"{key}.{name}", value))]
 
 
 def _condition(key: str, wanted: Any, above: Sequence[Parameter], values: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -262,6 +262,13 @@ def test_the_configuration_is_found_among_whole_sections(tmp_path: Path) -> None
         ("parameters: {optimizer.lr: {uniform: [0, 1], step: 3}}", "unknown key 'step'"),
         ("parameters: {phases: {choice: [[{epochs: 1}], [{epochs: 2}]]}}", "phases is set by the search itself"),
         ("parameters: {run.evaluate_every: {int: [1, 3]}}", "run.evaluate_every is set by the search itself"),
+        ("parameters: {run: {choice: [{seed: 1}, {seed: 2}]}}", "run: run is set by the search itself"),
+        ("parameters: {checkpoint: {choice: [{keep: 1}, {keep: 2}]}}", "checkpoint is set by the search itself"),
+        ("parameters: {engine: {choice: [{threads: 1}, {threads: 2}]}}", "engine.threads is set by the search itself"),
+        (
+            "parameters: {place: {choice: [{cache: a}, {}], keys: [data]}}",
+            "place: data.cache is set by the search itself",
+        ),
         ("parameters: {lr: {uniform: [0, 1], keys: [optimizer.lr]}, optimizer.lr: {uniform: [0, 1]}}", "set twice"),
         (
             "parameters: {optimizer.lr: {uniform: [0, 1], when: {nothing: 3}}}",
