@@ -44,7 +44,8 @@ class Conductor:
         self.interrupted = [trial.number for trial in study.tried() if trial.state == "running"]
         self.numbers: dict[str, int] = {}  # Tune's trial → ours
         self.goals: dict[int, int] = {}  # trial → examples at its end
-        self.explored = 0
+        # draws of a population; those before a resume are not made again
+        self.explored = sum(len(lineage(self._run(trial.number))) for trial in study.tried())
         self.asha: ASHAScheduler | None = None
 
     def __getstate__(self) -> dict[str, Any]:

@@ -11,6 +11,44 @@ import pytest
 
 ROOT = Path(__file__).parent.parent.parent
 
+EXPLORE = """
+import sys
+from pathlib import Path
+
+from mtbert.config_files import load_config
+from tune.board import Board
+from tune.conductor import Conductor
+from tune.search import Settings
+from tune.space import load_space
+from tune.study import Study
+
+folder = Path(sys.argv[1])
+space = load_space(folder / "space.yaml", load_config(folder / "base.yaml"))
+settings = Settings("q", 4, 5500, 8, ["composite"], "pbt", 3, "random", 0, 1, 1, 0.0, None, "", "n")
+study = Study(space, None, "n", {}, ["composite"], "random", 0, 4)
+study.ask()
+donor = {"plan": {"number": 0, "values": {"weights": [1, 1, 1]}}}
+for search in ("as it began", "continued"):
+    conductor = Conductor(folder, settings, space, study, Board(study, settings))
+    print([conductor._explore(donor)["plan"]["values"]["weights"] for _ in range(3)])
+    (folder / "trials" / "0000").mkdir(parents=True, exist_ok=True)
+    (folder / "trials" / "0000" / "lineage.jsonl").write_text("{}\\n" * 3)
+"""
+
+
+def test_a_continued_population_explores_elsewhere_than_before(tmp_path: Path) -> None:
+    """In a process of its own, as below."""
+    (tmp_path / "base.yaml").write_text(
+        f"{{base: {ROOT / 'configs/quickstart.yaml'}, data: {{generate: {{train: 200, dev: 60}}, cache: {tmp_path}}}}}"
+    )
+    (tmp_path / "space.yaml").write_text("parameters: {weights: {simplex: 3, keys: [tasks.*.weight]}}")
+    command = [sys.executable, "-c", EXPLORE, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    before, after = done.stdout.splitlines()
+    assert before != after
+
+
 RESUME = """
 import sys
 from pathlib import Path
