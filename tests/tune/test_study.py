@@ -85,6 +85,14 @@ def test_a_continued_study_asks_for_what_an_undisturbed_one_does(space: Space, t
     assert values == undisturbed
 
 
+def test_more_trials_do_not_change_what_is_asked_for(space: Space, tmp_path: Path) -> None:
+    undisturbed = [trained(whole)[1] for whole in [study_of(space, trials=16)] for _ in range(6)]
+    storage = f"sqlite:///{tmp_path}/study.db"
+    values = [trained(first)[1] for first in [study_of(space, storage, trials=16)] for _ in range(3)]
+    values += [trained(again)[1] for again in [study_of(space, storage, trials=40, resume=True)] for _ in range(3)]
+    assert values == undisturbed
+
+
 def test_reports_told_twice_count_once(space: Space) -> None:
     study = study_of(space)
     study.ask()
