@@ -23,6 +23,8 @@ from launch.records import End, EndRecord, JobNote, Lock, snapshot_code, stop_pa
 from launch.slurm import standings
 from launch.submit import main
 from mtbert.config_files import load_config
+from mtbert.errors import UserError
+from mtbert.lock import RunLock
 from mtbert.runs import create_run
 
 ROOT = Path(__file__).parent.parent.parent
@@ -486,6 +488,21 @@ def test_a_local_job_that_is_over_is_not_asked_to_stop(run: Path) -> None:
     done = submit_apart("cancel", run, cwd=run.parent)
     assert done.stdout == f"asked local job {job.pid} to save and stop\n"
     assert stop_path(run, "ab12").exists()
+
+
+def test_whose_lock_it_is_says_how_to_end_it(run: Path) -> None:
+    """A note may be of an earlier job, which cancel would ask in vain."""
+    write_note(run, JobNote("local", "7", "ab12", "elsewhere", 1, 1))
+    plain = RunLock(run, "cd34-0")
+    plain.acquire()
+    with pytest.raises(UserError, match=rf"; wait for it, or end process {os.getpid()} on {socket.gethostname()}$"):
+        Lock(run, "ef56-0").acquire()
+    assert submit("cancel", run, cwd=run.parent).stdout == "local job 7 is over\n"
+    plain.release()
+    Lock(run, "ab12-0").acquire()
+    with pytest.raises(UserError, match=rf"or end it with: python launch/submit\.py cancel {run}$"):
+        RunLock(run, "cd34-0").acquire()
+    assert submit("cancel", run, cwd=run.parent).stdout == "asked local job 7 to save and stop\n"
 
 
 def test_a_slurm_that_is_silent_is_asked_once_and_hides_no_other_job(
