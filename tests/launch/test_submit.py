@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -341,7 +342,35 @@ def test_a_refused_array_takes_only_its_own_runs_with_it(config: Path, tmp_path:
 def test_ctrl_c_while_sbatch_is_asked_leaves_nothing(config: Path, tmp_path: Path, slurm: FakeSlurm) -> None:
     slurm.does("sbatch", "kill -INT $PPID; sleep 2; exit 1")
     done = submit_apart("--config", config, "--array", "seed=0,1", cwd=tmp_path)
-    assert done.returncode == -signal.SIGINT
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_ctrl_c_while_a_local_job_begins_leaves_nothing(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pressed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("launch.local.snapshot_code", pressed)
+    done = submit("--config", config, "--local", "--array", "seed=0,1", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_a_disk_that_is_full_while_a_local_job_begins_is_one_line_and_leaves_nothing(
+    config: Path, tmp_path: Path
+) -> None:
+    """Not the disk, but this process may write no file as large as the largest of our code's."""
+    done = subprocess.run(
+        [sys.executable, ROOT / "launch" / "submit.py", "--config", config, "--local"],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, 2**14)),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: ") and "cannot be written to: [Errno 27] File too large" in done.stderr
     assert list((tmp_path / "runs").iterdir()) == []
 
 
