@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import submitit
@@ -27,6 +27,7 @@ from launch.records import (
     stop_path,
     writable_by_me_alone,
     write_note,
+    writing_to,
 )
 from launch.show import Tail, Unwatched, length, show, tell
 from mtbert.errors import UserError
@@ -41,13 +42,23 @@ SHOW_CURSOR = b"\x1b[?25h"
 
 
 def run_here(
-    run: Path, nodes: int, ranks_per_node: int, gpus: int = 0, train: Train | None = None
+    run: Path,
+    nodes: int,
+    ranks_per_node: int,
+    gpus: int = 0,
+    train: Train | None = None,
+    begun: Callable[[], object] = lambda: None,
 ) -> tuple[JobNote, End | None]:
     """Starts nodes × ranks_per_node processes on this machine and shows rank 0's output until they have ended.
 
     Ctrl-C, or the loss of whoever reads that, asks them to save and stop; a second Ctrl-C kills them.
 
+    Args:
+        begun: called when the job is there; what goes wrong before may be taken back.
+
     Returns: the job and how it ended; None when no rank could say (they were killed).
+
+    Raises `UserError` where the run folder cannot be written to.
     """
     token = secrets.token_hex(4)
     terminal = shutil.get_terminal_size()
@@ -63,8 +74,9 @@ def run_here(
     interrupts: list[signal.Signals] = []
     with stop_requests(lambda number, _: interrupts.append(number), signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         # inherited: the Ctrl-C of a terminal reaches children too, and would end them
-        with writable_by_me_alone(), _interrupts_ignored():
+        with writable_by_me_alone(), _interrupts_ignored(), writing_to(run):
             job = executor.submit(Job(run.resolve(), token, shown, train))
+        begun()
         note = JobNote("local", job.job_id, token, socket.gethostname(), nodes, ranks_per_node, gpus > 0)
         write_note(run, note)
         while not job.done():

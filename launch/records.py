@@ -105,7 +105,9 @@ def writing_to(run: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"{run}: cannot be written to: {error.strerror}") from None
+        # of a folder that is copied, a list of files with what was wrong
+        reason = error.args[0][0][2] if isinstance(error, shutil.Error) else error.strerror
+        raise UserError(f"{run}: cannot be written to: {reason}") from None
 
 
 @contextlib.contextmanager
@@ -207,11 +209,12 @@ def last_end(run: Path, token: str) -> End | None:
 def snapshot_code(run: Path) -> Path:
     """Copies our packages into the run folder, so that editing the checkout does not change a queued job.
 
-    A folder that has them keeps them: a continued run goes on with the code it began with.
+    A folder that has them keeps them: a continued run goes on with the code it began with. Raises `UserError` where it
+    cannot be written to.
     """
     code = run / "code"
     if not code.exists():
-        with folder_made_aside(code, Path.is_dir) as aside:
+        with writing_to(run), folder_made_aside(code, Path.is_dir) as aside:
             for package in PACKAGES:
                 shutil.copytree(ROOT / package, aside / package, ignore=shutil.ignore_patterns("__pycache__"))
     return code

@@ -307,7 +307,7 @@ def cancel(run: Path, note: JobNote) -> str:
 def _lives(run: Path, note: JobNote) -> bool:
     """Whether a local job runs. Until its ranks have the lock, or left an end, its process speaks for them."""
     begun = note.host == socket.gethostname() and alive(int(note.id)) and last_end(run, note.token) is None
-    return begun or Lock(run, "-").holder() is not None
+    return begun or Lock(run, "-").held_by(note.token)
 
 
 def standings(runs: Sequence[Path]) -> list[tuple[str, ...]]:

@@ -129,6 +129,9 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # `| head`
         give_up(sys.stdout)
         return UNREAD
+    except KeyboardInterrupt:  # before there is a job
+        print("interrupted", file=sys.stderr)
+        return STOPPED
     return code
 
 
@@ -337,18 +340,17 @@ def _here(
         _show_configurations(configs, values)
         return 0
     _check_over(args.resume)
+    code = 0
     with contextlib.ExitStack() as undo:
         _, runs = _folders(args, source, configs, values, command, undo)
-        undo.pop_all()
-    code = 0
-    for run in runs:
-        print(f"run folder {run}", flush=True)
-        note, end = run_here(run, args.nodes, ranks, gpus * args.nodes)
-        now = report(run, note, end)
-        _discard(args, run, now)
-        code = code or now
-        if now == STOPPED:
-            break
+        for run in runs:
+            print(f"run folder {run}", flush=True)
+            note, end = run_here(run, args.nodes, ranks, gpus * args.nodes, begun=undo.pop_all)
+            now = report(run, note, end)
+            _discard(args, run, now)
+            code = code or now
+            if now == STOPPED:
+                break
     return code
 
 

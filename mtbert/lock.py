@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import socket
 import sys
 import threading
@@ -39,12 +40,29 @@ class Owner:
     slurm_job: SlurmJob | None
 
 
-_OWNER = TypeAdapter(Owner)
+@dataclass
+class Noted:
+    """`job.json`, as far as it matters here: the job that a launcher can cancel."""
+
+    token: str
+
+
+_OWNER, _NOTED = TypeAdapter(Owner), TypeAdapter(Noted)
 
 
 def read_owner(path: Path) -> Owner | None:
     """None where the file holds something else. Raises `OSError`, also for a file that is not there."""
     return read_json(_OWNER, path)
+
+
+def _job(attempt: str) -> str:
+    """The token of its job."""
+    return attempt.rsplit("-", 1)[0]
+
+
+def _words(owner: Owner | None, age_s: float) -> str:
+    who = f"process {owner.pid} on {owner.host}" if owner else "a lock that names nobody"
+    return f"{who}, seen {max(age_s, 0):.0f} s ago"
 
 
 def _version(path: Path) -> tuple[int, int] | None:
@@ -121,28 +139,40 @@ class RunLock:
 
     def check(self) -> None:
         """Raises `UserError` when a living attempt of another job holds the folder."""
-        if holder := self.holder():
+        if living := self._living():
+            owner, age_s = living
+            end = f", or end process {owner.pid} on {owner.host}" if owner else ""
+            with contextlib.suppress(OSError):  # a plain `mtbert train` leaves no note
+                noted = read_json(_NOTED, self.path.with_name("job.json"))
+                if owner and noted and noted.token == _job(owner.attempt):
+                    end = f", or end it with: python launch/submit.py cancel {shlex.quote(str(self.run))}"
             raise UserError(
-                f"{self.run}: another job is using this run folder ({holder}); wait for it, or end it with: "
-                f"python launch/submit.py cancel {self.run}"
+                f"{self.run}: another job is using this run folder ({_words(owner, age_s)}); wait for it{end}"
             )
 
     def holder(self) -> str | None:
         """Who holds the lock and lives, in words; None when nobody does."""
+        living = self._living()
+        return living and _words(*living)
+
+    def held_by(self, token: str) -> bool:
+        """Whether a living attempt of that job holds the lock."""
+        owner, _ = self._living() or (None, 0.0)
+        return owner is not None and _job(owner.attempt) == token
+
+    def _living(self) -> tuple[Owner | None, float] | None:
+        """Who holds the lock and lives, None where it names nobody, and for how long it was not touched."""
         try:
             owner = read_owner(self.path)  # empty while it is being written, or damaged: its age decides
             age_s = time.time() - self.path.stat().st_mtime
         except FileNotFoundError:
             return None
         if owner:
-            same_job = owner.attempt.rsplit("-", 1)[0] == self.owner.attempt.rsplit("-", 1)[0]
+            same_job = _job(owner.attempt) == _job(self.owner.attempt)
             dead = owner.host == self.owner.host and not alive(owner.pid)
             if same_job or dead or (owner.slurm_job and self._is_over(owner.slurm_job)):
                 return None
-        if age_s > STALE_S:
-            return None
-        who = f"process {owner.pid} on {owner.host}" if owner else "a lock that names nobody"
-        return f"{who}, seen {max(age_s, 0):.0f} s ago"
+        return None if age_s > STALE_S else (owner, age_s)
 
     def _is_over(self, slurm_job: str) -> bool:
         """Whether Slurm says so; here nobody asks it."""

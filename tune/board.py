@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import sys
+from collections.abc import Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -11,6 +14,8 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
+from launch.show import Unwatched, show
+from mtbert.stops import give_up
 from mtbert.yaml_files import inline_yaml
 from tune.study import COMPOSITE, Study, Tried
 
@@ -23,30 +28,56 @@ ROOM = 8
 
 
 class Board:
+    """`unread`: its reader has enough (`| head`), or its terminal was closed."""
+
+    unread = False
+
     def __init__(self, study: Study, settings: Settings) -> None:
         self._study, self._settings = study, settings
-        self._console = Console(file=sys.stdout)
-        # not Console.is_terminal, which FORCE_COLOR turns on in log files
-        self._live = Live(console=self._console, refresh_per_second=2, transient=False) if sys.stdout.isatty() else None
+        # asked once: rich takes FORCE_COLOR in a log file for a terminal, and one that was closed for none
+        terminal = sys.stdout.isatty()
+        self._console = Console(file=sys.stdout, force_terminal=terminal)
+        # not in a thread of rich's, which keeps to itself that the terminal was closed
+        self._live = Live(console=self._console, auto_refresh=False) if terminal else None
 
     def __enter__(self) -> Board:
         if self._live:
-            self._live.start()
+            with self._noticed():
+                self._live.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._live:
-            self._live.update(self._table())
-            self._live.stop()
+            with self._noticed():
+                self._live.update(self._table())
+                self._live.stop()
+
+    @contextlib.contextmanager
+    def _noticed(self) -> Iterator[None]:
+        try:
+            yield
+        except Unwatched:
+            self.unread = True
+        except OSError:  # of the terminal
+            give_up(sys.stdout)
+            self.unread = True
+
+    def say(self, words: str) -> None:
+        """Before and after the search."""
+        with self._noticed():
+            show(f"{words}\n".encode())
 
     def show(self, number: int) -> None:
-        """Trial `number` has changed."""
+        """Trial `number` has changed. Asks for a stop, as TERM does, when nobody reads that any more."""
         if self._live:
-            self._live.update(self._table())
+            with self._noticed():
+                self._live.update(self._table(), refresh=True)
         else:
-            print(self._line(self._study.tried()[number]), flush=True)
+            self.say(self._line(self._study.tried()[number]))
+        if self.unread:
+            signal.raise_signal(signal.SIGTERM)  # with the SIGHUP of a closed terminal it is one request
 
     def _line(self, trial: Tried) -> str:
         if trial.state == "running" and not trial.scores:

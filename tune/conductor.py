@@ -44,7 +44,8 @@ class Conductor:
         self.interrupted = [trial.number for trial in study.tried() if trial.state == "running"]
         self.numbers: dict[str, int] = {}  # Tune's trial → ours
         self.goals: dict[int, int] = {}  # trial → examples at its end
-        self.explored = 0
+        # draws of a population; those before a resume are not made again
+        self.explored = sum(len(lineage(self._run(trial.number))) for trial in study.tried())
         self.asha: ASHAScheduler | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -52,7 +53,10 @@ class Conductor:
         return {}
 
     def conduct(self, slots: int) -> None:
-        """Until all trials are over. Raises `KeyboardInterrupt` on Ctrl-C; what runs then is continued by a resume."""
+        """Until all trials are over. What runs when it raises is continued by a resume.
+
+        Raises `KeyboardInterrupt` on Ctrl-C, and as `suggest`.
+        """
         settings, aside = self.settings, self.folder / ".ray"
         shutil.rmtree(aside, ignore_errors=True)
         left = settings.trials - sum(trial.state != "running" for trial in self.study.tried())
@@ -131,7 +135,10 @@ class Conductor:
     # ------------------------------------------------------------------------------ what Tune asks and tells
 
     def suggest(self, tune_id: str) -> Any:
-        """Settings of a trial, None for \"not now\", or `Searcher.FINISHED`."""
+        """Settings of a trial, None for \"not now\", or `Searcher.FINISHED`.
+
+        Raises `UserError` for what would fail every trial; this one then waits for a resume.
+        """
         while True:
             known: list[tuple[int, float]] = []
             if self.interrupted:
@@ -147,11 +154,13 @@ class Conductor:
             else:
                 return None
             try:
-                plan = self._plan(number, values)
+                plan, config = self._planned(number, values)
             except UserError as error:
+                self._planned(number, {})  # raises where no values are to blame: the data are gone, for all trials
                 self.study.finish(number, "failed", str(error))
                 self.board.show(number)
                 continue
+            self._make_run(plan, config)
             if self.asha and known:
                 # it has passed these rungs, which others may have raised since; of the newest nobody knows
                 self._remind(self.asha, tune_id, known[:-1])
@@ -198,20 +207,19 @@ class Conductor:
     def _run(self, number: int) -> Path:
         return self.folder / "trials" / f"{number:04d}"
 
-    def _plan(self, number: int, values: Values) -> Plan:
-        """Makes the trial's run folder unless it is there. Raises `UserError` for values that do not fit together."""
-        plan, config = self._planned(number, values)
-        self.goals[number] = max(plan.examples.values())
-        folder = self._run(number)
+    def _make_run(self, plan: Plan, config: Config) -> None:
+        """The trial's run folder, unless it is there. Raises `UserError` where it cannot be written."""
+        self.goals[plan.number] = max(plan.examples.values())
+        folder = self._run(plan.number)
         if not (folder / "config.yaml").exists():
             shutil.rmtree(folder, ignore_errors=True)  # killed while it was made
             place = config.run.model_copy(update={"name": folder.name})
             create_run(config.model_copy(update={"run": place}), None, [])
         if not (folder / "code").is_symlink():
             (folder / "code").symlink_to(Path("..") / ".." / "code")
-        return plan
 
     def _planned(self, number: int, values: Values) -> tuple[Plan, Config]:
+        """Raises `UserError` for values that do not fit together, and where data or weights cannot be read."""
         settings = self.settings
         config = self.space.config(values)
         config, examples = of_equal_length(config, settings.examples, settings.evaluations)

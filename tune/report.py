@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 COLOURS = {"complete": "tab:blue", "pruned": "tab:orange", "failed": "tab:red", "running": "tab:grey"}
 SIGMA = "schedule.length"
+Evaluations = list[tuple[int, dict[str, float | None]]]
+"""Of a trial: steps done, and its scores."""
 LONGEST_LABEL = 12
 """Characters of an option in a picture."""
 
@@ -43,6 +45,8 @@ def write_best(folder: Path, settings: Settings, study: Study) -> Tried | None:
     if len(settings.metrics) > 1:
         (folder / "pareto").mkdir(exist_ok=True)
         chosen += [(trial, folder / "pareto" / f"{trial.number:04d}.yaml") for trial in study.front()]
+        for path in {*(folder / "pareto").glob("[0-9]*.yaml")} - {path for _, path in chosen}:
+            path.unlink()  # of a trial that later ones beat
     for trial, path in chosen:
         config = load_config(folder / "trials" / f"{trial.number:04d}" / "config.yaml")
         place = config.run.model_copy(update={"dir": base.run.dir, "name": None})
@@ -63,7 +67,8 @@ def write_best(folder: Path, settings: Settings, study: Study) -> Tried | None:
 
 def write_report(folder: Path, settings: Settings, space: Space, study: Study) -> None:
     tried = study.tried()
-    pictures = _draw(folder, settings, space, study)
+    curves, damaged = _read_curves(folder, tried)
+    pictures = _draw(folder, settings, space, study, curves)
     parts = [
         f"# Search {settings.name}",
         _summary(settings, tried),
@@ -71,6 +76,7 @@ def write_report(folder: Path, settings: Settings, space: Space, study: Study) -
         _picture(pictures, "progress", "Best score so far, by trial and by examples trained on in all trials"),
         _picture(pictures, "pareto", "Every trial that saw all examples; the front in black"),
         _picture(pictures, "curves", "Every trial's score against the examples it has seen"),
+        "\n\n".join(f"Without the curve of trial {number}: {why}." for number, why in damaged.items()),
         _importances(study),
         _picture(pictures, "importances", "Importance"),
         _picture(pictures, "parallel", "Parallel coordinates, the better the brighter"),
@@ -239,7 +245,9 @@ def _cost(folder: Path, study: Study) -> str:
 # ------------------------------------------------------------------------------------------------- pictures
 
 
-def _draw(folder: Path, settings: Settings, space: Space, study: Study) -> dict[str, Path]:
+def _draw(
+    folder: Path, settings: Settings, space: Space, study: Study, curves: Mapping[int, Evaluations]
+) -> dict[str, Path]:
     """PNG files by name; what there is nothing to draw for is left out."""
     import matplotlib
 
@@ -253,7 +261,7 @@ def _draw(folder: Path, settings: Settings, space: Space, study: Study) -> dict[
     numeric = [parameter for parameter in space.parameters if _coordinates(parameter)]
     jobs: dict[str, tuple[tuple[float, float], Callable[[Any], None]]] = {
         "progress": ((9, 3.2), lambda figure: _progress(figure, tried, study.first_metric)),
-        "curves": ((3.2 * len(names), 3), lambda figure: _curves(figure, folder, tried, names)),
+        "curves": ((3.2 * len(names), 3), lambda figure: _curves(figure, tried, names, curves)),
         "parallel": ((1.4 * len(numeric) + 3, 4), lambda figure: _parallel(figure, numeric, tried, study.first_metric)),
         "values": (
             (2.2 * len(names), 1.7 * sum(len(_coordinates(each)) for each in numeric)),
@@ -311,11 +319,21 @@ def _progress(figure: Any, tried: Sequence[Tried], metric: str) -> None:
     axes[0].legend(fontsize="x-small")
 
 
-def _curves(figure: Any, folder: Path, tried: Sequence[Tried], names: Sequence[str]) -> None:
+def _read_curves(folder: Path, tried: Sequence[Tried]) -> tuple[dict[int, Evaluations], dict[int, str]]:
+    """Evaluations of each trial, and what is wrong with those that cannot be read: one must not cost the report."""
+    curves, damaged = {}, {}
+    for trial in tried:
+        try:
+            curves[trial.number] = [*evaluations_in(folder / "trials" / f"{trial.number:04d}")]
+        except UserError as error:
+            damaged[trial.number] = str(error)
+    return curves, damaged
+
+
+def _curves(figure: Any, tried: Sequence[Tried], names: Sequence[str], curves: Mapping[int, Evaluations]) -> None:
     axes = np.atleast_1d(figure.subplots(1, len(names)))
     for trial in tried:
-        evaluations = list(evaluations_in(folder / "trials" / f"{trial.number:04d}"))
-        if not evaluations:
+        if not (evaluations := curves.get(trial.number)):
             continue
         per_step = trial.examples / evaluations[-1][0] if trial.state != "running" else math.nan
         for axis, name in zip(axes, names, strict=True):

@@ -40,7 +40,7 @@ from mtbert.environment import redacted
 from mtbert.errors import CommandLine, UserError, to_install
 from mtbert.files import user_path, written_aside
 from mtbert.runs import create_run, usable_cores
-from mtbert.stops import STOPPED, stop_requests
+from mtbert.stops import STOPPED, UNREAD, give_up, stop_requests
 from mtbert.yaml_files import dump_yaml, inline_yaml, read_yaml
 from tune.space import Space, corners, load_space
 
@@ -124,17 +124,22 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 1 no trial succeeded, 2 a user's mistake, 130 stopped."""
+    """Exit code: 0 done, 1 no trial succeeded, 2 a user's mistake, 130 stopped, 141 nobody reads stdout any more."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     args = parser().parse_args(words)
     try:
-        return search(args, ["python", "-m", "tune", *words])
+        code = search(args, ["python", "-m", "tune", *words])
+        sys.stdout.flush()
+        return code
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:  # before trials run, or after
         print("interrupted", file=sys.stderr)
         return STOPPED
+    except BrokenPipeError:  # of the word that a job was submitted
+        give_up(sys.stdout)
+        return UNREAD
 
 
 def search(args: argparse.Namespace, command: list[str]) -> int:
@@ -156,15 +161,17 @@ def search(args: argparse.Namespace, command: list[str]) -> int:
         named = f"run.name={inline_yaml(settings.name)}"
         config = config_of(config.model_dump(mode="json"), [named], f"--name {settings.name}")
     check_place(args, settings)
-    if args.resume is None:
-        from tune.length import of_equal_length, own_examples  # with torch; opens the data, once for all trials
+    from tune.length import of_equal_length, own_examples  # with torch; opens the data, once for all trials
 
+    if args.resume is None:
         check_corners(source, space, settings.metrics)
         settings = replace(settings, examples=settings.examples or own_examples(config))
         of_equal_length(config, settings.examples, settings.evaluations)
         folder = make_folder(searched, settings, config, command)
         config = load_config(folder / "base.yaml")  # with absolute paths
         space = replace(space, base=config.model_dump(mode="json"))
+    else:
+        of_equal_length(config, settings.examples, settings.evaluations)  # data that are gone would fail every trial
     study = None
     try:
         with _only_search(folder):
@@ -269,15 +276,15 @@ def run(args: argparse.Namespace, folder: Path, settings: Settings, space: Space
         if args.address is None
         else cluster.joined_ray(args.address, args.nodes or 1)
     )
-    print(f"search folder {folder}", flush=True)
-    print(
+    board = Board(study, settings)
+    board.say(
+        f"search folder {folder}\n"
         f"every trial trains on {settings.examples:,} examples, whatever its σ, and trials are compared at equal "
-        f"numbers of examples; {_judged(settings)}",
-        flush=True,
+        f"numbers of examples; {_judged(settings)}"
     )
     started = time.monotonic()
     code = 0
-    with Board(study, settings) as board:
+    with board:
         try:
             with ray_here, _terminated():  # in this order: Ray sets a handler of its own
                 from tune.conductor import Conductor  # imports Ray, which reads its variables then
@@ -286,20 +293,23 @@ def run(args: argparse.Namespace, folder: Path, settings: Settings, space: Space
                 Conductor(folder, settings, space, study, board).conduct(slots)
         except KeyboardInterrupt:
             code = STOPPED
+        except UserError as error:
+            raise UserError(f"{error}; then continue with: {again(args, folder)}") from None
     study.note_search(seconds=study.notes.get("seconds", 0.0) + time.monotonic() - started)
     best = write_best(folder, settings, study)
     write_report(folder, settings, space, study)
     if best is not None:
-        print(
+        board.say(
             f"best: trial {best.number}, {study.first_metric} {best.scores[study.first_metric]:.4f}: {folder}/best.yaml"
         )
     elif code != STOPPED:
         print("error: no trial saw all its examples; report.md says what became of each", file=sys.stderr)
-    print(f"report: {folder}/report.md\ncurves: tensorboard --logdir {folder}/trials")
+    board.say(f"report: {folder}/report.md\ncurves: tensorboard --logdir {folder}/trials")
     if code == STOPPED:
-        print(f"stopped; continue with: {again(args, folder)}")
-        return STOPPED
-    return 0 if best is not None else 1
+        board.say(f"stopped; continue with: {again(args, folder)}")
+    if board.unread:
+        return UNREAD
+    return code or int(best is None)
 
 
 def again(args: argparse.Namespace, folder: Path) -> str:

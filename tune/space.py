@@ -12,11 +12,11 @@
     stages: [[optimizer.lr], [dropout]]
 
 A parameter is named after the configuration key it sets, or has any name and lists its `keys` (`*` stands for every
-task). `when` names parameters above it, or configuration keys, and the values under which it is searched. A simplex
-is its weights' sum, or `count`: their number, so that their mean is 1; `*` with one task leaves it out. A start fixes
-some parameters of a trial, the rest is drawn; `configuration` is what is varied as it is, as far as it lies in the
-space. With `stages` nothing is drawn: every combination of a stage's choices is tried, at the best values of the
-stages before it.
+task). `when` names parameters above it, or configuration keys that none sets, and the values under which it is
+searched. A simplex is its weights' sum, or `count`: their number, so that their mean is 1; `*` with one task leaves it
+out. A start fixes some parameters of a trial, the rest is drawn; `configuration` is what is varied as it is, as far as
+it lies in the space. With `stages` nothing is drawn: every combination of a stage's choices is tried, at the best
+values of the stages before it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ Values = dict[str, Any]
 
 RANGES = ("uniform", "loguniform", "int", "logint")
 KINDS = (*RANGES, "choice", "simplex")
-OWN_KEYS = ("run.", "phases", "checkpoint.", "engine.threads", "data.cache")
+OWN_KEYS = ("run", "phases", "checkpoint", "engine.threads", "data.cache")
 """Keys the search sets, or that must be the same in all trials."""
 OWN_START = "configuration"
 SHARE_BOUNDS = (1e-3, 0.999)
@@ -231,6 +231,7 @@ def load_space(path: Path, config: Config, raw: Mapping[str, Any] | None = None)
             raise UserError(f"{path}: {name}: {error}") from None
     if not parameters:
         raise UserError(f"{path}: parameters: nothing to search with this configuration: it has a single task")
+    _check_conditions(path, parameters)
     space = Space(tuple(parameters), (), _stages(path, raw, parameters), values)
     space = replace(space, starts=_starts(path, raw, space))
     _try_out(path, space)
@@ -249,9 +250,11 @@ def _parameter(name: str, spec: Any, above: Sequence[Parameter], values: Mapping
     if not isinstance(listed, list) or not listed or not all(isinstance(key, str) for key in listed):
         raise ValueError("keys: expected a list of configuration keys")
     keys = tuple(key for pattern in listed for key in _expand(pattern, values))
+    options = spec[kind] if kind == "choice" and isinstance(spec[kind], list) else []
+    for inner in [*keys, *(inner for key in keys for option in options for inner in _keys_in(key, option))]:
+        if any(f"{inner}.".startswith(f"{own}.") for own in OWN_KEYS):
+            raise ValueError(f"{inner} is set by the search itself: it gives all trials the same length and place")
     for key in keys:
-        if key.startswith(OWN_KEYS):
-            raise ValueError(f"{key} is set by the search itself: it gives all trials the same length and place")
         if any(key in each.keys for each in above) or keys.count(key) > 1:
             raise ValueError(f"{key} is set twice; one parameter sets a key")
     conditions = spec.get("when") or {}
@@ -295,6 +298,13 @@ def _expand(pattern: str, values: Mapping[str, Any]) -> list[str]:
     return [pattern.replace("*", task, 1) for task in values["tasks"]]
 
 
+def _keys_in(key: str, option: Any) -> list[str]:
+    """What an option that is a section sets."""
+    if not isinstance(option, Mapping):
+        return []
+    return [each for name, value in option.items() for each in (f"{key}.{name}", *_keys_in(f"{key}.{name}", value))]
+
+
 def _condition(key: str, wanted: Any, above: Sequence[Parameter], values: Mapping[str, Any]) -> tuple[Any, ...]:
     options = tuple(wanted) if isinstance(wanted, list) else (wanted,)
     parameter = next((each for each in above if each.name == key), None)
@@ -313,11 +323,27 @@ def _condition(key: str, wanted: Any, above: Sequence[Parameter], values: Mappin
     return options
 
 
+def _check_conditions(path: Path, parameters: Sequence[Parameter]) -> None:
+    """Refuses a condition on a configuration key that a parameter sets: the configuration's own value is no trial's."""
+    for place, parameter in enumerate(parameters):
+        for key in parameter.when.keys() - {each.name for each in parameters[:place]}:
+            for other in parameters:
+                if any(f"{key}.".startswith(f"{each}.") or each.startswith(f"{key}.") for each in other.keys):
+                    raise UserError(
+                        f"{path}: {parameter.name}: when: {key} is set by the parameter {other.name}; "
+                        f"name that parameter and its values instead, and put it above this one"
+                    )
+
+
 def _starts(path: Path, raw: Mapping[str, Any], space: Space) -> tuple[Values, ...]:
     starts = raw.get("starts") or []
     if not isinstance(starts, list) or not all(isinstance(start, dict) or start == OWN_START for start in starts):
         raise UserError(
             f"{path}: starts: expected a list of points, each with parameters and their values, or {OWN_START}"
+        )
+    if space.stages and len(starts) > 1:
+        raise UserError(
+            f"{path}: starts: stages begin from one start, and here are {len(starts)}; leave the others out"
         )
     starts = [_own_start(space) if start == OWN_START else start for start in starts]
     for number, start in enumerate(starts, 1):
@@ -327,6 +353,11 @@ def _starts(path: Path, raw: Mapping[str, Any], space: Space) -> tuple[Values, .
                 parameter.encode(value)
             except ValueError as error:
                 raise UserError(f"{path}: start {number}: {name}: {error} (got {value!r})") from None
+            if not space.stages and not space._applies(parameter, start):  # in stages others may yet make it apply
+                only = ", ".join(f"{key}: {inline_yaml([*wanted])}" for key, wanted in parameter.when.items())
+                raise UserError(
+                    f"{path}: start {number}: {name} is searched only when {only}; give that too, or leave it out"
+                )
     return tuple(starts)
 
 

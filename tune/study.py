@@ -69,7 +69,7 @@ class Study:
         identity: what makes this search this search (space, configuration, budget, metrics), as text by name.
         metrics: one, or several for a Pareto front.
         sampler: tpe (multivariate, conditional parameters in groups) or random.
-        trials: how many are planned; TPE draws a quarter of them at random first (4 to 10).
+        trials: how many are planned at first; TPE draws a quarter of them at random before it begins (4 to 10).
         resume: whether the study must be there already, or must not.
 
     Raises `UserError` when the storage cannot be opened, or holds a study of this name that is another search's.
@@ -92,7 +92,6 @@ class Study:
         file = storage.partition(":///")[2].partition("?")[0] if storage and storage.startswith("sqlite") else ""
         if resume and file.startswith("/") and not Path(file).exists():  # to open it would make it
             raise UserError(f"{where}: no study {name!r} is in it")
-        self._startup = min(10, max(4, trials // 4))
         # TPE's conditional groups and the importances are called experimental since 2021
         warnings.filterwarnings("ignore", category=ExperimentalWarning)
         try:
@@ -116,6 +115,9 @@ class Study:
             storage=database, study_name=name, directions=["maximize"] * len(self.metrics), load_if_exists=True
         )
         self.study.set_user_attr("identity", dict(identity))
+        # of more trials that a resume asks for, none is another than it would have been
+        self._startup: int = self.study.user_attrs.get("startup", min(10, max(4, trials // 4)))
+        self.study.set_user_attr("startup", self._startup)
         if len(self.metrics) > 1:
             self.study.set_metric_names(self.metrics)
 
@@ -236,9 +238,14 @@ class Study:
         return [_tried(trial) for trial in self.study.get_trials(deepcopy=False) if trial.state != TrialState.WAITING]
 
     def best(self) -> Tried | None:
-        """The trial with the highest first metric among those that saw all examples; of several metrics, composite."""
+        """The trial with the highest metric among those that saw all examples; of several metrics, that of the front
+        with the highest composite, to which other tasks may contribute."""
         whole = [trial for trial in self.tried() if trial.state == "complete"]
-        return max(whole, key=lambda trial: (trial.scores[self.first_metric], -trial.number), default=None)
+        return max(
+            whole if len(self.metrics) == 1 else self.front(),
+            key=lambda trial: (trial.scores[self.first_metric], -trial.number),
+            default=None,
+        )
 
     def front(self) -> list[Tried]:
         """Trials that no other one beats in every metric."""

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -23,6 +24,8 @@ from launch.records import End, EndRecord, JobNote, Lock, snapshot_code, stop_pa
 from launch.slurm import standings
 from launch.submit import main
 from mtbert.config_files import load_config
+from mtbert.errors import UserError
+from mtbert.lock import RunLock
 from mtbert.runs import create_run
 
 ROOT = Path(__file__).parent.parent.parent
@@ -339,7 +342,35 @@ def test_a_refused_array_takes_only_its_own_runs_with_it(config: Path, tmp_path:
 def test_ctrl_c_while_sbatch_is_asked_leaves_nothing(config: Path, tmp_path: Path, slurm: FakeSlurm) -> None:
     slurm.does("sbatch", "kill -INT $PPID; sleep 2; exit 1")
     done = submit_apart("--config", config, "--array", "seed=0,1", cwd=tmp_path)
-    assert done.returncode == -signal.SIGINT
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_ctrl_c_while_a_local_job_begins_leaves_nothing(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pressed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("launch.local.snapshot_code", pressed)
+    done = submit("--config", config, "--local", "--array", "seed=0,1", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_a_disk_that_is_full_while_a_local_job_begins_is_one_line_and_leaves_nothing(
+    config: Path, tmp_path: Path
+) -> None:
+    """Not the disk, but this process may write no file as large as the largest of our code's."""
+    done = subprocess.run(
+        [sys.executable, ROOT / "launch" / "submit.py", "--config", config, "--local"],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, 2**14)),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: ") and "cannot be written to: [Errno 27] File too large" in done.stderr
     assert list((tmp_path / "runs").iterdir()) == []
 
 
@@ -486,6 +517,21 @@ def test_a_local_job_that_is_over_is_not_asked_to_stop(run: Path) -> None:
     done = submit_apart("cancel", run, cwd=run.parent)
     assert done.stdout == f"asked local job {job.pid} to save and stop\n"
     assert stop_path(run, "ab12").exists()
+
+
+def test_whose_lock_it_is_says_how_to_end_it(run: Path) -> None:
+    """A note may be of an earlier job, which cancel would ask in vain."""
+    write_note(run, JobNote("local", "7", "ab12", "elsewhere", 1, 1))
+    plain = RunLock(run, "cd34-0")
+    plain.acquire()
+    with pytest.raises(UserError, match=rf"; wait for it, or end process {os.getpid()} on {socket.gethostname()}$"):
+        Lock(run, "ef56-0").acquire()
+    assert submit("cancel", run, cwd=run.parent).stdout == "local job 7 is over\n"
+    plain.release()
+    Lock(run, "ab12-0").acquire()
+    with pytest.raises(UserError, match=rf"or end it with: python launch/submit\.py cancel {run}$"):
+        RunLock(run, "cd34-0").acquire()
+    assert submit("cancel", run, cwd=run.parent).stdout == "asked local job 7 to save and stop\n"
 
 
 def test_a_slurm_that_is_silent_is_asked_once_and_hides_no_other_job(

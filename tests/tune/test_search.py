@@ -291,6 +291,18 @@ def test_a_population_outlives_a_broken_member_and_a_stop(place: Place) -> None:
 
 
 @pytest.mark.ranks
+def test_a_search_whose_reader_has_enough_writes_what_it_has(place: Place) -> None:
+    driver = place.new("unread", 3)
+    assert driver.stdout is not None and driver.stderr is not None
+    with driver.stdout as out:
+        out.readline()
+    with driver.stderr as errors:
+        assert (errors.read(), driver.wait(PATIENCE_S)) == ("", 141)
+    assert (place.run("unread") / "report.md").exists()
+    place.assert_all_gone(set())
+
+
+@pytest.mark.ranks
 def test_several_metrics_leave_a_front(place: Place) -> None:
     """Of tasks that are named as the fields of a trial's reports are."""
     tasks = load_config(TINY["base"]).model_dump(mode="json", exclude_none=True)["tasks"]
@@ -580,6 +592,33 @@ def test_settings_with_a_password_are_the_users_alone(tmp_path: Path, storage: s
         os.umask(before)
     assert (tmp_path / "search.yaml").stat().st_mode & 0o777 == mode
     assert read_settings(tmp_path).storage == storage
+
+
+@pytest.mark.parametrize(
+    ("gone", "overrides"),
+    [
+        ("data.dir", ["data.generate=null", "encoder.tokenizer=vocab.txt"]),
+        ("encoder.pretrained", ["encoder.shape=null"]),
+    ],
+)
+def test_a_resume_whose_data_or_weights_are_gone_leaves_the_search_as_it_was(
+    gone: str,
+    overrides: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]"]))
+    base = load_config(TINY["base"], [*overrides, f"data.cache={tmp_path}/cache", f"{gone}={tmp_path}/gone"])
+    (tmp_path / "base.yaml").write_text(to_yaml(base))
+    (tmp_path / "space.yaml").write_text("parameters: {optimizer.lr: {uniform: [0.001, 0.01]}}")
+    written = yaml.safe_dump(SETTINGS)
+    (tmp_path / "search.yaml").write_text(written)
+    assert main(["--resume", str(tmp_path), "--trials", "10"]) == 2
+    err = capsys.readouterr().err
+    assert f"{tmp_path}/gone" in err and err.count("\n") == 1
+    assert (tmp_path / "search.yaml").read_text() == written
 
 
 def test_stages_cannot_be_asked_for_more_trials(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -79,3 +79,45 @@ def test_the_command_in_best_yaml_names_a_file_that_is_there(tmp_path: Path, mon
     monkeypatch.chdir(ROOT)
     words = shlex.split(command.partition("python launch/submit.py ")[2])
     assert submit.main([*words, "--local", "--dry-run"]) == 0
+
+
+def test_a_damaged_curve_costs_no_more_than_itself(tmp_path: Path) -> None:
+    base = load_config(ROOT / "configs" / "quickstart.yaml")
+    space = load_space(ROOT / "configs" / "search" / "default.yaml", base)
+    study = Study(space, None, "name", {}, ["composite"], "random", 0, 2)
+    line = '{"step": 9, "time": 1.0, "metric/composite": 0.5}\n'
+    for number, text in enumerate([line, line.replace("0.5", "half")]):
+        assert study.ask() is not None
+        study.report(number, 100, {"composite": 0.5})
+        study.finish(number, "complete")
+        trial = tmp_path / "trials" / f"{number:04d}"
+        trial.mkdir(parents=True)
+        (trial / "metrics.jsonl").write_text(text)
+    settings = Settings(
+        *("quickstart.yaml", 2, 100, 1, ["composite"], "asha", 3, "random", 0, 1, 1, 0.0, None, "", "name"),
+    )
+    write_report(tmp_path, settings, space, study)
+    report = (tmp_path / "report.md").read_text()
+    assert f"\n\nWithout the curve of trial 1: {trial}/metrics.jsonl line 1: not what training wrote; it" in report
+    assert (tmp_path / "curves.png").exists() and "trial 0: " not in report
+
+
+def test_pareto_holds_the_front_and_what_the_user_put_there(tmp_path: Path) -> None:
+    """The first trial is alone on the front, until the search is continued with a second, which beats it."""
+    base = load_config(ROOT / "configs" / "quickstart.yaml")
+    space = load_space(ROOT / "configs" / "search" / "default.yaml", base)
+    study = Study(space, None, "name", {}, ["sst", "sts"], "random", 0, 2)
+    settings = Settings(
+        *("quickstart.yaml", 2, 100, 1, ["sst", "sts"], "none", 3, "random", 0, 1, 1, 0.0, None, "", "name"),
+    )
+    (tmp_path / "base.yaml").write_text(to_yaml(base))
+    for number in range(2):
+        assert study.ask() is not None
+        study.report(number, 100, dict.fromkeys(("composite", "sst", "sts"), (1 + number) / 10))
+        study.finish(number, "complete")
+        trial = tmp_path / "trials" / f"{number:04d}"
+        trial.mkdir(parents=True)
+        (trial / "config.yaml").write_text(to_yaml(base))
+        assert write_best(tmp_path, settings, study)
+        (tmp_path / "pareto" / "mine.yaml").touch()
+    assert {path.name for path in (tmp_path / "pareto").iterdir()} == {"0001.yaml", "mine.yaml"}

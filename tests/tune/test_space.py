@@ -262,6 +262,13 @@ def test_the_configuration_is_found_among_whole_sections(tmp_path: Path) -> None
         ("parameters: {optimizer.lr: {uniform: [0, 1], step: 3}}", "unknown key 'step'"),
         ("parameters: {phases: {choice: [[{epochs: 1}], [{epochs: 2}]]}}", "phases is set by the search itself"),
         ("parameters: {run.evaluate_every: {int: [1, 3]}}", "run.evaluate_every is set by the search itself"),
+        ("parameters: {run: {choice: [{seed: 1}, {seed: 2}]}}", "run: run is set by the search itself"),
+        ("parameters: {checkpoint: {choice: [{keep: 1}, {keep: 2}]}}", "checkpoint is set by the search itself"),
+        ("parameters: {engine: {choice: [{threads: 1}, {threads: 2}]}}", "engine.threads is set by the search itself"),
+        (
+            "parameters: {place: {choice: [{cache: a}, {}], keys: [data]}}",
+            "place: data.cache is set by the search itself",
+        ),
         ("parameters: {lr: {uniform: [0, 1], keys: [optimizer.lr]}, optimizer.lr: {uniform: [0, 1]}}", "set twice"),
         (
             "parameters: {optimizer.lr: {uniform: [0, 1], when: {nothing: 3}}}",
@@ -271,6 +278,21 @@ def test_the_configuration_is_found_among_whole_sections(tmp_path: Path) -> None
             "parameters: {schedule.kind: {choice: [round_robin, sampled]},"
             " schedule.alpha: {uniform: [0, 1], when: {schedule.kind: sample}}}",
             "when: schedule.kind is never 'sample'; its options: round_robin, sampled",
+        ),
+        (
+            "parameters: {schedule: {choice: [{kind: round_robin}, {kind: sampled}]},"
+            " dropout: {uniform: [0, 0.3], keys: [encoder.dropout], when: {schedule.kind: sampled}}}",
+            "dropout: when: schedule.kind is set by the parameter schedule; name that parameter",
+        ),
+        (
+            "parameters: {kind: {choice: [round_robin, sampled], keys: [schedule.kind]},"
+            " schedule.alpha: {uniform: [0, 1], when: {schedule.kind: sampled}}}",
+            "schedule.alpha: when: schedule.kind is set by the parameter kind; name that parameter",
+        ),
+        (
+            "parameters: {encoder.dropout: {uniform: [0, 0.3], when: {schedule.kind: sampled}},"
+            " schedule.kind: {choice: [round_robin, sampled]}}",
+            "encoder.dropout: when: schedule.kind is set by the parameter schedule.kind; name that parameter and its",
         ),
         (
             "parameters: {schedule.alfa: {uniform: [0, 1], when: {schedule.kind: sampled}}}",
@@ -292,6 +314,18 @@ def test_the_configuration_is_found_among_whole_sections(tmp_path: Path) -> None
         (
             "parameters: {schedule.length: {int: [10, 100]}}\nstarts: [{schedule.length: 20.5}]",
             "expected a whole number from 10 to 100 (got 20.5)",
+        ),
+        *(
+            (
+                "parameters: {schedule.kind: {choice: [round_robin, sampled]},"
+                f" schedule.alpha: {{uniform: [0, 1], when: {{schedule.kind: sampled}}}}}}\nstarts: [{start}]",
+                "start 1: schedule.alpha is searched only when schedule.kind: [sampled]; give that too, or",
+            )
+            for start in ("{schedule.alpha: 0.5}", "{schedule.kind: round_robin, schedule.alpha: 0.5}")
+        ),
+        (
+            "parameters: {optimizer.lr: {choice: [0.1, 0.2]}}\nstages: [[optimizer.lr]]\nstarts: [configuration, {}]",
+            "starts: stages begin from one start, and here are 2",
         ),
         (
             "parameters: {optimizer.lr: {uniform: [0, 1]}}\nstages: [[optimizer.lr]]",

@@ -85,6 +85,14 @@ def test_a_continued_study_asks_for_what_an_undisturbed_one_does(space: Space, t
     assert values == undisturbed
 
 
+def test_more_trials_do_not_change_what_is_asked_for(space: Space, tmp_path: Path) -> None:
+    undisturbed = [trained(whole)[1] for whole in [study_of(space, trials=16)] for _ in range(6)]
+    storage = f"sqlite:///{tmp_path}/study.db"
+    values = [trained(first)[1] for first in [study_of(space, storage, trials=16)] for _ in range(3)]
+    values += [trained(again)[1] for again in [study_of(space, storage, trials=40, resume=True)] for _ in range(3)]
+    assert values == undisturbed
+
+
 def test_reports_told_twice_count_once(space: Space) -> None:
     study = study_of(space)
     study.ask()
@@ -142,6 +150,18 @@ def test_front_holds_what_nothing_beats(space: Space) -> None:
     assert [trial.number for trial in study.front()] == [3, 4]
     best = study.best()
     assert best is not None and best.number == 3
+
+
+def test_the_best_of_several_metrics_is_on_the_front(space: Space) -> None:
+    """Whatever a composite of more tasks says."""
+    study = study_of(space, metrics=["sst", "sts"])
+    for sst, sts, para in [(0.5, 0.5, 0.9), (0.6, 0.5, 0.1), (0.5, 0.6, 0.2)]:
+        asked = study.ask()
+        assert asked is not None
+        study.report(asked[0], 100, {"sst": sst, "sts": sts, "para": para, "composite": (sst + sts + para) / 3})
+        study.finish(asked[0], "complete")
+    best = study.best()
+    assert best is not None and best.number == 2
 
 
 def test_what_matters_is_found_important(space: Space) -> None:
