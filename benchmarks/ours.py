@@ -21,6 +21,7 @@ from mtbert.randomness import addressed_generator
 from mtbert.ranks import choose_precision, local_device
 from mtbert.runs import Rank
 from mtbert.surgery import Surgery
+from mtbert.word_gradients import WordGradients
 
 OPTIMIZER = OptimizerConfig(lr=1e-5)
 CONFIG = EngineConfig()
@@ -41,8 +42,12 @@ def build_engine(shape: EncoderShape, rank: Rank, together: bool = False) -> Eng
     return Engine(model, groups, weights, CONFIG, OPTIMIZER, Surgery("pcgrad", {}, 0), rank)
 
 
-def losses_of(model: MultiTaskModel, batch: Batch, number: int, rank: Rank) -> dict[int, list[Callable[[], Tensor]]]:
-    """The step's losses on this rank, one micro-batch of each task: every W-th example, over the global batch."""
+Losses = dict[int, list[Callable[[], Tensor]]]
+
+
+def losses_of(model: MultiTaskModel, batch: Batch, number: int, rank: Rank) -> tuple[Losses, Tensor | None]:
+    """The step's losses on this rank, one micro-batch of each task: every W-th example, over the global batch; and,
+    where the trainer tells the engine, the words that they look up."""
     device, blocks = local_device(rank), model.encoder.reads_blocks
     mine = slice(rank.rank, None, rank.world)
     parts = {task: pack([ids for text in batch.sentences[task] for ids in text[mine]]) for task in TASKS}
@@ -53,15 +58,16 @@ def losses_of(model: MultiTaskModel, batch: Batch, number: int, rank: Rank) -> d
         generator = addressed_generator(device, 0, "dropout", number, rank.rank, k)
         return loss_of(task, model(task, moved[task], generator), labels[task]) / rank.world
 
-    return {k: [lambda task=task, k=k: build(task, k)] for k, task in enumerate(TASKS)}  # type: ignore[misc]
+    word_ids = torch.cat([packed.ids_T for packed in parts.values()]) if device.type == "cpu" else None
+    return {k: [lambda task=task, k=k: build(task, k)] for k, task in enumerate(TASKS)}, word_ids  # type: ignore[misc]
 
 
 def through_engine(shape: EncoderShape, batches: Batches, together: bool = False) -> Callable[[int], object]:
     engine = build_engine(shape, Rank(), together)
 
     def step(number: int) -> None:
-        losses = losses_of(engine.model, batches(number), number, Rank())
-        engine.step(number, {0: [*chain.from_iterable(losses.values())]} if together else losses)
+        losses, word_ids = losses_of(engine.model, batches(number), number, Rank())
+        engine.step(number, {0: [*chain.from_iterable(losses.values())]} if together else losses, word_ids=word_ids)
 
     return step
 
@@ -94,41 +100,50 @@ class BareLoop:
         for parameters, flat in zip(members, self.flats, strict=True):
             for parameter, view in zip(parameters, _views(flat, parameters), strict=True):
                 parameter.data = view
-        self.shared = sum(group.task is None for group in self.groups)  # groups of the encoder, which come first
-        shared, heads = [*chain(*members[: self.shared])], [*chain(*members[self.shared :])]
+        self.dense = sum(group.task is None for group in self.groups) - 1  # groups before the table of words
+        shared, heads = [*chain(*members[: self.dense])], [*chain(*members[self.dense + 1 :])]
         rows = len(TASKS) if surgery else 1
         self.gradients_KP = torch.zeros(rows, sum(p.numel() for p in shared), dtype=dtype, device=device)
-        views = [list(zip(shared, _views(row, shared), strict=True)) for row in self.gradients_KP]
-        self.views = [views[min(k, rows - 1)] for k in range(len(TASKS))]
+        self.views = [list(zip(shared, _views(row, shared), strict=True)) for row in self.gradients_KP]
+        self.word_gradients = WordGradients(self.model.encoder.words, self.flats[self.dense].numel(), dtype)
         self.head_gradient = torch.zeros(sum(p.numel() for p in heads), dtype=dtype, device=device)
         self.head_views = list(zip(heads, _views(self.head_gradient, heads), strict=True))
-        self.combined = torch.empty(self.gradients_KP.shape[1], device=device)
+        self.combined = torch.empty(self.gradients_KP.shape[1] + self.word_gradients.columns, device=device)
 
     def __call__(self, number: int) -> None:
         self.gradients_KP.zero_()
         self.head_gradient.zero_()
+        losses, word_ids = losses_of(self.model, self.batches(number), number, Rank())
+        self.word_gradients.begin(len(self.views), word_ids)
         started = time.perf_counter()
-        for k, (build,) in losses_of(self.model, self.batches(number), number, Rank()).items():
-            for parameter, view in (*self.views[k], *self.head_views):
+        together = losses.values() if self.operates else [[*chain.from_iterable(losses.values())]]
+        for place, builds in enumerate(together):
+            for parameter, view in (*self.views[place], *self.head_views):
                 parameter.grad = view
-            build().backward()
+            with self.word_gradients.collected(place):
+                for build in builds:
+                    build().backward()
         finish()
         self.passes[number].append(time.perf_counter() - started)
+        pieces = [self.gradients_KP, self.word_gradients.finished()]
         if self.operates:
-            gram_KK = gram(self.gradients_KP).cpu()
+            gram_KK = sum(gram(piece) for piece in pieces).cpu()
             weights_K = self.surgery.weights(gram_KK.float(), number, tuple(range(len(TASKS))))
             square = float(weights_K.double() @ gram_KK @ weights_K.double())
         else:
             weights_K = torch.ones(1)
-            square = float(torch.linalg.vector_norm(self.gradients_KP, dtype=torch.float32)) ** 2
+            square = sum(float(torch.linalg.vector_norm(piece, dtype=torch.float32)) ** 2 for piece in pieces)
         norm = (square + float(self.head_gradient.double().square().sum())) ** 0.5
         scale = min(1.0, CONFIG.clip_norm / norm) if CONFIG.clip_norm else 1.0
-        combine(self.gradients_KP, weights_K * scale, out=self.combined)
+        widths = [piece.shape[1] for piece in pieces]
+        dense, rows = self.combined[: sum(widths)].split(widths)
+        for piece, out in zip(pieces, (dense, rows), strict=True):
+            combine(piece, weights_K * scale, out=out)
         sizes = [len(master) for master in self.masters]
-        head_gradient = self.head_gradient.float() * scale
-        pieces = [*self.combined.split(sizes[: self.shared]), *head_gradient.split(sizes[self.shared :])]
-        for master, piece in zip(self.masters, pieces, strict=True):
-            master.grad = piece
+        head_gradients = (self.head_gradient.float() * scale).split(sizes[self.dense + 1 :])
+        gradients = [*dense.split(sizes[: self.dense]), self.word_gradients.spread(rows), *head_gradients]
+        for master, gradient in zip(self.masters, gradients, strict=True):
+            master.grad = gradient
         self.optimizer.step()
         for flat, master in zip(self.flats, self.masters, strict=True):
             flat.copy_(master)

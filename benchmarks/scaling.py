@@ -9,6 +9,7 @@ The model, per step of K tasks on W ranks, each with its own batch (weak scaling
     buffers, so backward k+2 waits for it. Then surgery, O·P/W seconds for Gram, combination and optimizer, and
     P·b·(W−1)/W bytes to gather the new weights. Each exchange and each gathering costs W − 1 messages' latency besides.
     All ranks have links of their own that are equally fast: nodes whose ranks share a network card are not modelled.
+    The rows of all words take part, as on GPUs; on CPUs the trainer leaves out those that no rank looks up.
 
 Compared with: no overlap; and surgery over whole gradients (every task all-reduced, 2·P·b·(W−1)/W bytes, Gram and
 combination over P on every rank), with and without overlap.
@@ -300,7 +301,7 @@ class _Finish:
     def __call__(self) -> None:
         if len(self.received):
             for shard in self.shards_KS:
-                sum_ranks(self.received, self.sent_WS, shard)
+                sum_ranks(self.received, self.sent_WS.unbind(), shard)
         gram(self.shards_KS)
         assert self.master.grad is not None
         combine(self.shards_KS, torch.ones(len(TASKS)), out=self.master.grad)
@@ -317,7 +318,7 @@ def _travel(numbers: int, dtype: torch.dtype, rounds: int = 4) -> dict[str, floa
     received = torch.zeros(world - 1, numbers, dtype=dtype)
 
     def swap() -> None:
-        for work in exchange(received, sent_WS):
+        for work in exchange(received, sent_WS.unbind()):
             work.wait()
 
     found = {}

@@ -310,7 +310,8 @@ def _check_shapes(checkpoint: Checkpoint, shapes: Mapping[str, torch.Size]) -> N
 def _steps_taken(checkpoint: Checkpoint, parts: list[str]) -> dict[str, int]:
     """AdamW's step count of every part of the model. `parts`: those of this run's groups of parameters."""
     manifest = checkpoint.manifest
-    theirs = manifest.adam_parts or parts  # before parts were kept, groups had to be the same
+    # before parts were kept, groups had to be the same; the encoder had one less, its table of words being with others
+    theirs = manifest.adam_parts or parts[1:]
     steps = dict(zip(theirs, manifest.adam_steps, strict=False))
     if [steps.get(part) for part in theirs] != manifest.adam_steps or steps.keys() != set(parts):
         raise UserError(

@@ -120,10 +120,17 @@ class WordEmbedding(Embedding):
     """Where a gradient buffer is there already, only the rows of the words that occurred are added to it.
 
     Elsewhere the gradient is dense, as usual: most of it zeros, which would be written, added and thrown away.
+    While it is `narrowed`, to a copy (U, D) of some rows and each word's place among them (V,), −1 where it has none,
+    words are looked up there, and there the gradients go.
     """
 
+    narrowed: tuple[Tensor, Tensor] | None = None
+
     def forward(self, ids_T: Tensor) -> Tensor:
-        return F.embedding(ids_T, self.weight, sparse=self.weight.grad is not None)
+        if self.narrowed is None:
+            return F.embedding(ids_T, self.weight, sparse=self.weight.grad is not None)
+        rows_UD, places_V = self.narrowed
+        return F.embedding(places_V[ids_T], rows_UD, sparse=True)
 
 
 class Layer(nn.Module):

@@ -50,6 +50,9 @@ class Group:
         return self.task or ENCODER
 
 
+WORDS = "encoder.words.weight"
+"""The parameter that is a group of its own, for a step may train some of its rows only."""
+
 STATES = ("master", "exp_avg", "exp_avg_sq", "average")
 """What belongs to every element of a parameter: the fp32 weight, AdamW's moments, the average of the weights."""
 
@@ -78,25 +81,26 @@ def parameter_groups(
     layers: int,
     shared_layers: Mapping[str, SharedLayerConfig] | None = None,
 ) -> list[Group]:
-    """The encoder's groups first, then those of heads and of layers that heads share. Weight decay spares biases and
-    LayerNorm (everything with one dimension).
+    """The encoder's groups first, of these the table of words last and alone, then those of heads and of layers that
+    heads share. Weight decay spares biases and LayerNorm (everything with one dimension).
 
     With `layer_decay` d the embeddings get lr·d^layers, layer i lr·d^(layers − 1 − i), what lies above it lr.
     """
     own_rates = {name: task.head.lr for name, task in tasks.items()}
     own_rates |= {name: layer.lr for name, layer in (shared_layers or {}).items()}
-    members: dict[tuple[str | None, float, float], list[str]] = {}
-    key: tuple[str | None, float, float]
+    members: dict[tuple[str | None, bool, float, float], list[str]] = {}
+    key: tuple[str | None, bool, float, float]
     for name, parameter in model.named_parameters():
         parts = name.split(".")
         decay = config.weight_decay if parameter.dim() > 1 else 0.0
         if parts[0] in ("heads", "shared"):
-            key = (parts[1], 1.0, decay)
+            key = (parts[1], False, 1.0, decay)
         else:
-            key = (None, config.layer_decay ** _depth_below_top(parts, layers), decay)
+            key = (None, name == WORDS, config.layer_decay ** _depth_below_top(parts, layers), decay)
         members.setdefault(key, []).append(name)
     groups = []
-    for (part, scale, decay), names in sorted(members.items(), key=lambda item: item[0][0] is not None):
+    for key in sorted(members, key=lambda key: (key[0] is not None, key[1])):
+        (part, _, scale, decay), names = key, members[key]
         if part is None:
             groups.append(Group(None, tuple(names), config.lr * scale, decay, layer_scale=scale))
             continue
@@ -117,6 +121,7 @@ class Engine:
 
     Args:
         model: with the weights to start from, on the CPU, the same on every rank; moved, cast and changed in place.
+            Its `encoder.words` is a `WordEmbedding`.
         groups: from `parameter_groups`.
         loss_weights: λ of every task by its name; tasks are numbered in this order.
         config, optimizer: of these sections of a configuration; the learning rates are those of `groups`.
@@ -158,7 +163,9 @@ class Engine:
             if group.task is not None
         }
         self._host: Host = (
-            Stage1(deepspeed, users, config.accumulation) if config.zero == 1 else Stage3(deepspeed, users)
+            Stage1(deepspeed, users, config.accumulation, self.model.encoder.words)
+            if config.zero == 1
+            else Stage3(deepspeed, users)
         )
         parameters = dict(self.model.named_parameters())
         self._encoder = [parameters[name] for group in self.groups if group.task is None for name in group.names]
@@ -166,8 +173,7 @@ class Engine:
         self.ema = optimizer.ema
         self.averaged_steps = 0  # steps in the average
         self._averages = [torch.zeros_like(p.master.data) for p in self.partitions] if self.ema else []
-        self._shared = sum(p.master.numel() for p in self.partitions if self.groups[p.group].task is None)
-        self._combined = torch.zeros(self._shared, device=self.device)
+        self._combined = torch.zeros(self._host.columns, device=self.device)
         self.set_masters(lambda span: masters[span.name].flatten()[span.start : span.stop])
 
     @property
@@ -187,8 +193,10 @@ class Engine:
         rate_factor: float = 1.0,
         stop: bool = False,
         save: bool = False,
+        word_ids: Tensor | None = None,
     ) -> StepResult:
-        """One optimizer step. Collective: all ranks pass the same arguments but for the losses, `stop` and `save`.
+        """One optimizer step. Collective: all ranks pass the same arguments but for the losses, `word_ids`, `stop`
+        and `save`.
 
         Args:
             step: its number; what methods that draw, or go by time, are told.
@@ -199,17 +207,20 @@ class Engine:
             epoch: for weightings that go by epochs.
             rate_factor: the schedule's part of `rates`, for what the weighting learns.
             stop, save: this rank wants to stop, or a checkpoint; the answer says whether any does.
+            word_ids: of all words that the losses look up on this rank, int64, on its device; given on all ranks or
+                none. Then only their rows of the table of words have gradients that travel and that surgery works on
+                (stage 1). None: any may be looked up. A word that no rank told of is an `IndexError` on CPUs.
         """
         rates = [group.lr for group in self.groups] if rates is None else rates
         tasks = tuple(losses)
         frozen = all(rate is None for group, rate in zip(self.groups, rates, strict=True) if group.task is None)
         through = () if frozen else tuple(task for task in tasks if task not in heads_only)
-        self._host.begin(len(through))
+        self._host.begin(len(through), word_ids)
         values = [self._backward(task, through, losses[task]) for task in tasks]
-        shards_MS, own = self._host.shards()
+        shards, own = self._host.shards()
         still = {number for number, partition in enumerate(self.partitions) if rates[partition.group] is None}
         own = {task: {n: piece for n, piece in pieces.items() if n not in still} for task, pieces in own.items()}
-        gram_MM, head_gram_KK, losses_K, stop, save = self._agree(tasks, shards_MS, own, values, stop, save)
+        gram_MM, head_gram_KK, losses_K, stop, save = self._agree(tasks, shards, own, values, stop, save)
         lambda_K = self.loss_weights[list(tasks)]
         factors_K = lambda_K * self.weighting.factors(lambda_K * losses_K, tasks, step, epoch)
         factors_M = factors_K[[tasks.index(task) for task in through]]
@@ -224,7 +235,7 @@ class Engine:
         if math.isfinite(norm):
             scale = min(1.0, self.clip_norm / norm) if self.clip_norm and norm > 0 else 1.0
             self._set_rates(rates, tasks, through)
-            self._apply(shards_MS, own, weights_M * factors_M * scale, dict(zip(tasks, factors_K * scale, strict=True)))
+            self._apply(shards, own, weights_M * factors_M * scale, dict(zip(tasks, factors_K * scale, strict=True)))
             self._average()
             after_K = self._losses_after(losses) if self.weighting.wants_losses_after else None
             after_K = None if after_K is None else lambda_K * after_K
@@ -259,17 +270,18 @@ class Engine:
     def _agree(
         self,
         tasks: Sequence[int],
-        shards_MS: Tensor,
+        shards: Sequence[Tensor],
         own: Mapping[int, Own],
         values: Sequence[Tensor],
         stop: bool,
         save: bool,
     ) -> tuple[Tensor, Tensor, Tensor, bool, bool]:
-        """Everything ranks must know of each other in a step, in one all-reduce of M² + K² + K + 2 numbers (fp64)."""
-        wide, deep = len(shards_MS), len(tasks)
+        """Everything ranks must know of each other after the backwards, in one all-reduce of M² + K² + K + 2 numbers
+        (fp64)."""
+        wide, deep = len(shards[0]), len(tasks)
         message = torch.cat(
             [
-                gram(shards_MS).flatten(),
+                torch.stack([gram(piece_MS) for piece_MS in shards]).sum(0).flatten(),
                 _own_gram([own[task] for task in tasks], self.device).flatten(),
                 torch.stack(list(values)).double(),
                 torch.tensor([stop, save], dtype=torch.float64, device=self.device),
@@ -289,23 +301,23 @@ class Engine:
             values["frozen"] = rate is None or idle
 
     def _apply(
-        self, shards_MS: Tensor, own: Mapping[int, Own], weights_M: Tensor, factors: Mapping[int, Tensor]
+        self, shards: Sequence[Tensor], own: Mapping[int, Own], weights_M: Tensor, factors: Mapping[int, Tensor]
     ) -> None:
-        if len(weights_M):
-            combine(shards_MS, weights_M.float(), out=self._combined)
-        gradients, first = [], 0
+        sizes = [piece_MS.shape[1] for piece_MS in shards]
+        encoder = self._combined[: sum(sizes)].split(sizes)
+        for piece_MS, out in zip(shards, encoder, strict=True):
+            if len(weights_M):
+                combine(piece_MS, weights_M.float(), out=out)
+        heads = []
         for number, partition in enumerate(self.partitions):
-            size = partition.master.numel()
             if self.groups[partition.group].task is None:
-                gradients.append(self._combined[first : first + size])
-                first += size
                 continue
-            gradient = torch.zeros(size, device=self.device)
+            gradient = torch.zeros(partition.master.numel(), device=self.device)
             for task, pieces in own.items():
                 if number in pieces:
                     gradient.add_(pieces[number], alpha=float(factors[task]))
-            gradients.append(gradient)
-        self._host.apply(gradients)
+            heads.append(gradient)
+        self._host.apply(encoder, heads)
 
     def _losses_after(self, losses: Mapping[int, Sequence[Loss]]) -> Tensor:
         """The losses of this step's batches with the updated weights, over all ranks (K,)."""

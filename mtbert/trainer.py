@@ -260,6 +260,9 @@ class _Run:
             share.task: [partial(self._loss, step, share, number, batch) for number, batch in enumerate(batches)]
             for share, batches in zip(data.shares, moved, strict=True)
         }
+        word_ids = None
+        if self.device.type == "cpu":  # to find the rows that ranks met, a host would wait for its GPU, to save little
+            word_ids = torch.cat([batch.packed.ids_T for batches in data.batches for batch in batches])
         factor = phase.rate_factor(step, self.config.optimizer)
         result = self.engine.step(
             step,
@@ -270,6 +273,7 @@ class _Run:
             rate_factor=factor,
             stop=self.stop(),
             save=save,
+            word_ids=word_ids,
         )
         self._count_skips(step, result)
         return result

@@ -21,7 +21,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -30,6 +30,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mtbert.config import EngineConfig, OptimizerConfig
+from mtbert.word_gradients import Table, WordGradients
 
 Loss = Callable[[], Tensor]
 """Builds one micro-batch's loss: this rank's sum over its examples, divided by those of the global batch."""
@@ -59,10 +60,10 @@ Own = dict[int, Tensor]
 
 
 class Host(Protocol):
-    """Where gradients become shards. Partitions (and so shards) hold the encoder's groups first, then the heads'.
+    """Where gradients become shards. Partitions hold the encoder's groups first, then the heads'.
 
     A step is `begin`, a `backward` for each of its tasks, `shards`, and `apply` unless something was not finite; all
-    ranks make the same calls in the same order, for all but `begin` and `gradient_bytes` may communicate.
+    ranks make the same calls in the same order, for all but `gradient_bytes` may communicate.
     """
 
     partitions: list[Partition]
@@ -70,13 +71,20 @@ class Host(Protocol):
     """AdamW's of every group: `lr`, and `frozen` for one that this step leaves alone."""
     states: MutableMapping[Tensor, dict[str, Tensor]]
     """AdamW's by master: `exp_avg` and `exp_avg_sq` like the master, `step` a number; none before its first step."""
+    columns: int
+    """The most numbers that this rank's shard of a task's gradient of the encoder can have."""
 
     @property
     def gradient_bytes(self) -> int:
         """Of all that holds the encoder's task gradients on this rank."""
 
-    def begin(self, through: int) -> None:
-        """`through`: how many of the step's tasks reach the encoder. Ends the validity of the last step's shards."""
+    def begin(self, through: int, word_ids: Tensor | None) -> None:
+        """Ends the validity of the last step's shards.
+
+        Args:
+            through: how many of the step's tasks reach the encoder.
+            word_ids: of what this rank's losses look up, as in `Engine.step`.
+        """
 
     def backward(self, task: int, slot: int | None, losses: Sequence[Loss]) -> Tensor:
         """Build each micro-batch's loss of a task and go back through it, once per task and step.
@@ -88,16 +96,21 @@ class Host(Protocol):
         Returns: the sum of the losses on this rank, fp32 scalar on the device; nothing has waited for it.
         """
 
-    def shards(self) -> tuple[Tensor, dict[int, Own]]:
+    def shards(self) -> tuple[list[Tensor], dict[int, Own]]:
         """This rank's shards of what the backwards found, summed over ranks.
 
-        Returns: the encoder's (through, S), fp32 or, on one rank, the dtype in which gradients accumulate; and each
-        task's own, fp32. Both are valid until the next `begin`.
+        Returns: the encoder's in pieces of (through, S_i), fp32 or, on one rank, the dtype in which gradients
+        accumulate; and each task's own, fp32. Both are valid until the next `begin`.
         """
 
-    def apply(self, gradients: Sequence[Tensor]) -> None:
-        """An optimizer step with a gradient, fp32 of the master's shape, for every partition; then the model's weights
-        are the new masters. Raises `RuntimeError` where DeepSpeed leaves the step out."""
+    def apply(self, encoder: Sequence[Tensor], heads: Sequence[Tensor]) -> None:
+        """An optimizer step; then the model's weights are the new masters. Raises `RuntimeError` where DeepSpeed leaves
+        the step out.
+
+        Args:
+            encoder: the gradients of the encoder, fp32 (S_i,) for every piece of the shards.
+            heads: those of every other partition, fp32 of the master's shape.
+        """
 
     def publish_masters(self) -> None:
         """Set the model's weights, on all ranks, from masters that were written to."""
@@ -115,11 +128,13 @@ class Stage1:
     the sum is exact to fp32 even for a bf16 payload. Two buffers take turns, so that a task's gradient travels during
     the next one's backward; a third holds what arrives, as it is summed before the next task's gradient leaves. With
     one rank there is nothing to send: every task has a buffer, and the buffers are the shards.
+
+    The table of words is a group of its own, and its gradients, of fewer rows as a rule, lie apart in `WordGradients`.
     """
 
-    def __init__(self, engine: Any, users: Mapping[int, Sequence[int]], accumulation: int) -> None:
+    def __init__(self, engine: Any, users: Mapping[int, Sequence[int]], accumulation: int, table: Table) -> None:
         """`users`: for each group outside the encoder, which come last, the tasks that use it. `accumulation`: how many
-        micro-batches a task may have in a step."""
+        micro-batches a task may have in a step. `table`: the word embeddings, the last of the encoder's groups."""
         self.engine = engine
         optimizer = engine.optimizer
         self.world = dist.get_world_size()
@@ -127,14 +142,15 @@ class Stage1:
         self.options, self.states = optimizer.optimizer.param_groups, optimizer.optimizer.state
         names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
         self.sizes = [flat.numel() for flat in optimizer.bit16_groups_flat]
-        self.shared_groups = len(self.sizes) - len(users)
+        self.dense_groups = len(self.sizes) - len(users) - 1  # all that the table comes after
+        assert [id(p) for p in optimizer.bit16_groups[self.dense_groups]] == [id(table.weight)]
         self.partitions = [self._partition(index, names) for index in range(len(self.sizes))]
         dtype = optimizer.bit16_groups_flat[0].dtype
         # a backward adds each gradient once, several would lose small addends in bf16 (embeddings add row by row even
         # in one backward; with accumulation > 1 only those of positions and types do, within each micro-batch)
         self.grad_dtype = torch.float32 if accumulation > 1 else dtype
         self.device = optimizer.bit16_groups_flat[0].device
-        self.shared = sum(self.sizes[: self.shared_groups])
+        self.dense = sum(self.sizes[: self.dense_groups])
         # what a task trains outside the encoder: the groups, one buffer for them, its views
         self.own_groups: dict[int, list[int]] = {}
         for index, tasks in users.items():
@@ -152,9 +168,11 @@ class Stage1:
                 parameter.grad_dtype = self.grad_dtype
         self.buffers: list[Tensor] = []
         self.views: list[list[tuple[nn.Parameter, Tensor]]] = []
-        self.received: list[Tensor] = []  # of each group: rows of the other ranks, in their order
+        self.received: list[Tensor] = []  # of each group but the table: rows of the other ranks, in their order
         self.travelling: tuple[int, int, list[Any]] | None = None  # slot, its buffer, works
-        self.storage_KS = self.shards_KS = torch.empty(0, self.shared // self.world, device=self.device)
+        self.storage_KS = self.shards_KS = torch.empty(0, self.dense // self.world, device=self.device)
+        self.word_gradients = WordGradients(table, self.sizes[self.dense_groups], self.grad_dtype)
+        self.columns = self.dense // self.world + self.word_gradients.columns
 
     def _partition(self, index: int, names: Mapping[int, str]) -> Partition:
         flat: Tensor = self.optimizer.bit16_groups_flat[index]
@@ -171,7 +189,7 @@ class Stage1:
     @property
     def gradient_bytes(self) -> int:
         sent = [] if self.world == 1 else [*self.buffers, *self.received]
-        return sum(tensor.nbytes for tensor in (self.storage_KS, *sent))
+        return sum(tensor.nbytes for tensor in (self.storage_KS, *sent)) + self.word_gradients.nbytes
 
     def _views(self, buffer: Tensor, groups: Sequence[int]) -> list[tuple[nn.Parameter, Tensor]]:
         """Every parameter of the groups with its place in a buffer that holds the groups one after another."""
@@ -184,24 +202,25 @@ class Stage1:
             first += flat.numel()
         return views
 
-    def begin(self, through: int) -> None:
+    def begin(self, through: int, word_ids: Tensor | None) -> None:
         if through > len(self.storage_KS):
             self._allocate(through)
         self.shards_KS = self.storage_KS[:through]
+        self.word_gradients.begin(through, word_ids)
         self.present = []
 
     def _allocate(self, tasks: int) -> None:
         """Shards for as many tasks as a step turns out to have, and buffers for their backwards."""
         dtype = self.grad_dtype if self.world == 1 else torch.float32
-        self.storage_KS = torch.zeros(tasks, self.shared // self.world, dtype=dtype, device=self.device)
+        self.storage_KS = torch.zeros(tasks, self.dense // self.world, dtype=dtype, device=self.device)
         if self.world == 1:
             self.buffers = list(self.storage_KS)
         else:
             shape = {"dtype": self.grad_dtype, "device": self.device}
-            self.buffers = [torch.zeros(self.shared, **shape) for _ in range(min(tasks, 2))]
-            sizes = self.sizes[: self.shared_groups]
+            self.buffers = [torch.zeros(self.dense, **shape) for _ in range(min(tasks, 2))]
+            sizes = self.sizes[: self.dense_groups]
             self.received = [torch.zeros(self.world - 1, size // self.world, **shape) for size in sizes]
-        self.views = [self._views(buffer, range(self.shared_groups)) for buffer in self.buffers]
+        self.views = [self._views(buffer, range(self.dense_groups)) for buffer in self.buffers]
 
     def backward(self, task: int, slot: int | None, losses: Sequence[Loss]) -> Tensor:
         self.present.append(task)
@@ -216,11 +235,12 @@ class Stage1:
             for parameter, view in self.views[place]:
                 parameter.grad = view
         value = torch.zeros((), device=self.device)
-        for build in losses:
-            loss = build()
-            if loss.requires_grad:  # else a head without parameters over a frozen encoder
-                loss.backward()
-            value += loss.detach()
+        with nullcontext() if slot is None else self.word_gradients.collected(place):
+            for build in losses:
+                loss = build()
+                if loss.requires_grad:  # else a head without parameters over a frozen encoder
+                    loss.backward()
+                value += loss.detach()
         if self.world > 1 and slot is not None:
             self._send(slot, place)
         return value
@@ -228,14 +248,14 @@ class Stage1:
     def _send(self, slot: int, place: int) -> None:
         self._receive()
         works = []
-        for received, sent in zip(self.received, self._groups(place), strict=True):
+        for received, sent in zip([*self.received, self.word_gradients.received], self._groups(place), strict=True):
             works += exchange(received, sent)
         self.travelling = slot, place, works
 
-    def _groups(self, place: int) -> list[Tensor]:
-        """A buffer's pieces: for each group the ranks' rows."""
-        pieces = self.buffers[place].split(self.sizes[: self.shared_groups])
-        return [piece.view(self.world, -1) for piece in pieces]
+    def _groups(self, place: int) -> list[Sequence[Tensor]]:
+        """What a place holds: for each group the ranks' pieces."""
+        pieces = self.buffers[place].split(self.sizes[: self.dense_groups])
+        return [*(piece.view(self.world, -1).unbind() for piece in pieces), self.word_gradients.pieces(place)]
 
     def _receive(self) -> None:
         """Sum what arrived of the task gradient that is on its way, if one is."""
@@ -245,20 +265,22 @@ class Stage1:
         self.travelling = None
         for work in works:
             work.wait()
-        sent = self._groups(place)
-        shards = self.shards_KS[slot].split([rows.shape[1] for rows in sent])
-        for shard, received, rows in zip(shards, self.received, sent, strict=True):
-            sum_ranks(received, rows, shard)
+        sizes = [size // self.world for size in self.sizes[: self.dense_groups]]
+        shards = [*self.shards_KS[slot].split(sizes), self.word_gradients.shards_KS[slot]]
+        for shard, received, sent in zip(
+            shards, [*self.received, self.word_gradients.received], self._groups(place), strict=True
+        ):
+            sum_ranks(received, sent, shard)
 
-    def shards(self) -> tuple[Tensor, dict[int, Own]]:
+    def shards(self) -> tuple[list[Tensor], dict[int, Own]]:
         leaving = [piece for task in self.present for piece in self._leave(task)]  # all, before any is waited for
         self._receive()
         own: dict[int, Own] = {task: {} for task in self.present}
         for task, index, received, sent, works in leaving:
             for work in works:
                 work.wait()
-            own[task][index] = sum_ranks(received, sent, torch.empty(sent.shape[1], device=self.device))
-        return self.shards_KS, own
+            own[task][index] = sum_ranks(received, sent.unbind(), torch.empty(sent.shape[1], device=self.device))
+        return [self.shards_KS, self.word_gradients.finished()], own
 
     def _leave(self, task: int) -> Iterator[tuple[int, int, Tensor, Tensor, list[Any]]]:
         """Begin to exchange what a task trains outside the encoder: by group the rows received and sent, and works."""
@@ -269,8 +291,10 @@ class Stage1:
             received = torch.empty_like(sent[1:])
             yield task, index, received, sent, exchange(received, sent)
 
-    def apply(self, gradients: Sequence[Tensor]) -> None:
-        for index, gradient in enumerate(gradients):
+    def apply(self, encoder: Sequence[Tensor], heads: Sequence[Tensor]) -> None:
+        dense, words = encoder
+        pieces = dense.split([size // self.world for size in self.sizes[: self.dense_groups]])
+        for index, gradient in enumerate([*pieces, self.word_gradients.spread(words), *heads]):
             self.optimizer.averaged_gradients[index] = [gradient]
         self.engine.step()
 
@@ -284,36 +308,38 @@ in 16. NCCL cuts messages by itself, and puts a group of hundreds (364 at BERT-b
 launches, which is slow and may hang (pytorch/pytorch#174288)."""
 
 
-def exchange(received: Tensor, sent_WS: Tensor) -> list[Any]:
-    """Send row j to rank j, and begin to receive the others' rows of this rank. Collective.
+def exchange(received: Tensor, sent_W: Sequence[Tensor]) -> list[Any]:
+    """Send the j-th to rank j, and begin to receive what the others have for this rank. Collective.
 
     What an all-to-all does, by point-to-point messages: gloo's own uses a link in one direction at a time and took
     0.36 s where both directions at once need 0.19 (two ranks, 23 MB, 1 Gbit/s); NCCL's consists of these messages.
 
     Args:
         received: (W − 1, S), of the same dtype; what the other ranks have for this one, in the ranks' order.
-        sent_WS: (W, S) of any dtype; neither may be written to before the works are done.
+        sent_W: for every rank its piece, of any size and dtype; neither may be written to before the works are done.
 
     Returns: works to wait for.
     """
-    rank, world, size = dist.get_rank(), *sent_WS.shape
-    piece = max(size, 1) if sent_WS.is_cuda else _PIECE
+    rank, world = dist.get_rank(), len(sent_W)
+    longest = max(received.shape[1], *(len(each) for each in sent_W))
+    piece = max(longest, 1) if received.is_cuda else _PIECE
     messages = []
-    for first in range(0, size, piece):
+    for first in range(0, longest, piece):
         for distance in range(1, world):
             to, source = (rank + distance) % world, (rank - distance) % world
-            row = received[source - (source > rank)]
-            messages.append(dist.P2POp(dist.irecv, row[first : first + piece], source))
-            messages.append(dist.P2POp(dist.isend, sent_WS[to, first : first + piece], to))
+            arriving = received[source - (source > rank)][first : first + piece]
+            leaving = sent_W[to][first : first + piece]
+            messages += [dist.P2POp(dist.irecv, arriving, source)] if len(arriving) else []
+            messages += [dist.P2POp(dist.isend, leaving, to)] if len(leaving) else []
     works: list[Any] = dist.batch_isend_irecv(messages) if messages else []
     return works
 
 
-def sum_ranks(received: Tensor, sent_WS: Tensor, out: Tensor) -> Tensor:
-    """`out` (S,) fp32: the sum over ranks of this rank's row of `sent_WS` (W, S) and of those `received` (W − 1, S), in
-    rank order (torch.sum with a dtype makes a converted copy of everything first)."""
+def sum_ranks(received: Tensor, sent_W: Sequence[Tensor], out: Tensor) -> Tensor:
+    """`out` (S,) fp32: the sum over ranks of this rank's own of `sent_W` and of those `received` (W − 1, S), in rank
+    order (torch.sum with a dtype makes a converted copy of everything first)."""
     rank = dist.get_rank()
-    rows = [*received[:rank], sent_WS[rank], *received[rank:]]
+    rows = [*received[:rank], sent_W[rank], *received[rank:]]
     out.copy_(rows[0])
     for row in rows[1:]:
         out.add_(row)
@@ -349,8 +375,8 @@ class Stage3:
             group = self.optimizer.sub_group_to_group_id[index]
             self.partitions.append(Partition(group, self.optimizer.fp32_partitioned_groups_flat[index], tuple(spans)))
         self.flat: Tensor = self.optimizer.grad_partitions_flat_buffer
-        self.shared = sum(p.master.numel() for p in self.partitions if p.group not in users)
-        self.storage_KS = self.shards_KS = torch.zeros(0, self.shared, device=self.flat.device)
+        self.columns = sum(p.master.numel() for p in self.partitions if p.group not in users)
+        self.storage_KS = self.shards_KS = torch.zeros(0, self.columns, device=self.flat.device)
         self.own: dict[int, Own] = {}
         self.places: dict[int, tuple[slice, Sequence[int]]] = {}  # of each partition outside the encoder, and its users
         first = 0
@@ -364,9 +390,9 @@ class Stage3:
     def gradient_bytes(self) -> int:
         return self.storage_KS.nbytes + self.flat.nbytes
 
-    def begin(self, through: int) -> None:
+    def begin(self, through: int, word_ids: Tensor | None) -> None:
         if through > len(self.storage_KS):
-            self.storage_KS = torch.zeros(through, self.shared, device=self.flat.device)
+            self.storage_KS = torch.zeros(through, self.columns, device=self.flat.device)
         self.shards_KS = self.storage_KS[:through]
         self.own = {}
 
@@ -382,19 +408,20 @@ class Stage3:
             if loss.requires_grad:  # else a head without parameters over a frozen encoder
                 self.engine.backward(loss * self.world)  # DeepSpeed divides by the number of ranks
             if slot is not None:
-                self.shards_KS[slot] += self.flat[: self.shared]
+                self.shards_KS[slot] += self.flat[: self.columns]
             for number, place in places.items():
                 own[number] += self.flat[place]
             value += loss.detach()
         self.own[task] = own
         return value
 
-    def shards(self) -> tuple[Tensor, dict[int, Own]]:
-        return self.shards_KS, self.own
+    def shards(self) -> tuple[list[Tensor], dict[int, Own]]:
+        return [self.shards_KS], self.own
 
-    def apply(self, gradients: Sequence[Tensor]) -> None:
+    def apply(self, encoder: Sequence[Tensor], heads: Sequence[Tensor]) -> None:
+        pieces = encoder[0].split([p.master.numel() for p in self.partitions[: len(self.partitions) - len(heads)]])
         # DeepSpeed's own list is of the last backward, with zeros for what that did not train; none without a backward
-        for index, gradient in enumerate(gradients):
+        for index, gradient in enumerate([*pieces, *heads]):
             self.optimizer.averaged_gradients[index] = [gradient]
         self.engine.step()
         if self.optimizer.overflow:  # it says nothing itself, and the run would train nothing

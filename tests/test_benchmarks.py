@@ -143,8 +143,8 @@ def _masters(rank: Rank, surgery: bool) -> tuple[dict[str, torch.Tensor], dict[s
     engine = ours.build_engine(TINY, rank, together=not surgery)
     loop = ours.BareLoop(TINY, batches, surgery=surgery)
     for number in range(2):
-        losses = ours.losses_of(engine.model, batches(number), number, rank)
-        engine.step(number, losses if surgery else {0: [*chain(*losses.values())]})
+        losses, word_ids = ours.losses_of(engine.model, batches(number), number, rank)
+        engine.step(number, losses if surgery else {0: [*chain(*losses.values())]}, word_ids=word_ids)
         loop(number)
     through_engine: dict[str, torch.Tensor] = {}
     for span, values in engine.state():

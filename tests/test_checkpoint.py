@@ -37,6 +37,7 @@ from mtbert.checkpoint import (
     load_weights,
 )
 from mtbert.config import EngineConfig, OptimizerConfig, TaskConfig
+from mtbert.encoder import WordEmbedding
 from mtbert.engine import Engine, parameter_groups
 from mtbert.errors import UserError
 from mtbert.manifest import (
@@ -67,12 +68,13 @@ class Model(nn.Module):
         super().__init__()
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            self.encoder = nn.Linear(4, 3)
+            self.encoder = nn.ModuleDict({"words": WordEmbedding(5, 4), "linear": nn.Linear(4, 3)})
+            nn.init.normal_(self.encoder["words"].weight)
             self.heads = nn.ModuleDict({name: nn.Linear(3, 2) for name in TASKS})
 
     def loss(self, task: str, step: int) -> Tensor:
-        inputs = torch.arange(4.0) - step
-        value: Tensor = (self.heads[task](self.encoder(inputs)) - len(task)).square().sum()
+        inputs = self.encoder["words"](torch.tensor([1, 3]))[step % 2] + torch.arange(4.0) - step
+        value: Tensor = (self.heads[task](self.encoder["linear"](inputs)) - len(task)).square().sum()
         return value if task == "one" else -value.tanh()
 
 
@@ -179,7 +181,7 @@ def test_a_method_that_learns_nothing_has_no_file(run: Path) -> None:
     assert save(keeper, 0, engine) is None
     found = open_checkpoint(folder_of(run, 0))
     assert found.manifest.files.keys() == {"rank-0-of-1.safetensors"}
-    assert found.manifest.adam_steps == [0] * 6 and found.manifest.averaged_steps == 0
+    assert found.manifest.adam_steps == [0] * 7 and found.manifest.averaged_steps == 0
     go_on(engine, range(2))
     assert engine.surgery.state_dict()
     keeper.load(engine, found)
@@ -568,7 +570,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
         for refuse in (_check_shapes, load_weights):
             with pytest.raises(UserError, match=rf"{tmp_path}/other: {told}.*belongs to another configuration"):
                 refuse(found, shapes)
-    with pytest.raises(UserError, match=r"encoder\.bias has shape None there and \[3\] in this run's model"):
+    with pytest.raises(UserError, match=r"encoder\.linear\.bias has shape None there and \[3\] in this run's model"):
         Checkpointer(tmp_path, Rank(), keep=1).load(make_engine("sum", "fixed"), found)
 
 
@@ -576,14 +578,15 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     ("theirs", "counts", "ours", "steps"),
     [
         (["encoder", "encoder", "one"], [3, 3, 2], ["encoder", "one"], {"encoder": 3, "one": 2}),
-        ([], [3, 2], ["encoder", "one"], {"encoder": 3, "one": 2}),
+        ([], [3, 2], ["encoder", "encoder", "one"], {"encoder": 3, "one": 2}),
         (["encoder", "encoder"], [3, 2], ["encoder"], None),
         (["encoder"], [3], ["encoder", "one"], None),
         (["encoder", "one"], [3, 2], ["encoder"], None),
         (["encoder", "one"], [3], ["encoder"], None),
         (["encoder"], [3, 2], ["encoder"], None),
-        ([], [3], ["encoder", "one"], None),
-        ([], [], ["encoder"], None),
+        ([], [3], ["encoder", "encoder", "one"], None),
+        ([], [3, 3, 2], ["encoder", "encoder", "one"], None),
+        ([], [], ["encoder", "encoder"], None),
     ],
 )
 def test_step_counts_go_by_parts(

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn import functional as F
 
+from mtbert import zero
 from mtbert.config import EncoderConfig, EngineConfig, HeadConfig, OptimizerConfig, TaskConfig
 from mtbert.encoder import EncoderShape
 from mtbert.engine import Engine, Group, StepResult, combine, gram, parameter_groups
@@ -32,7 +33,7 @@ from mtbert.weighting import Weighting
 from mtbert.zero import Span, exchange
 
 STEPS = 20
-SHAPE = EncoderShape(vocab_size=60, hidden_size=12, layers=2, heads=3, intermediate_size=20, max_positions=16)
+SHAPE = EncoderShape(vocab_size=211, hidden_size=12, layers=2, heads=3, intermediate_size=20, max_positions=16)
 TASKS = {
     "a": TaskConfig(kind="classification", train="-", dev="-", classes=3, head=HeadConfig(lr=3e-3, dropout=0.2)),
     "b": TaskConfig(kind="classification", train="-", dev="-", classes=2, head=HeadConfig(hidden=[7]), weight=0.5),
@@ -75,6 +76,11 @@ def batch(step: int, task: int, rows: Sequence[int]) -> tuple[Packed, Tensor]:
     sentences = [rng.integers(0, SHAPE.vocab_size, length) for length in lengths]
     labels = rng.integers(0, list(TASKS.values())[task].classes, 8)
     return pack([sentences[row] for row in rows]), torch.from_numpy(labels[list(rows)])
+
+
+def looked_up(step: int, present: Sequence[int], rows: Sequence[int]) -> Tensor:
+    """What examples `rows` of these tasks look up."""
+    return torch.cat([batch(step, task, rows)[0].ids_T for task in present])
 
 
 def loss(built: MultiTaskModel, step: int, task: int, rows: Sequence[int], rank: int, dropout: float) -> Tensor:
@@ -275,7 +281,8 @@ def trained(rank: Rank, case: Case) -> Found:
             ]
             for task in case.tasks_of(step)
         }
-        result = engine.step(step, losses, rates=case.rates(groups, step), heads_only=case.heads_only)
+        told_of = looked_up(step, case.tasks_of(step), mine) if step % 5 else None
+        result = engine.step(step, losses, rates=case.rates(groups, step), heads_only=case.heads_only, word_ids=told_of)
         assert not result.skipped
         told.append(result)
         if step in (STEPS // 2, STEPS - 1):
@@ -348,7 +355,9 @@ def engine_of(rank: Rank, method: str = "sum", kinds: dict[str, TaskConfig] = TA
     return Engine(built, groups, weights_of(kinds), config, OPTIMIZER, Surgery(method, {}, 0), rank)
 
 
-def one_step(engine: Engine, rank: Rank, step: int = 0, spoilt: int | None = None) -> StepResult:
+def one_step(
+    engine: Engine, rank: Rank, step: int = 0, spoilt: int | None = None, told_of: Tensor | None = None
+) -> StepResult:
     """A step on all three tasks; `spoilt` turns that task's loss into NaN on the last rank only."""
     mine = PLACEMENT[rank.world][rank.rank]
     bad = float("nan") if rank.rank == rank.world - 1 else 1.0
@@ -357,7 +366,7 @@ def one_step(engine: Engine, rank: Rank, step: int = 0, spoilt: int | None = Non
         value = loss(engine.model, step, task, mine, rank.rank, 0.0)
         return value * bad if task == spoilt else value
 
-    return engine.step(step, {task: [lambda task=task: build(task)] for task in range(3)})
+    return engine.step(step, {task: [lambda task=task: build(task)] for task in range(3)}, word_ids=told_of)
 
 
 def masters(engine: Engine) -> Tensor:
@@ -496,7 +505,7 @@ def test_a_task_that_weighs_nothing_moves_nothing(ranks: Ranks, zero: int) -> No
 def spoilt_steps(rank: Rank, zero: int) -> tuple[StepResult, bool, StepResult]:
     engine = engine_of(rank, "pcgrad", zero=zero)
     before = masters(engine)
-    bad = one_step(engine, rank, spoilt=1)
+    bad = one_step(engine, rank, spoilt=1, told_of=looked_up(0, range(3), range(8)))
     unchanged = bool((masters(engine) == before).all()) and engine.steps_taken() == [0] * len(engine.groups)
     return bad, unchanged, one_step(engine, rank, step=1)
 
@@ -510,11 +519,11 @@ def test_a_loss_that_is_not_finite_on_one_rank_skips_the_step_on_all(ranks: Rank
         assert not after.skipped and math.isfinite(after.norm)
 
 
-def in_bf16(rank: Rank, zero: int) -> tuple[bool, float]:
+def in_bf16(rank: Rank, zero: int, accumulation: int) -> tuple[bool, float]:
     built = MultiTaskModel(SHAPE, EncoderConfig(dropout=0.0), TASKS, seed=3)
     start = {name: parameter.detach().clone() for name, parameter in built.named_parameters()}
     groups = parameter_groups(built, OPTIMIZER, TASKS, SHAPE.layers)
-    config = EngineConfig(precision="bf16", zero=zero)
+    config = EngineConfig(precision="bf16", zero=zero, accumulation=accumulation)
     engine = Engine(built, groups, weights_of(TASKS), config, OPTIMIZER, Surgery("pcgrad", {}, 0), rank)
     exact = all(
         bool((tensors["master"] == start[span.name].flatten()[span.start : span.stop]).all())
@@ -523,16 +532,21 @@ def in_bf16(rank: Rank, zero: int) -> tuple[bool, float]:
     assert engine.dtype == next(engine.model.parameters()).dtype == torch.bfloat16
     losses = []
     mine = PLACEMENT[rank.world][rank.rank]
+    parts = [mine[number::accumulation] for number in range(accumulation)]
     for step in range(STEPS):
-        builders = {k: [lambda k=k: loss(engine.model, 0, k, mine, rank.rank, 0.0)] for k in range(3)}
-        losses.append(float(engine.step(step, builders).losses_K.sum()))
+        builders = {
+            k: [lambda k=k, part=part: loss(engine.model, 0, k, part, rank.rank, 0.0) for part in parts]
+            for k in range(3)
+        }
+        told_of = looked_up(0, range(3), mine) if step % 2 else None
+        losses.append(float(engine.step(step, builders, word_ids=told_of).losses_K.sum()))
     return exact, losses[-1] / losses[0]
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("zero", [1, 3])
-def test_bf16_starts_from_exact_masters_and_learns(ranks: Ranks, zero: int) -> None:
-    for exact, ratio in ranks(2, in_bf16, zero):
+@pytest.mark.parametrize(("zero", "accumulation"), [(1, 1), (1, 2), (3, 1)])
+def test_bf16_starts_from_exact_masters_and_learns(ranks: Ranks, zero: int, accumulation: int) -> None:
+    for exact, ratio in ranks(2, in_bf16, zero, accumulation):
         assert exact, "the fp32 masters were cloned from weights already rounded to bf16"
         assert ratio < 0.95
 
@@ -540,12 +554,13 @@ def test_bf16_starts_from_exact_masters_and_learns(ranks: Ranks, zero: int) -> N
 # ----------------------------------------------------------------------------------------- what travels, what is held
 
 
-def counted(rank: Rank) -> tuple[int, int, dict[str, int]]:
+def counted(rank: Rank, narrowed: bool) -> tuple[int, int, dict[str, int]]:
     """Shared and all parameters, and the numbers given to each kind of message and collective in one step."""
     engine = engine_of(rank, "pcgrad")
     one_step(engine, rank)
+    told_of = looked_up(1, range(3), PLACEMENT[rank.world][rank.rank]) if narrowed else None
     with torch.profiler.profile(record_shapes=True) as profile:
-        one_step(engine, rank, step=1)
+        one_step(engine, rank, step=1, told_of=told_of)
     given: dict[str, int] = {}
     for event in profile.events():
         if event.name == "gloo:send" or event.name.startswith("c10d::"):
@@ -558,17 +573,24 @@ def counted(rank: Rank) -> tuple[int, int, dict[str, int]]:
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("world", [2, 4])
-def test_numbers_on_the_wire(ranks: Ranks, world: int) -> None:
+@pytest.mark.parametrize("narrowed", [False, True])
+def test_numbers_on_the_wire(ranks: Ranks, world: int, narrowed: bool) -> None:
     """Of each of K task gradients the other ranks' pieces, the parameters once by all-gather: (K + 1)·P·(W − 1)/W
-    numbers sent per rank, as an all-gather sends n·(W − 1)/W of n. Heads travel once, groups are padded to 2·W."""
-    for shared, total, given in ranks(world, counted):
+    numbers sent per rank, as an all-gather sends n·(W − 1)/W of n; of words that no rank looks up, where that is known,
+    the latter alone. Heads travel once, groups are padded to 2·W, and rows on the border of two shards go to both."""
+    unmet = SHAPE.vocab_size - len(looked_up(1, range(3), range(8)).unique())
+    assert unmet > SHAPE.vocab_size / 3
+    needed = everyone = 0.0
+    for shared, total, given in ranks(world, counted, narrowed):
         padding = 2 * world * 20
-        heads = total - shared
-        needed, sent = 3 * shared + heads, given.pop("gloo:send") * world / (world - 1)
-        assert needed <= sent <= needed + 3 * padding
+        needed += 3 * (shared - narrowed * unmet * SHAPE.hidden_size) + total - shared
+        sent = given.pop("gloo:send") * world / (world - 1)
+        assert narrowed or 3 * shared + total - shared <= sent <= 3 * shared + total - shared + 3 * padding
+        everyone += sent
         assert total <= given.pop("c10d::_allgather_base_") <= total + padding
         messages = {"c10d::send", "c10d::recv_"}
-        assert set(given) - messages == {"c10d::allreduce_"}, "besides, one all-reduce of what ranks agree on"
+        assert set(given) - messages == {"c10d::allreduce_"}, "besides, all-reduces of what ranks agree on"
+    assert needed <= everyone <= needed + 3 * world * padding
 
 
 def messages(rank: Rank) -> str:
@@ -598,9 +620,9 @@ def messages(rank: Rank) -> str:
 
 @pytest.mark.ranks
 def test_all_heads_travel_before_one_is_waited_for(ranks: Ranks) -> None:
-    """Of three tasks, each with two groups: weight decay or none; the encoder has two groups as well."""
+    """Of three tasks, each with two groups: weight decay or none; the encoder has the table of words besides."""
     for seen in ranks(2, messages):
-        assert re.fullmatch(r"bb(w+bb){2}b{6}w+", seen), seen
+        assert re.fullmatch(r"bbb(w+bbb){2}b{6}w+", seen), seen
 
 
 class OnGpu(Tensor):
@@ -616,7 +638,7 @@ def one_exchange(rank: Rank, gpu: bool) -> tuple[int, bool]:
     received = torch.zeros(rank.world - 1, size, dtype=torch.int64)
     begin = dist.batch_isend_irecv
     dist.batch_isend_irecv = lambda operations: given.extend(operations) or begin(operations)
-    for work in exchange(received, sent_WS.as_subclass(OnGpu) if gpu else sent_WS):
+    for work in exchange(received.as_subclass(OnGpu) if gpu else received, sent_WS.unbind()):
         work.wait()
     mine = torch.arange(rank.rank * size, (rank.rank + 1) * size)
     others = [other for other in range(rank.world) if other != rank.rank]
@@ -629,6 +651,41 @@ def one_exchange(rank: Rank, gpu: bool) -> tuple[int, bool]:
 def test_pieces_are_for_gloo_alone(ranks: Ranks, gpu: bool, pieces: int) -> None:
     """NCCL launches a large group of messages part by part, which may hang."""
     assert ranks(3, one_exchange, gpu) == [(2 * 2 * pieces, True)] * 3
+
+
+def uneven_exchange(rank: Rank) -> bool:
+    """Whether all arrived where every rank has another share, one of them nothing."""
+    piece, zero._PIECE = zero._PIECE, 4
+    sizes = [9, 0, 3]
+    starts = np.cumsum([0, *sizes])
+    sent = [torch.arange(first, first + size) * (rank.rank + 1) for first, size in zip(starts, sizes, strict=False)]
+    received = torch.zeros(rank.world - 1, sizes[rank.rank], dtype=torch.int64)
+    for work in exchange(received, sent):
+        work.wait()
+    zero._PIECE = piece
+    mine = torch.arange(starts[rank.rank], starts[rank.rank + 1])
+    others = [other for other in range(rank.world) if other != rank.rank]
+    return all(torch.equal(row, mine * (other + 1)) for row, other in zip(received, others, strict=True))
+
+
+@pytest.mark.ranks
+def test_ranks_exchange_pieces_of_unequal_size(ranks: Ranks) -> None:
+    assert ranks(3, uneven_exchange) == [True] * 3
+
+
+def untold(rank: Rank) -> str:
+    engine = engine_of(rank)
+    try:
+        one_step(engine, rank, told_of=looked_up(0, range(2), range(8)))
+    except IndexError as error:
+        return str(error)
+    return "nothing"
+
+
+@pytest.mark.ranks
+def test_a_word_that_the_step_was_not_told_of_is_an_error(ranks: Ranks) -> None:
+    """It has no row where the gradients go; to leave it out would train something else."""
+    assert ranks(1, untold) == ["index out of range in self"]
 
 
 def deepspeed_s_own(rank: Rank) -> tuple[str, int]:

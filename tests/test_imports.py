@@ -19,7 +19,7 @@ FLOORS = [
     ["errors", "stops", "environment"],
     ["yaml_files", "files"],
     ["config"],
-    ["config_files", "zero"],
+    ["config_files", "word_gradients", "zero"],
     ["runs", "ranks", "randomness", "baselines", "reference", "manifest", "methods"],
     ["record", "lock"],
     ["packing", "encoder", "schedule", "surgery", "metrics", "figures", "tracking", "synthetic", "readers", "pages"],

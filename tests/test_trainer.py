@@ -22,6 +22,7 @@ import torch.multiprocessing
 import yaml
 from harness import PATIENCE_S, forking_context
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from mtbert import checkpoint, token_cache, tracking
@@ -29,6 +30,8 @@ from mtbert.building import build
 from mtbert.checkpoint import _Reader, load_weights
 from mtbert.config import CheckpointConfig, Config, OptimizerConfig, PhaseConfig
 from mtbert.config_files import config_of, load_config, to_yaml
+from mtbert.encoder import WordEmbedding
+from mtbert.engine import Engine, StepResult
 from mtbert.environment import cpu
 from mtbert.errors import UserError
 from mtbert.manifest import find_checkpoint, folder_of, open_checkpoint, sealed
@@ -388,6 +391,29 @@ def test_a_step_s_batches_are_on_the_device_before_its_first_loss(config: Config
     with Transfers() as transfers:
         assert train(new_run(config, "moved"), Rank(), quiet=True).status == "finished"
     assert re.fullmatch(r"t+b{3}t*", transfers.seen), transfers.seen
+
+
+def test_a_step_is_told_of_the_words_that_it_looks_up(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only then do the rows of all others stay out of it."""
+    told: list[set[int]] = []
+    met: list[set[int]] = []
+    step, forward = Engine.step, WordEmbedding.forward
+
+    def watched_step(engine: Engine, *arguments: Any, word_ids: Tensor, **options: Any) -> StepResult:
+        told.append(set(word_ids.tolist()))
+        met.append(set())
+        return step(engine, *arguments, word_ids=word_ids, **options)
+
+    def watched_forward(table: WordEmbedding, ids_T: Tensor) -> Tensor:
+        if table.narrowed is not None:
+            met[-1].update(ids_T.tolist())
+        return forward(table, ids_T)
+
+    monkeypatch.setattr(Engine, "step", watched_step)
+    monkeypatch.setattr(WordEmbedding, "forward", watched_forward)
+    config = config.model_copy(update={"phases": [config.phases[0].model_copy(update={"steps": 3})]})
+    assert train(new_run(config, "told"), Rank(), quiet=True).status == "finished"
+    assert told == met and len(told) == 3 and all(told)
 
 
 def test_nobody_draws_from_a_global_generator(config: Config) -> None:

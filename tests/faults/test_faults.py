@@ -20,7 +20,7 @@ KINDS = [
 def test_jobs_survive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each fault struck, none was lost, and every patient came to the end of an undisturbed run; a soak that is begun
     again has nothing left to do."""
-    monkeypatch.setattr(patient, "STEPS", 60)
+    monkeypatch.setattr(patient, "STEPS", 120)
     monkeypatch.setattr(patient, "EVALUATE_EVERY", 40)
     told: list[str] = []
     path = tmp_path / "soak.jsonl"
