@@ -1,4 +1,4 @@
-"""A few faults into real jobs of two ranks: what `make soak` does for hours, in less than a minute."""
+"""A few faults into real jobs of two ranks: what `make soak` does for hours, in a minute or two."""
 
 from __future__ import annotations
 
