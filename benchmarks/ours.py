@@ -6,6 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 
 import torch
@@ -59,7 +60,7 @@ def losses_of(model: MultiTaskModel, batch: Batch, number: int, rank: Rank) -> t
         return loss_of(task, model(task, moved[task], generator), labels[task]) / rank.world
 
     word_ids = torch.cat([packed.ids_T for packed in parts.values()]) if device.type == "cpu" else None
-    return {k: [lambda task=task, k=k: build(task, k)] for k, task in enumerate(TASKS)}, word_ids  # type: ignore[misc]
+    return {k: [partial(build, task, k)] for k, task in enumerate(TASKS)}, word_ids
 
 
 def through_engine(shape: EncoderShape, batches: Batches, together: bool = False) -> Callable[[int], object]:
