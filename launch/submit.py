@@ -406,9 +406,7 @@ def follow_again(run: Path) -> int:
 def status(runs: list[Path]) -> int:
     from launch import slurm
 
-    found = runs or sorted(path.parent.parent for path in Path("runs").glob("**/job/job.json"))
-    for run in runs:
-        _note(run)
+    found = _submitted(Path("runs"), "**") if not runs else [run for run, _ in _noted(runs)]
     rows = [("run", "job", "state", "step"), *slurm.standings(found)]
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     for row in rows:
@@ -421,14 +419,32 @@ def cancel(runs: list[Path]) -> int:
 
     if not runs:
         raise UserError("cancel: which run? give its folder")
-    for run, note in [(run, _note(run)) for run in runs]:
-        print(slurm.cancel(run, note))
-    return 0
+    code = 0
+    for run, note in _noted(runs):
+        try:
+            print(slurm.cancel(run, note))
+        except UserError as error:  # one that is over must not keep the others running
+            print(f"error: {error}", file=sys.stderr)
+            code = 2
+    return code
+
+
+def _noted(folders: list[Path]) -> list[tuple[Path, JobNote]]:
+    """Runs and their jobs; for the folder of an array, all that are in it."""
+    runs = [run for folder in folders for run in _submitted(folder, "*") or [folder]]
+    return [(run, _note(run)) for run in runs]
+
+
+def _submitted(folder: Path, depth: str) -> list[Path]:
+    """The runs below a folder from which a job was submitted."""
+    return sorted(path.parent.parent for path in folder.glob(f"{depth}/job/job.json"))
 
 
 def _note(run: Path) -> JobNote:
     if note := read_note(run):
         return note
+    if runs := _submitted(run, "*"):
+        raise UserError(f"{run}: an array of {len(runs)} runs; name one of them, such as {runs[0]}")
     raise UserError(f"{run}: no job was submitted from this folder")
 
 

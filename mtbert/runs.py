@@ -6,6 +6,7 @@ import datetime
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -68,8 +69,39 @@ class Rank:
 
 
 def usable_cores() -> int:
-    """A scheduler often grants this process a part of the machine."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """A scheduler often grants this process a part of the machine, a container's limit a part of the time."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, int(min(cores, cpu_quota())))
+
+
+def cpu_quota(root: Path = Path("/")) -> float:
+    """How many CPUs' time the control groups of this process grant it, infinite where they set no limit.
+
+    Linux: `cpu.max` of version 2 and `cpu.cfs_quota_us` of version 1 (Documentation/admin-guide/cgroup-v2.rst,
+    Documentation/scheduler/sched-bwc.rst). More threads than that are stopped for a part of every tenth of a second.
+    """
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:  # not Linux
+        return math.inf
+    least = math.inf
+    for _, controllers, own in (line.split(":", 2) for line in lines):
+        mounted = root / "sys/fs/cgroup" / ("cpu" if "cpu" in controllers.split(",") else "")
+        group = Path(own.lstrip("/"))  # within a container often not to be seen; what is above it then is its own
+        for folder in (group, *group.parents):
+            least = min(least, _granted(mounted / folder))
+    return least
+
+
+def _granted(group: Path) -> float:
+    try:
+        if (group / "cpu.max").exists():
+            quota, period = (group / "cpu.max").read_text().split()
+        else:
+            quota, period = ((group / f"cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period"))
+        return math.inf if quota in ("max", "-1") else int(quota) / int(period)
+    except (OSError, ValueError):
+        return math.inf
 
 
 def visible_gpus() -> list[str] | None:

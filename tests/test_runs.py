@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import pickle
 import resource
@@ -22,7 +23,7 @@ from mtbert.environment import commit, cpu
 from mtbert.errors import UserError
 from mtbert.files import alive, sweep, write_atomically
 from mtbert.record import RunRecord
-from mtbert.runs import FORMAT, Outcome, Rank, create_run, discard_unstarted
+from mtbert.runs import FORMAT, Outcome, Rank, cpu_quota, create_run, discard_unstarted, usable_cores
 
 ROOT = Path(__file__).parent.parent
 COMMAND = ["mtbert", "train", "--set", "seed=3"]
@@ -317,3 +318,27 @@ def test_what_a_killed_process_wrote_aside_is_swept(tmp_path: Path) -> None:
         else:
             sweep(tmp_path)
         assert contents(tmp_path) == sorted({"other.json", "[1].json"})
+
+
+@pytest.mark.parametrize(
+    ("own", "limits", "granted"),
+    [
+        ("0::/", {"cpu.max": "max 100000"}, math.inf),
+        ("0::/", {"cpu.max": "150000 100000"}, 1.5),
+        ("0::/kubepods/pod7", {"cpu.max": "200000 50000"}, 4),  # within the container it is not to be seen
+        ("0::/a/b", {"a/cpu.max": "300000 100000", "a/b/cpu.max": "max 100000"}, 3),
+        ("4:cpu,cpuacct:/a\n0::/", {"cpu/a/cpu.cfs_quota_us": "50000", "cpu/a/cpu.cfs_period_us": "100000"}, 0.5),
+        ("4:cpu:/", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, math.inf),
+        ("0::/", {"cpu.max": "noise"}, math.inf),
+        (None, {}, math.inf),
+    ],
+)
+def test_what_control_groups_grant(tmp_path: Path, own: str | None, limits: dict[str, str], granted: float) -> None:
+    for name, text in {**limits, "other": ""}.items():
+        (tmp_path / "sys/fs/cgroup" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "sys/fs/cgroup" / name).write_text(f"{text}\n")
+    if own is not None:
+        (tmp_path / "proc/self").mkdir(parents=True)
+        (tmp_path / "proc/self/cgroup").write_text(f"1:name=systemd:/\n{own}\n")
+    assert cpu_quota(tmp_path) == granted
+    assert usable_cores() >= 1

@@ -1,7 +1,7 @@
 """A search on several machines: a Slurm job whose first node drives, and whose other nodes lend their CPUs and GPUs.
 
     python -m tune --cluster slurm --nodes 2 ...     makes the search folder and submits SEARCH/search.sbatch
-    python -m tune.allocation SEARCH                 what the job runs on every node
+    python -m tune.allocation SEARCH --nodes 2 ...   what the job runs on every node
 
 What `ray symmetric-run` does, for nodes that may be shared: that ends every Ray on a node with `ray stop`, also other
 people's, and its workers wait for minutes when the head is gone. Here Slurm ends what is left of the step.
@@ -43,14 +43,17 @@ SCRIPT = """#!/bin/bash
 # a site's --export=NONE is for sbatch; srun would follow it
 unset SLURM_EXPORT_ENV
 # one task per node; when the first, which drives, has ended, the others are ended too
-srun --wait=30 {cpus} {python} -m tune.allocation {folder}
+srun --wait=30 {cpus} {python} -m tune.allocation {folder} {asked}
 code=$(cat {folder}/.exit-$SLURM_JOB_ID) && rm {folder}/.exit-$SLURM_JOB_ID
 exit ${{code:-1}}
 """
 
 
-def submit(folder: Path, name: str, nodes: int, cpus: int, options: Sequence[str]) -> str:
-    """Writes the batch script and submits it; returns the job's id. Raises `UserError` with sbatch's complaint."""
+def submit(folder: Path, name: str, nodes: int, cpus: int, options: Sequence[str], asked: Sequence[str]) -> str:
+    """Writes the batch script and submits it; returns the job's id. Raises `UserError` with sbatch's complaint.
+
+    `asked`: the words that asked for the nodes; when the search ends it says how to go on with the same.
+    """
     script = folder / "search.sbatch"
     lines = [f"#SBATCH --{option}" for option in [f"cpus-per-task={cpus}", *options]]
     text = SCRIPT.format(
@@ -59,6 +62,7 @@ def submit(folder: Path, name: str, nodes: int, cpus: int, options: Sequence[str
         folder=shlex.quote(str(folder)),
         options="\n".join(lines),
         cpus=f"--cpus-per-task={cpus}",  # srun does not take it over from the batch script
+        asked=shlex.join(asked),
         python=f"env PYTHONPATH={shlex.quote(str(ROOT))} {shlex.quote(sys.executable)}",
     )
     write_atomically(script, text)
@@ -79,7 +83,7 @@ def main() -> int:
     with contextlib.suppress(KeyboardInterrupt):
         if os.environ["SLURM_NODEID"] == "0":
             with ray_home(token) as home:
-                code = _drive(folder, token, home, socket.gethostbyname(hosts[0]), port, len(hosts))
+                code = _drive(folder, token, home, socket.gethostbyname(hosts[0]), port, sys.argv[2:])
                 write_atomically(folder / f".exit-{job}", str(code))
                 return code
         with ray_home() as home:
@@ -87,14 +91,14 @@ def main() -> int:
     return STOPPED
 
 
-def _drive(folder: Path, token: Path, home: Path, address: str, port: int, nodes: int) -> int:
+def _drive(folder: Path, token: Path, home: Path, address: str, port: int, asked: Sequence[str]) -> int:
     token.unlink(missing_ok=True)  # of an attempt before a requeue
     set_variables(home, write_token(token))
     _ray_start(home, "--head", f"--node-ip-address={address}", f"--port={port}", "--include-dashboard=false")
     _wait_for(address, port)
     from tune.search import main as search
 
-    return search(["--resume", str(folder), "--address", f"{address}:{port}", "--nodes", str(nodes)])
+    return search(["--resume", str(folder), "--address", f"{address}:{port}", *asked])
 
 
 def _lend(token: Path, home: Path, host: str, port: int) -> int:

@@ -262,7 +262,8 @@ def submit(args: argparse.Namespace, folder: Path, settings: Settings) -> str:
     from tune import allocation
 
     options = [option.removeprefix("--") for option in args.slurm]
-    return allocation.submit(folder, settings.name, args.nodes or 1, _cpus_per_node(args, settings), options)
+    cpus = _cpus_per_node(args, settings)
+    return allocation.submit(folder, settings.name, args.nodes or 1, cpus, options, _nodes_asked(args))
 
 
 def run(args: argparse.Namespace, folder: Path, settings: Settings, space: Space, study: Any) -> int:
@@ -314,8 +315,16 @@ def run(args: argparse.Namespace, folder: Path, settings: Settings, space: Space
 
 def again(args: argparse.Namespace, folder: Path) -> str:
     """The command that continues a search."""
-    where = f" --cluster slurm --nodes {args.nodes or 1}" if args.address else ""
-    return f"python -m tune --resume {shlex.quote(str(folder))}{where}"
+    where = ["--cluster", "slurm", *_nodes_asked(args)] if args.address else []
+    return shlex.join(["python", "-m", "tune", "--resume", str(folder), *where])
+
+
+def _nodes_asked(args: argparse.Namespace) -> list[str]:
+    """The words that asked for the nodes, for whoever asks for the same."""
+    words = ["--nodes", str(args.nodes or 1)]
+    if args.cpus_per_node:
+        words += ["--cpus-per-node", str(args.cpus_per_node)]
+    return words + (["--slurm", *args.slurm] if args.slurm else [])
 
 
 def _judged(settings: Settings) -> str:

@@ -494,6 +494,23 @@ def test_cancel_says_what_scancel_complains_of_in_one_line(run: Path, slurm: Fak
     assert submit("cancel", run, cwd=run.parent).stdout.startswith("cancelled job 7; ")
 
 
+def test_the_folder_of_an_array_stands_for_its_runs(config: Path, tmp_path: Path, slurm: FakeSlurm) -> None:
+    slurm.does("sbatch", "echo Submitted batch job 7")
+    assert submit("--config", config, "--array", "seed=0,1", "--set", "run.name=a", cwd=tmp_path).returncode == 0
+    slurm.does("scontrol", "echo JobState=PENDING Restarts=0")
+    rows = submit("status", "runs/a", cwd=tmp_path).stdout.splitlines()[1:]
+    assert [row.split()[:3] for row in rows] == [[f"runs/a/seed={seed}", "slurm", f"7_{seed}"] for seed in (0, 1)]
+    slurm.does("scancel", '[ "$1" = 7_1 ] || { echo "scancel: error: Invalid job id specified" >&2; exit 1; }')
+    done = submit("cancel", "runs/a", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (2, "error: cancel runs/a/seed=0: Invalid job id specified\n")
+    assert done.stdout.startswith("cancelled job 7_1; ")
+    done = submit("--follow", "runs/a", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (
+        2,
+        "error: runs/a: an array of 2 runs; name one of them, such as runs/a/seed=0\n",
+    )
+
+
 def test_cancel_where_there_is_no_slurm(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_note(run, JobNote("slurm", "7", "ab12", "", 2, 1))
     monkeypatch.setenv("PATH", str(run))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -93,13 +94,15 @@ def test_trials_spread_over_two_nodes(bench: Bench) -> None:
 def test_a_cancelled_search_of_a_trial_over_two_nodes_goes_on(bench: Bench) -> None:
     """One CPU on each node: the two ranks of the trial meet over the network."""
     with searching(bench, "apart") as search:
-        search.begin("--trials", "1", "--examples", "2400")
+        search.begin("--trials", "1", "--examples", "2400", "--slurm", "comment=apart")
         trial = Trained(search.folder / "trials" / "0000")
         wait_until(lambda: bool(trial.checkpoints()), PATIENCE, "a checkpoint")
         subprocess.run(["scancel", search.jobs[-1]], check=True)
-        search.end("CANCELLED")
+        told = search.end("CANCELLED")
 
-        search.submit("--resume", f"runs/{search.name}", "--cluster", "slurm", "--nodes", "2")
+        words = shlex.split(told.partition("continue with: ")[2].splitlines()[0])
+        assert words[-5:] == ["slurm", "--nodes", "2", "--slurm", "comment=apart"], told
+        search.submit(*words[3:])
         told = search.end("COMPLETED")
         assert told.count("  complete") == 1, told
         assert search.hosts(0) == ["node1", "node2"]
