@@ -58,6 +58,9 @@ STOPS = (signal.SIGUSR2, signal.SIGTERM)
 WATCH_S = 0.25
 MEET_S = 1.0
 """How often a rank looks for those that have not come yet."""
+COME_S = 60.0
+"""How long a rank waits for one of its own machine; what lies between their starts is a few imports, torch not among
+them. Slurm itself ends a step of which a task was killed."""
 BLAME_S = 1.0
 """How long a failing rank waits before it takes the blame: a rank whose peer was killed learns of it by an exception
 of its own, within milliseconds, and the watch needs a moment to see the peer gone."""
@@ -165,6 +168,7 @@ class Attempt:
         self._over = threading.Event()
         self._peers: dict[int, int | None] = {}  # process ids of the ranks that have come; of other hosts' None
         self._meet_at = -math.inf
+        self._came = time.monotonic()
         self._ending = threading.RLock()  # held while an end is recorded and what it calls for is done
 
     def run_to_end(self, train: Train) -> str:
@@ -175,8 +179,12 @@ class Attempt:
         signal.signal(signal.SIGCONT, signal.SIG_DFL)  # Slurm sends it along; submitit would report it in our output
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)  # one that came during the start arrives now
         _set_variables(self.place)
-        self._record = EndRecord(self.run, self.name, self.place.host, self.rank.rank)
-        self._presence(self.rank.rank).write_text(f"{self.place.host} {os.getpid()}")
+        try:
+            self._record = EndRecord(self.run, self.name, self.place.host, self.rank.rank)
+            self._presence(self.rank.rank).write_text(f"{self.place.host} {os.getpid()}")
+        except OSError as error:  # no room for a record either
+            print(f"error: {self.run}: cannot be written to: {error.strerror}", file=sys.stderr)
+            return "mistake"
         try:
             if self.rank.first:
                 self.lock.acquire()
@@ -248,7 +256,8 @@ class Attempt:
             self._stop = True
         end = read_end(self.run, self.name)
         if end is None and (dead := self._dead_peer()) is not None:
-            self._end("lost", rank=dead, message=f"rank {dead} was killed")
+            fate = "was killed" if dead in self._peers else f"did not start within {COME_S:g} s"
+            self._end("lost", rank=dead, message=f"rank {dead} {fate}")
             # a full disk takes no record, and the other ranks are to end all the same
             end = read_end(self.run, self.name) or End("lost", dead, self.place.host)
         if end is not None and EXIT_CODES[end.status]:
@@ -275,12 +284,14 @@ class Attempt:
         return job_folder(self.run) / f"{self.name}.rank{rank}"
 
     def _dead_peer(self) -> int | None:
-        """A rank of this host that has gone without a word. Those of other hosts are Slurm's to watch."""
+        """A rank of this host that has gone without a word, or never came. Slurm watches other hosts'."""
         if len(self._peers) < self.rank.world and time.monotonic() > self._meet_at:
             self._meet()
         for peer, pid in self._peers.items():
             if pid is not None and not alive(pid) and self._presence(peer).exists():
                 return peer
+        if self.place.slurm_job is None and time.monotonic() - self._came > COME_S:
+            return min(set(range(self.rank.world)).difference(self._peers), default=None)
         return None
 
     def _meet(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import secrets
 import shlex
 import shutil
@@ -74,11 +75,16 @@ def run_here(
     interrupts: list[signal.Signals] = []
     with stop_requests(lambda number, _: interrupts.append(number), signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         # inherited: the Ctrl-C of a terminal reaches children too, and would end them
-        with writable_by_me_alone(), _interrupts_ignored(), writing_to(run):
+        with writable_by_me_alone(), _interrupts_ignored(), _safe_path(), writing_to(run):
             job = executor.submit(Job(run.resolve(), token, shown, train))
-        begun()
         note = JobNote("local", job.job_id, token, socket.gethostname(), nodes, ranks_per_node, gpus > 0)
-        write_note(run, note)
+        try:
+            with writing_to(run):
+                write_note(run, note)
+        except BaseException:
+            end_at_once(job)
+            raise
+        begun()
         while not job.done():
             try:
                 tail.copy()
@@ -90,8 +96,7 @@ def run_here(
                 stop_path(run, token).touch()
                 tell("\nsaving and stopping; Ctrl-C again ends it at once")
             if len(interrupts) > 1:
-                job._process.kill()  # the ranks see it gone and follow
-                job._process.wait()
+                end_at_once(job)
             time.sleep(POLL_S)
     with contextlib.suppress(Unwatched):
         tail.copy()
@@ -129,6 +134,25 @@ def gpu_numbers(gpus: int) -> tuple[int, ...]:
     if wrong := [name for name in visible if not name.isdecimal()]:
         raise UserError(f"CUDA_VISIBLE_DEVICES: {wrong[0]}: local jobs need device numbers, such as 0,1")
     return tuple(int(name) for name in visible)
+
+
+def end_at_once(job: submitit.LocalJob[None]) -> None:
+    """Kills the controller; the ranks see it gone and follow."""
+    job._process.kill()
+    job._process.wait()
+
+
+@contextlib.contextmanager
+def _safe_path() -> Iterator[None]:
+    """submitit starts its controller by `python -m`, which would import what lies in the working directory."""
+    before = os.environ.get("PYTHONSAFEPATH")
+    os.environ["PYTHONSAFEPATH"] = "1"
+    try:
+        yield
+    finally:
+        del os.environ["PYTHONSAFEPATH"]
+        if before is not None:
+            os.environ["PYTHONSAFEPATH"] = before
 
 
 @contextlib.contextmanager

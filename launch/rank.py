@@ -21,7 +21,17 @@ if __name__ == "__main__":
         sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from launch.job import Job
-from launch.records import JobNote, Lock, make_job_folder, read_note, snapshot_code, write_note, writing_to
+from launch.records import (
+    JobNote,
+    Lock,
+    make_job_folder,
+    read_note,
+    snapshot_code,
+    submit_command,
+    write_note,
+    writing_to,
+)
+from launch.slurm import not_over
 from launch.submit import check_resumable
 from mtbert.config_files import DEFAULT_CONFIG, load_config, to_yaml
 from mtbert.errors import CommandLine, UserError
@@ -61,6 +71,8 @@ def make(run: Path, source: Path | None, overrides: list[str], token: str, comma
     if "SLURM_NTASKS" not in os.environ:
         raise UserError("SLURM_NTASKS: not set in this job; give --ntasks-per-node to sbatch")
     Lock(run, f"{token}-0").check()
+    if (note := read_note(run)) and note.token != token and not_over(run, note):
+        raise UserError(f"{run}: job {note.id} is not over; end it with: {submit_command('cancel', run)}")
     if not (run / "config.yaml").exists():
         source = source or DEFAULT_CONFIG
         place = {"dir": str(run.parent), "name": run.name}

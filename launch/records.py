@@ -142,8 +142,10 @@ def read_note(run: Path) -> JobNote | None:
     path = job_folder(run) / "job.json"
     try:
         note = read_json(_NOTE, path)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     if note is None:
         raise UserError(f"{path}: not what a launcher wrote; it was damaged. Delete it when its job is over")
     return note
@@ -215,6 +217,8 @@ def snapshot_code(run: Path) -> Path:
     code = run / "code"
     if not code.exists():
         with writing_to(run), folder_made_aside(code, Path.is_dir) as aside:
+            if code.is_symlink():  # of a run taken out of its array
+                code.unlink()
             for package in PACKAGES:
                 shutil.copytree(ROOT / package, aside / package, ignore=shutil.ignore_patterns("__pycache__"))
     return code

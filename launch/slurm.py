@@ -50,7 +50,7 @@ from mtbert.files import alive
 from mtbert.stops import STOPPED, UNREAD
 
 GRACE_S = 90
-"""Seconds before the time limit at which ranks are asked to save; half the limit where that is shorter."""
+"""Seconds before the time limit at which ranks are asked to save, unless told; half the limit where that is shorter."""
 
 LOOK = r"""
 # every node must see the run folder: a new file in it, for a node may have an old copy of its own;
@@ -97,6 +97,7 @@ OVER = (
 def parameters(args: argparse.Namespace, name: str, runs: Sequence[Path]) -> dict[str, Any]:
     """Arguments of submitit's batch script."""
     limit_min = None if args.time is None else minutes(args.time)
+    grace = args.grace or GRACE_S
     return {
         "job_name": name,
         "nodes": args.nodes,
@@ -111,7 +112,7 @@ def parameters(args: argparse.Namespace, name: str, runs: Sequence[Path]) -> dic
         "exclude": args.exclude,
         "mem": args.mem,
         "wckey": None,
-        "signal_delay_s": GRACE_S if limit_min is None else min(GRACE_S, limit_min * 30),
+        "signal_delay_s": grace if limit_min is None else min(grace, limit_min * 30),
         "additional_parameters": {"requeue": True, **_extra(args.slurm)},
         # without it the other ranks of a dead one would wait in a collective for torch's time-out
         "srun_args": ["--kill-on-bad-exit=1"]
@@ -283,9 +284,11 @@ def _words(note: JobNote, now: Standing) -> str:
     return f"job {note.id}: {now.state.lower()}{detail}{again}"
 
 
-def queued(note: JobNote) -> bool:
+def not_over(run: Path, note: JobNote) -> bool:
     """Whether a job waits, runs or will run again."""
-    return note.cluster == "slurm" and standing(note.id).state not in (*OVER, "UNKNOWN")
+    if note.cluster == "local":
+        return _lives(run, note)
+    return standing(note.id).state not in (*OVER, "UNKNOWN")
 
 
 def cancel(run: Path, note: JobNote) -> str:
@@ -293,7 +296,10 @@ def cancel(run: Path, note: JobNote) -> str:
     if note.cluster == "local":
         if not _lives(run, note):
             return f"local job {note.id} is over"
-        stop_path(run, note.token).touch()
+        try:
+            stop_path(run, note.token).touch()
+        except OSError as error:
+            raise UserError(f"cancel {run}: cannot be written to: {error.strerror}") from None
         return f"asked local job {note.id} to save and stop"
     try:
         done = subprocess.run(["scancel", note.id], capture_output=True, text=True)

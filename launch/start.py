@@ -14,7 +14,8 @@ os.environ["MTBERT_RANK_STARTED"] = str(time.time())
 
 # a signal that asks for a stop would end the interpreter; it waits until the job has its own handlers
 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2, signal.SIGTERM})
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
+# the launcher has the controller import nothing from the working directory; then there is no entry for this script
+sys.path[0 : 0 if getattr(sys.flags, "safe_path", False) else 1] = [str(Path(__file__).resolve().parent.parent)]
 folder = Path(sys.argv[-1])
 sys.argv[1:] = [str(folder)]
 
@@ -22,15 +23,18 @@ sys.argv[1:] = [str(folder)]
 for stale in folder.glob("*_result.pkl.save_tmp"):
     stale.unlink(missing_ok=True)
 
+os.environ["SUBMITIT_FOLDER"] = str(folder)
+os.environ.setdefault("SUBMITIT_LOG_LEVEL", "WARNING")
+from submitit.core.job_environment import JobEnvironment  # noqa: E402
+from submitit.core.submission import submitit_main  # noqa: E402
+
 # a pickle can do anything: only one that nobody but its user, who runs this, can have written
-for path in (folder, *folder.glob("*_submitted.pkl")):
+pickle = JobEnvironment().paths.submitted_pickle
+for path in (folder, *([pickle] if os.path.lexists(pickle) else [])):  # until sbatch has answered it is not there
     found = path.lstat()
     if found.st_uid != os.geteuid() or found.st_mode & 0o022:
         acl = "" if path == folder else ", unless its folder hands write permission on (an ACL?)"
         print(f"error: {path}: others than user {os.geteuid()} can write to it; submit it again{acl}", file=sys.stderr)
         sys.exit(2)
-
-os.environ.setdefault("SUBMITIT_LOG_LEVEL", "WARNING")
-from submitit.core.submission import submitit_main  # noqa: E402
 
 submitit_main()

@@ -42,7 +42,8 @@ RESUMABLE = ("checkpoint.", "data.cache=", "data.dir=", "engine.threads=", "run.
 """What --set may change when a run is continued: nothing that would alter the model or the course of training."""
 
 OF_SLURM = (
-    "--partition", "--time", "--account", "--qos", "--constraint", "--exclude", "--mem", "--cpus-per-rank", "--slurm"
+    "--partition", "--time", "--grace", "--account", "--qos", "--constraint", "--exclude", "--mem", "--cpus-per-rank",
+    "--slurm",
 )  # fmt: skip
 
 NOT_OF_SLURM = {
@@ -95,6 +96,8 @@ def parser() -> argparse.ArgumentParser:
     slurm = parser.add_argument_group("Slurm (without them, the cluster's defaults)")
     slurm.add_argument("--partition", metavar="NAME")
     slurm.add_argument("--time", metavar="LIMIT", help="90 (minutes), 1:30:00 or 1-12; a job at its limit is requeued")
+    slurm.add_argument("--grace", type=count, metavar="SECONDS",
+                       help="before its limit, to save; more than an evaluation takes (default: 90)")  # fmt: skip
     for name in ("account", "qos", "constraint", "exclude", "mem"):
         slurm.add_argument(f"--{name}", metavar="X", help="as for sbatch")
     slurm.add_argument("--cpus-per-rank", type=count, metavar="N")
@@ -284,7 +287,7 @@ def _folders(
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     folder = user_path(configs[0].run.dir) / (configs[0].run.name or f"{stamp}-{source.stem}-array")
     if not folder.exists():
-        undo.callback(shutil.rmtree, folder, ignore_errors=True)
+        undo.callback(_remove_empty_array, folder)
     elif (folder / "code").exists():
         print(f"{folder}: trains with the code of {folder / 'code'}, from its first submission", flush=True)
     runs = []
@@ -299,14 +302,21 @@ def _folders(
     return folder, runs
 
 
-def _check_over(run: Path | None) -> None:
-    """Raises `UserError` for a run to be continued whose job on Slurm waits or runs, wherever it is to go on."""
-    from launch.slurm import queued
+def _remove_empty_array(folder: Path) -> None:
+    """Unless another submission has put runs of its own there meanwhile."""
+    with contextlib.suppress(OSError):
+        if not {path.name for path in folder.iterdir()} - {"code", "job"}:
+            shutil.rmtree(folder)
 
-    if run is not None and (note := read_note(run)) and queued(note):
+
+def _check_over(run: Path | None) -> None:
+    """Raises `UserError` for a run to be continued whose job waits or runs, wherever it is to go on."""
+    from launch.slurm import not_over
+
+    if run is not None and (note := read_note(run)) and not_over(run, note):
+        watch = f"watch it with: {submit_command('--follow', run)}; or " if note.cluster == "slurm" else ""
         raise UserError(
-            f"--resume {run}: job {note.id} is not over; watch it with: {submit_command('--follow', run)}; "
-            f"or end it with: {submit_command('cancel', run)}"
+            f"--resume {run}: job {note.id} is not over; {watch}end it with: {submit_command('cancel', run)}"
         )
 
 
@@ -376,7 +386,11 @@ def _on_slurm(
         notes = slurm.submit_jobs(args, f"mtbert-{folder.name}", folder, runs)
         undo.pop_all()  # the job is there
     for run, note in zip(runs, notes, strict=True):
-        write_note(run, note)
+        try:
+            with writing_to(run):
+                write_note(run, note)
+        except UserError as error:
+            raise UserError(f"{error}; job {note.id} is there all the same, end it with: scancel {note.id}") from None
         print(f"job {note.id}: {args.nodes} node(s) × {note.ranks_per_node} rank(s), run folder {run}", flush=True)
     if not args.follow:
         print(f"watch with: {submit_command('--follow', runs[0])}")
@@ -406,8 +420,10 @@ def follow_again(run: Path) -> int:
 def status(runs: list[Path]) -> int:
     from launch import slurm
 
-    found = _submitted(Path("runs"), "**") if not runs else [run for run, _ in _noted(runs)]
-    rows = [("run", "job", "state", "step"), *slurm.standings(found)]
+    named = _runs(runs)
+    for run in named:
+        _note(run)
+    rows = [("run", "job", "state", "step"), *slurm.standings(named or _submitted(Path("runs"), "**"))]
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
@@ -420,19 +436,18 @@ def cancel(runs: list[Path]) -> int:
     if not runs:
         raise UserError("cancel: which run? give its folder")
     code = 0
-    for run, note in _noted(runs):
+    for run in _runs(runs):
         try:
-            print(slurm.cancel(run, note))
+            print(slurm.cancel(run, _note(run)))
         except UserError as error:  # one that is over must not keep the others running
             print(f"error: {error}", file=sys.stderr)
             code = 2
     return code
 
 
-def _noted(folders: list[Path]) -> list[tuple[Path, JobNote]]:
-    """Runs and their jobs; for the folder of an array, all that are in it."""
-    runs = [run for folder in folders for run in _submitted(folder, "*") or [folder]]
-    return [(run, _note(run)) for run in runs]
+def _runs(folders: list[Path]) -> list[Path]:
+    """The same; for the folder of an array, all runs in it."""
+    return [run for folder in folders for run in _submitted(folder, "*") or [folder]]
 
 
 def _submitted(folder: Path, depth: str) -> list[Path]:

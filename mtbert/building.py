@@ -65,7 +65,9 @@ def build(config: Config, run_dir: Path | None = None, initial: bool = True, pro
     if kept is None:
         tokenizer = locate_tokenizer(config, data, folder)
         if encoder.shape is not None:
-            shape = EncoderShape(vocab_size=tokenizer.get_vocab_size(), **encoder.shape.model_dump())
+            # not how many there are: a vocab.txt may have one twice, and numbers may be left out
+            words = max(tokenizer.get_vocab().values()) + 1
+            shape = EncoderShape(vocab_size=words, **encoder.shape.model_dump())
         kept = KeptEncoder(shape, tokenizer, origin)
     shape, tokenizer = kept.shape, kept.tokenizer
     if encoder.shape is not None and any(getattr(shape, key) != size for key, size in encoder.shape):

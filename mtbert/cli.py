@@ -196,7 +196,9 @@ def _add_run(commands: Any, name: str, does: str) -> argparse.ArgumentParser:
     if name == "export":
         command.set_defaults(precision="fp32")
     else:
-        command.add_argument("--precision", choices=["auto", "fp32", "bf16"], help="default: as the run was trained")
+        command.add_argument(
+            "--precision", choices=["auto", "fp32", "bf16"], help="default: as in the run's configuration"
+        )
     return command
 
 
@@ -345,9 +347,12 @@ def _evaluate_file(folder: Path, options: argparse.Namespace) -> int:
 
 def _opened(options: argparse.Namespace) -> Trained:
     folder = existing_run(options.folder)
+    from mtbert.ranks import set_threads
     from mtbert.trained import load_run
 
-    return load_run(folder, options.checkpoint, options.precision)
+    run = load_run(folder, options.checkpoint, options.precision)
+    set_threads(Rank(), run.config.engine)
+    return run
 
 
 def _predict(options: argparse.Namespace) -> int:

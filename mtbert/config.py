@@ -16,6 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from pydantic_core import PydanticCustomError
 
 ENCODER = "encoder"  # what the shared part of the model is called among parts
+RESERVED = {ENCODER: "the part that all tasks share", "shared": "shared layers", "composite": "the mean of all scores"}
+"""Names that no task may have, and what has them."""
 
 
 class Section(BaseModel):
@@ -631,8 +633,8 @@ class Config(Section):
         for name in self.tasks:
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
                 raise ValueError(f"tasks.{name}: a task's name is made of letters, digits, - and _")
-            if name == ENCODER:
-                raise ValueError(f"tasks.{name}: this name belongs to the part that all tasks share; choose another")
+            if name in RESERVED:
+                raise ValueError(f"tasks.{name}: this name belongs to {RESERVED[name]}; choose another")
         idle = [name for name, task in self.tasks.items() if not task.weight]
         if idle and self.weighting.method in ("gls", "famo"):
             raise ValueError(

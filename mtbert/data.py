@@ -27,7 +27,7 @@ from torch import Tensor
 
 from mtbert.config import HUB_FILE, DataConfig, TaskConfig
 from mtbert.errors import UserError
-from mtbert.files import read_small, user_path
+from mtbert.files import permitted, read_small, user_path
 from mtbert.packing import Packed, pack
 from mtbert.pretrained import hub_file
 from mtbert.readers import Quarantined
@@ -55,13 +55,14 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     contradicts tokenizer.json: transformers goes by the former.
     """
     path = user_path(path)
-    if path.is_dir():
-        found = [path / name for name in ("tokenizer.json", "vocab.txt") if (path / name).is_file()]
-        if not found:
-            raise UserError(f"{path}: no tokenizer.json and no vocab.txt in this folder")
-        path = found[0]
-    elif not path.is_file():
-        raise UserError(f"{path}: no such file; name a tokenizer.json, a vocab.txt or a folder with one")
+    with permitted(str(path)):
+        if path.is_dir():
+            found = [path / name for name in ("tokenizer.json", "vocab.txt") if (path / name).is_file()]
+            if not found:
+                raise UserError(f"{path}: no tokenizer.json and no vocab.txt in this folder")
+            path = found[0]
+        elif not path.is_file():
+            raise UserError(f"{path}: no such file; name a tokenizer.json, a vocab.txt or a folder with one")
     if path.stat().st_size > MAX_TOKENIZER:
         raise UserError(f"{path}: more than {MAX_TOKENIZER:,} bytes, which is no tokenizer")
     beside = path.with_name("tokenizer_config.json")
@@ -210,7 +211,11 @@ def load_file(
         raise UserError(f"data.cache {config.cache}: cannot make {cache}: {error.strerror}") from None
     if not os.access(cache, os.W_OK | os.X_OK):
         raise UserError(f"data.cache {config.cache}: cannot write to {cache}; name a folder of your own")
-    return _open(ensure(cache, path, shown, task, tokenizer, progress, source), shown)
+    try:
+        folder = ensure(cache, path, shown, task, tokenizer, progress, source)
+    except OSError as error:  # what is wrong with the file itself is a `UserError`
+        raise UserError(f"data.cache {config.cache}: cannot keep {shown} there: {error.strerror or error}") from None
+    return _open(folder, shown)
 
 
 def locate_file(file: str, where: str, config: DataConfig) -> tuple[str, Path]:

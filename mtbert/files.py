@@ -9,8 +9,10 @@ import errno
 import glob
 import os
 import platform
+import re
 import shutil
 import stat
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -47,7 +49,17 @@ def alive(pid: int) -> bool:
         return foreign or not Path("/proc/self").exists()
 
 
-HOST = platform.node().replace(".", "-")
+def _process_space() -> int:
+    """The PID namespace: containers may share a host's name, and see no processes but their own."""
+    try:
+        return Path("/proc/self/ns/pid").stat().st_ino
+    except OSError:  # not Linux
+        return 0
+
+
+NODE, PROCESS_SPACE = platform.node().replace(".", "-"), _process_space()
+HOST = f"{NODE}-{PROCESS_SPACE}"
+ABANDONED_S = 86400.0
 
 
 def aside(target: Path) -> Path:
@@ -56,12 +68,20 @@ def aside(target: Path) -> Path:
 
 
 def sweep(folder: Path, name: str = "*") -> None:
-    """Remove what processes of this host that were killed have left aside in `folder`, for files of that name."""
-    for path in folder.glob(f".{name}.{HOST}.*.tmp"):
-        pid = path.name.split(".")[-2]
-        if pid.isdecimal() and not alive(int(pid)):
+    """Remove what processes of this host that were killed have left aside in `folder`, for files of that name.
+
+    Those of another container of its name are not to be seen: theirs goes when it was not touched for `ABANDONED_S`.
+    """
+    for path in folder.glob(f".{name}.{NODE}*.tmp"):
+        *_, host, pid, _ = path.name.split(".")
+        if pid.isdecimal() and re.fullmatch(rf"{re.escape(NODE)}(-\d+)?", host):
             with suppress(OSError):  # another user's, or another process sweeps as well
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                if not alive(int(pid)) if host == HOST else _untouched_s(path) > ABANDONED_S:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _untouched_s(path: Path) -> float:
+    return time.time() - max(part.lstat().st_mtime for part in (path, *path.rglob("*")))
 
 
 @contextmanager
@@ -119,6 +139,20 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         file.flush()
         if stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # a pipe refuses it
             os.fsync(file.fileno())
+
+
+def seen_as_folder(path: Path) -> bool:
+    """Not where one may not look, which `Path` raises `PermissionError` for."""
+    return os.path.isdir(path)  # noqa: PTH112
+
+
+@contextmanager
+def permitted(what: str) -> Iterator[None]:
+    """Raises `UserError` for what lies in a folder that one may not enter: `Path` does not say that it is not there."""
+    try:
+        yield
+    except PermissionError as error:
+        raise UserError(f"{what}: {error.strerror}") from None
 
 
 def user_path(name: str | Path) -> Path:

@@ -18,7 +18,7 @@ from typing import Annotated
 from pydantic import Field, TypeAdapter
 
 from mtbert.errors import UserError
-from mtbert.files import alive, aside, read_json
+from mtbert.files import PROCESS_SPACE, alive, aside, read_json
 
 HEARTBEAT_S = 5.0
 STALE_S = 60.0
@@ -38,6 +38,7 @@ class Owner:
     host: Plain
     pid: Count
     slurm_job: SlurmJob | None
+    process_space: int = 0
 
 
 @dataclass
@@ -76,14 +77,14 @@ def _version(path: Path) -> tuple[int, int] | None:
 class RunLock:
     """One attempt at a time in a run folder: `RUN/job/lock`.
 
-    Another attempt may take it over when the owner is an earlier attempt of the same job, a dead process of this host,
-    or has not touched the file for `STALE_S`.
+    Another attempt may take it over when the owner is an earlier attempt of the same job, a dead process of this host
+    (in the same container), or has not touched the file for `STALE_S`.
     """
 
     def __init__(self, run: Path, attempt: str, slurm_job: str | None = None) -> None:
         self.run = run
         self.path = run / "job" / "lock"
-        self.owner = Owner(attempt, socket.gethostname(), os.getpid(), slurm_job)
+        self.owner = Owner(attempt, socket.gethostname(), os.getpid(), slurm_job, PROCESS_SPACE)
 
     def acquire(self) -> None:
         """Raises `UserError` when a living attempt of another job holds the folder."""
@@ -110,8 +111,11 @@ class RunLock:
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
         """Holds it during the block, or raises as `acquire` does. A process that lost it meanwhile ends at once."""
-        self.path.parent.mkdir(exist_ok=True)
-        self.acquire()
+        try:
+            self.path.parent.mkdir(exist_ok=True)
+            self.acquire()
+        except OSError as error:
+            raise UserError(f"{self.run}: cannot be written to: {error.strerror}") from None
         over = threading.Event()
         watch = threading.Thread(target=self._keep, args=[over], name="lock", daemon=True)
         watch.start()
@@ -169,7 +173,8 @@ class RunLock:
             return None
         if owner:
             same_job = _job(owner.attempt) == _job(self.owner.attempt)
-            dead = owner.host == self.owner.host and not alive(owner.pid)
+            near = (owner.host, owner.process_space) == (self.owner.host, PROCESS_SPACE)
+            dead = near and not alive(owner.pid)
             if same_job or dead or (owner.slurm_job and self._is_over(owner.slurm_job)):
                 return None
         return None if age_s > STALE_S else (owner, age_s)

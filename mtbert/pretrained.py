@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mtbert.encoder import Encoder, EncoderShape
 from mtbert.errors import UserError
-from mtbert.files import read_small, user_path, write_atomically
+from mtbert.files import read_small, seen_as_folder, user_path, write_atomically
 from mtbert.manifest import sha256
 from mtbert.runs import PRETRAINED_FILES, local_folder
 
@@ -136,7 +136,7 @@ def write_shape(shape: EncoderShape, path: Path) -> None:
 
 def origin(name_or_folder: str, folder: Path) -> dict[str, str | None]:
     """What tells these pretrained weights from others: their name, the hub's commit (of a folder None), a SHA-256."""
-    revision = None if user_path(name_or_folder).is_dir() else folder.name
+    revision = None if seen_as_folder(user_path(name_or_folder)) else folder.name
     return {"pretrained": name_or_folder, "revision": revision, "sha256": sha256(folder / "model.safetensors")}
 
 
@@ -177,9 +177,10 @@ def hub_file(repository: str, path: str, what: str, revision: str | None = None)
 
 
 def refuse_damaged(path: Path, what: str) -> None:
-    """Hold a file that the hub's client has fetched to the hub's checksum. Raises `UserError` saying what to do.
+    """Hold a large file that the hub's client has fetched to the hub's checksum. Raises `UserError` saying what to do.
 
-    The client's cache calls a file what the hub gave as its ETag: of large files, weights and data, the SHA-256.
+    The client's cache calls a file what the hub gave as its ETag: of large files, weights and most data, the SHA-256.
+    Small ones are known by git's name for them, and not checked.
     """
     blob = path.resolve()
     if re.fullmatch("[0-9a-f]{64}", blob.name) and sha256(blob) != blob.name:

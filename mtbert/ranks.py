@@ -56,6 +56,11 @@ def _gpus_promised() -> str:
     return "" if number in ("", "0") else f"Slurm gave {number} GPU(s) to this job"
 
 
+def set_threads(rank: Rank, config: EngineConfig) -> None:
+    """As the configuration says, else the environment, else this rank's part of the cores."""
+    torch.set_num_threads(config.threads or _threads_told() or rank.cores)
+
+
 def join_ranks(rank: Rank, config: EngineConfig, timeout_s: float = 1800) -> None:
     """Join the process group (NCCL on GPUs, gloo on CPUs) and set the number of threads.
 
@@ -67,7 +72,7 @@ def join_ranks(rank: Rank, config: EngineConfig, timeout_s: float = 1800) -> Non
     if config.deterministic:  # torch then refuses what it cannot compute so; cuBLAS reads the variable when it starts
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(config.deterministic)
-    torch.set_num_threads(config.threads or _threads_told() or rank.cores)
+    set_threads(rank, config)
     place = rank.rendezvous
     if not place:
         assert rank.world == 1, "several ranks need a rendezvous"

@@ -20,7 +20,7 @@ from mtbert.config import Config, EncoderConfig
 from mtbert.config_files import to_yaml
 from mtbert.environment import environment
 from mtbert.errors import UserError
-from mtbert.files import read_small, user_path, write_atomically
+from mtbert.files import permitted, read_small, seen_as_folder, user_path, write_atomically
 
 FORMAT = 2
 """Of run folders and the checkpoints in them; goes up when an older mtbert could no longer continue one, and so with
@@ -149,8 +149,9 @@ def check_encoder(encoder: EncoderConfig) -> None:
 def local_folder(name_or_folder: str) -> Path | None:
     """None for what can only be a hub name. Raises `UserError` for a folder that is not there."""
     folder = user_path(name_or_folder)
-    if folder.is_dir():
-        return folder
+    with permitted(f"encoder.pretrained {name_or_folder}"):
+        if folder.is_dir():
+            return folder
     if name_or_folder.startswith((".", "/", "~")) or name_or_folder.count("/") > 1 or folder.exists():
         raise UserError(f"encoder.pretrained {name_or_folder}: no such folder; give one with {PRETRAINED_FILES}")
     return None
@@ -197,7 +198,7 @@ def independent(config: Config) -> Config:
     data = data.model_copy(update={"cache": _absolute(data.cache)})
     if encoder.tokenizer is not None:
         encoder = encoder.model_copy(update={"tokenizer": _absolute(encoder.tokenizer)})
-    if encoder.pretrained is not None and user_path(encoder.pretrained).is_dir():  # else a hub name
+    if encoder.pretrained is not None and seen_as_folder(user_path(encoder.pretrained)):  # else a hub name
         encoder = encoder.model_copy(update={"pretrained": _absolute(encoder.pretrained)})
     return config.model_copy(update={"data": data, "encoder": encoder})
 

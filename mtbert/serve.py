@@ -12,18 +12,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import resource
 import socket
+import sys
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+import h11
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, FailFast, Field
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from mtbert import __version__
 from mtbert.errors import UserError
@@ -38,6 +42,7 @@ Texts = Sequence[Sequence[str]]
 BATCH_INPUTS = 512
 """Inputs that the model takes at once, unless one request alone has more."""
 BODY_SECONDS = 30.0
+"""For the head of a request, for its body, and for reading the answer."""
 STOP_SECONDS = 10
 """After SIGTERM, for the requests that are in flight; what is not answered by then is turned away."""
 STOPS = "the service is stopping"
@@ -207,6 +212,7 @@ async def _disconnected(receive: Receive) -> None:
 
 def make_app(run: Trained, limits: Limits) -> FastAPI:
     batcher = Batcher(run, limits.waiting)
+    name = run.run_dir.resolve().name
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -217,9 +223,7 @@ def make_app(run: Trained, limits: Limits) -> FastAPI:
             await work
 
     refusals: dict[int | str, dict[str, Any]] = {code: {"model": Refusal} for code in (413, 422, 503)}
-    app = FastAPI(
-        title=f"mtbert: {run.run_dir.resolve().name}", version=__version__, lifespan=lifespan, responses=refusals
-    )
+    app = FastAPI(title=f"mtbert: {name}", version=__version__, lifespan=lifespan, responses=refusals)
     app.add_middleware(BodyLimit, limit=limits.body)
 
     @app.exception_handler(RequestValidationError)
@@ -274,7 +278,6 @@ def make_app(run: Trained, limits: Limits) -> FastAPI:
     @app.get("/healthz")
     async def healthz() -> Health:
         kinds = {name: task.kind for name, task in run.config.tasks.items()}
-        name = run.run_dir.resolve().name
         return Health(status="ok", run=name, step=run.step, tasks=kinds, waiting=batcher.waiting)
 
     return app
@@ -346,10 +349,65 @@ def serve(run: Trained, host: str, port: int, limits: Limits) -> None:
         make_server(run, limits).run(sockets=[listening])
 
 
+class Impatient(H11Protocol):
+    """uvicorn's protocol, which waits for ever for the head of a request and for a client that reads no answer."""
+
+    _head: asyncio.TimerHandle | None = None
+    _unread: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if len(self.connections) > max_connections():
+            transport.abort()
+        else:
+            self._head = self._give_up_later()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        _forget(self._head, self._unread)
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.conn.their_state is not h11.IDLE:  # the body has its own limit
+            _forget(self._head)
+            self._head = None
+        elif self._head is None:
+            self._head = self._give_up_later()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._unread = self._give_up_later()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        _forget(self._unread)
+
+    def timeout_keep_alive_handler(self) -> None:
+        if self.transport.get_write_buffer_size():  # a close would wait until it is read
+            self.transport.abort()
+        super().timeout_keep_alive_handler()
+
+    def _give_up_later(self) -> asyncio.TimerHandle:
+        return self.loop.call_later(BODY_SECONDS, self.transport.abort)
+
+
+def _forget(*timers: asyncio.TimerHandle | None) -> None:
+    for timer in timers:
+        if timer is not None:
+            timer.cancel()
+
+
+def max_connections() -> int:
+    """At once: half of the files that this process may open, so that no number of silent clients takes all."""
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return sys.maxsize if files == resource.RLIM_INFINITY else max(64, files // 2)
+
+
 def make_server(run: Trained, limits: Limits) -> uvicorn.Server:
     return uvicorn.Server(
         uvicorn.Config(
             make_app(run, limits),
+            http=Impatient,
             log_level="warning",
             access_log=False,
             timeout_keep_alive=30,

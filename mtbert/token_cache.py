@@ -15,9 +15,9 @@ import os
 import re
 import time
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import filelock
 import numpy as np
@@ -29,6 +29,7 @@ from mtbert.files import folder_made_aside, write_atomically
 from mtbert.manifest import sha256
 from mtbert.readers import Quarantined, Row, no_character, no_text, read_rows, unfit
 
+T = TypeVar("T")
 Progress = Callable[[str, int], None]
 """Called with what the file is called and its rows done."""
 TOLD_AFTER_S, TOLD_EVERY_S = 2.0, 0.5
@@ -52,13 +53,31 @@ def ensure(
     Args:
         source: column that the file must have as well, for reports.
     """
+    before = _identity(path)
     folder = cache / _key(task, path, tokenizer, cache, source)
     if not intact(folder):
-        with filelock.FileLock(f"{folder}.lock"):  # the other ranks of this host wait, and then find it
+        # the other ranks of this host wait, and then find it; another user of the cache may have to lock it, too
+        with filelock.FileLock(f"{folder}.lock", mode=0o666):
             if not intact(folder):
-                rows = read_rows(path, *wanted_columns(task), shown, source)
+                rows = _of_one_file(path, before, shown, read_rows(path, *wanted_columns(task), shown, source))
                 _tokenise(folder, rows, task, shown, tokenizer, progress)
     return folder
+
+
+def _identity(path: Path) -> list[str | int] | None:
+    """What changes with a file's content: where it lies, inode, size, times. None where there is no such file."""
+    try:
+        stat = path.stat()
+        return [str(path.resolve()), stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+    except OSError:
+        return None
+
+
+def _of_one_file(path: Path, before: list[str | int] | None, shown: str, rows: Iterable[T]) -> Iterator[T]:
+    """Raises `UserError` in the end where the file is no longer the one whose hash names the folder."""
+    yield from rows
+    if _identity(path) != before:
+        raise UserError(f"{shown}: changed while it was read; start again when it is whole")
 
 
 def wanted_columns(task: TaskConfig) -> tuple[list[str], str | None]:
@@ -86,7 +105,7 @@ def _content_hash(path: Path, cache: Path) -> str:
         path.open("rb").close()
     except OSError:
         return ""
-    identity = [str(path.resolve()), stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+    identity = _identity(path)
     seen = cache / f"{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]}.seen"
     if seen.is_file() and re.fullmatch(rb"[0-9a-f]{64}", known := seen.read_bytes()):  # else it was damaged
         return known.decode()

@@ -196,7 +196,7 @@ def load_run(
 
     Args:
         which: the checkpoint with the best development score, or the newest.
-        precision: default: the one that the run was trained with.
+        precision: default: the one in the run's configuration, where "auto" means what this device does best.
 
     Raises `UserError` where there is no checkpoint yet, or it is damaged.
     """
@@ -207,11 +207,19 @@ def load_run(
         raise UserError(
             f"{run_dir}: no encoder/tokenizer.json; the run has not started, or continue it once (--resume)"
         )
-    checkpoint = find_checkpoint(run_dir, which)
     model = MultiTaskModel(kept.shape, config.encoder, config.tasks, None, config.shared_layers)
-    weights = load_weights(checkpoint, {name: p.shape for name, p in model.named_parameters()})
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+
+    def found() -> tuple[int, dict[str, Tensor]]:
+        checkpoint = find_checkpoint(run_dir, which)
+        return checkpoint.step, load_weights(checkpoint, shapes)
+
+    try:
+        step, weights = found()
+    except (UserError, FileNotFoundError):  # of a run that trains, a save may have put another in its place
+        step, weights = found()
     model.load_state_dict(weights, assign=True)
     device = local_device(Rank())
     dtype = choose_precision(precision or config.engine.precision, device)
     model.to(device=device, dtype=dtype)
-    return Trained(run_dir, config, checkpoint.step, kept.shape, kept.tokenizer, model, device, dtype)
+    return Trained(run_dir, config, step, kept.shape, kept.tokenizer, model, device, dtype)

@@ -32,6 +32,8 @@ for _kind in (_Loader, _Dumper):  # YAML 1.1 wants 3.0e-4
 
 def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: set[str] = set()
+    if not isinstance(node, yaml.MappingNode):  # `!!map [1]`
+        raise yaml.constructor.ConstructorError(None, None, "not a mapping", node.start_mark)
     for key, _ in node.value:  # before `<<` brings in keys that may well be given again
         if not isinstance(key, yaml.ScalarNode):
             raise yaml.constructor.ConstructorError(None, None, "a key must be text", key.start_mark)

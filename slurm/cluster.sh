@@ -31,6 +31,8 @@ main() {
     [[ $verb =~ ^(up|down|crash|revive|cut|join|hide|prepare|purge)$ ]] || { sed -n '2,/^set/{/^set/d;s/^# \?//;p}' "$0"; exit 2; }
     [ "$(id -u)" = 0 ] || die "needs root: it makes namespaces and runs system daemons"
     [[ $verb =~ ^(up|down|prepare|purge)$ ]] || [ -s "$LAB/network" ] || die "no cluster in $LAB"
+    # root runs what its configuration says, and kills and removes what it names
+    [ ! -e "$LAB" ] || { [ -O "$LAB" ] && [ ! -L "$LAB" ]; } || die "$LAB is not root's; remove it, or set LAB to another folder"
     [ ! -s "$LAB/network" ] || NETWORK=$(cat "$LAB/network")
     "$@"
 }
@@ -38,8 +40,10 @@ main() {
 up() {
     [ ! -e "$LAB/slurmctld.pid" ] || die "already up in $LAB; slurm/cluster.sh down first"
     prepare
+    mkdir -p -m 755 "$LAB"
     mkdir -p "$LAB"/{state,spool,log}
     echo "$NETWORK" >"$LAB/network"
+    echo "$NODES" >"$LAB/nodes"
     local node
     for node in $(nodes); do echo "$(address "$node") $node $MARK" >>/etc/hosts; done
     [ "$NETWORK" = shared ] || make_network
@@ -58,6 +62,8 @@ up() {
 }
 
 down() {
+    [ -s "$LAB/network" ] || { echo "no cluster in $LAB"; return; }
+    [ ! -s "$LAB/nodes" ] || NODES=$(cat "$LAB/nodes")
     local node
     if [ -s "$LAB/slurmctld.pid" ]; then
         scancel --user=root 2>/dev/null || true
@@ -74,7 +80,7 @@ down() {
     local rest
     rest=$(grep -v "$MARK" /etc/hosts) && echo "$rest" >/etc/hosts
     [ ! -s "$LAB/installed" ] || echo "packages stay installed ($(tr '\n' ' ' <"$LAB/installed")); purge removes them"
-    find "$LAB" -mindepth 1 -maxdepth 1 ! -name installed -exec rm -rf {} + 2>/dev/null || true
+    (cd "$LAB" && rm -rf state spool log mysql network nodes ./*.conf ./*.pid ./*.init)
 }
 
 prepare() {
@@ -101,7 +107,7 @@ install_packages() {
     DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null || missing_still=1
     [ -z "$ours" ] || rm $policy
     [ -z "$missing_still" ] || die "apt-get cannot install ${missing[*]}"
-    mkdir -p "$LAB"
+    mkdir -p -m 755 "$LAB"
     printf '%s\n' "${missing[@]}" >>"$LAB/installed"
 }
 

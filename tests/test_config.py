@@ -388,6 +388,10 @@ REGRESSION = "tasks.r={kind: pair_regression, train: a, dev: b, columns: {text: 
         (["phases=[{name: probe}]"], "phases.0: phase 'probe' needs either epochs or steps"),
         (["tasks.a.b=x"], "tasks.a.b: unknown key; valid keys: kind, train, dev"),
         (["tasks.new.train=x"], "tasks.new.kind: missing; it has no default"),
+        *[
+            ([f"tasks.{name}={{kind: classification, train: a, dev: b}}"], f"tasks.{name}: this name belongs to")
+            for name in ("encoder", "shared", "composite")
+        ],
         (["tasks.a b={kind: classification, train: a, dev: b}"], "a task's name is made of letters, digits, - and _"),
         (["tasks.sst.kind=sentiment"], "tasks.sst.kind: input should be 'classification', 'pair_classification', 'p"),
         (
@@ -494,6 +498,7 @@ REGRESSION = "tasks.r={kind: pair_regression, train: a, dev: b, columns: {text: 
         (["=3"], "--set =3: expected key=value"),
         (["optimizer..lr=3"], "--set optimizer..lr=3: expected key=value"),
         (["optimizer.lr={"], "--set optimizer.lr line 1: not valid YAML"),
+        (["optimizer=!!map [1]"], "--set optimizer line 1: not valid YAML: not a mapping"),
         (["optimizer={lr: 1, lr: 2}"], "--set optimizer line 1: not valid YAML: key 'lr' is given twice"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",

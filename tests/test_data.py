@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
 import json
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from hypothesis import HealthCheck, given, settings
 from tokenizers import BertWordPieceTokenizer, Tokenizer
 from transformers import AutoTokenizer
 
+from mtbert import token_cache
 from mtbert.config import DataConfig, TaskConfig
 from mtbert.data import (
     Dataset,
@@ -447,6 +449,37 @@ def test_an_untouched_file_is_not_hashed_again(home: Home, monkeypatch: pytest.M
     assert len(home.folders()) == 2
     path.write_text(ROWS.replace("films", "good b"))
     assert load().raw([1]) == [("good b",)]
+
+
+def test_a_file_that_another_takes_the_place_of_while_it_is_read(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its rows would lie under the hash of the first."""
+    read = token_cache.read_rows
+
+    def replaced(path: Path, *rest: Any) -> Iterator[Any]:
+        path.write_text(ROWS.replace("films", "good b"))
+        yield from read(path, *rest)
+
+    monkeypatch.setattr(token_cache, "read_rows", replaced)
+    assert home.error(ROWS) == "rows.tsv: changed while it was read; start again when it is whole"
+    monkeypatch.undo()
+    assert home.load(ROWS).raw([1]) == [("films",)]
+
+
+def test_a_cache_that_takes_nothing_is_one_line(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(token_cache, "_tokenise", refuse)
+    told = f"data.cache {home.cache}: cannot keep {home.folder}/rows.tsv there: No space left on device"
+    with pytest.raises(UserError, match=f"^{re.escape(told)}$"):
+        home.load(ROWS)
+
+
+def test_a_tokenizer_in_a_folder_that_one_may_not_enter(vocab: Path, as_nobody: Callable[[], Any]) -> None:
+    private = vocab.parent / "private"
+    private.mkdir(mode=0o700)
+    with as_nobody(), pytest.raises(UserError, match=r"/tokenizer/private/model: Permission denied$"):
+        load_tokenizer(private / "model")
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing", "manifest", "texts", "no manifest"])

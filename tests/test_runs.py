@@ -21,7 +21,7 @@ from mtbert.config import Config, DataConfig, EncoderConfig
 from mtbert.config_files import load_config
 from mtbert.environment import commit, cpu
 from mtbert.errors import UserError
-from mtbert.files import alive, sweep, write_atomically
+from mtbert.files import HOST, NODE, alive, sweep, write_atomically
 from mtbert.record import RunRecord
 from mtbert.runs import FORMAT, Outcome, Rank, cpu_quota, create_run, discard_unstarted, usable_cores
 
@@ -318,6 +318,24 @@ def test_what_a_killed_process_wrote_aside_is_swept(tmp_path: Path) -> None:
         else:
             sweep(tmp_path)
         assert contents(tmp_path) == sorted({"other.json", "[1].json"})
+
+
+def test_what_another_container_writes_aside_is_left_alone_for_a_day(tmp_path: Path) -> None:
+    """Its host has the same name, and its processes are not to be seen; that of another host is none of ours."""
+    pid = subprocess.Popen(["true"])
+    pid.wait()
+    names = [f".model.{host}.{pid.pid}.tmp" for host in (HOST, f"{NODE}-1", NODE, f"{NODE}x-1", "other")]
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").touch()
+    sweep(tmp_path)
+    assert contents(tmp_path) == sorted(names[1:])
+    for name in names[1:]:
+        for path in (tmp_path / name / "weights", tmp_path / name):
+            os.utime(path, (0, 0))
+    (tmp_path / names[1] / "weights").touch()
+    sweep(tmp_path)
+    assert contents(tmp_path) == sorted([names[1], *names[3:]])
 
 
 @pytest.mark.parametrize(

@@ -336,6 +336,38 @@ def test_a_body_that_does_not_come(trained_run: Path, monkeypatch: pytest.Monkey
         assert connection.recv(1000).startswith(b"HTTP/1.1 408 ")
 
 
+@pytest.mark.parametrize(
+    "sent", [b"", b"GET /healthz HTTP/1.1\r\nHost:", b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * 999]
+)
+def test_who_sends_no_request_or_reads_no_answer_is_let_go(
+    sent: bytes, trained_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Far sooner than at the end of keep-alive."""
+    monkeypatch.setattr(serve, "BODY_SECONDS", 0.5)
+    with held(trained_run, Limits()) as service, socket.socket() as silent:
+        silent.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        silent.connect(service.address)
+        silent.sendall(sent)
+        until(lambda: service.server.server_state.connections)
+        if len(sent) < 100:
+            time.sleep(0.2)
+            assert service.server.server_state.connections
+        until(lambda: not service.server.server_state.connections)
+
+
+def test_no_more_connections_than_files_that_may_be_open(trained_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "max_connections", lambda: 2)
+    with held(trained_run, Limits()) as service:
+        with socket.create_connection(service.address) as one, socket.create_connection(service.address) as two:
+            until(lambda: len(service.server.server_state.connections) == 2)
+            with pytest.raises((ConnectionError, http.client.HTTPException)):
+                ask(service.address, "/healthz")
+            one.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert one.recv(1000).startswith(b"HTTP/1.1 200 ") and two
+        until(lambda: not service.server.server_state.connections)
+        assert ask(service.address, "/healthz")[0] == 200
+
+
 def test_a_stop_waits_for_what_is_in_flight(trained_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve, "STOP_SECONDS", int(PATIENCE_S))
     with held(trained_run, Limits()) as service:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +14,14 @@ import yaml
 from hub import stand_in_hub, use_hub
 from test_trainer import TINY, digests
 
+from mtbert import trained
 from mtbert.building import build
-from mtbert.config import Config
+from mtbert.config import Config, EncoderConfig, ShapeConfig
 from mtbert.data import load_tokenizer
 from mtbert.encoder import Encoder, EncoderShape, initialise
 from mtbert.errors import UserError
 from mtbert.pretrained import save_pretrained
-from mtbert.runs import Outcome, Rank, create_run
+from mtbert.runs import Outcome, Rank, create_run, independent, local_folder
 from mtbert.synthetic import train_tokenizer
 from mtbert.trained import keep_encoder, kept_encoder, load_run
 from mtbert.trainer import evaluate_run, train
@@ -83,6 +86,46 @@ def test_a_run_needs_nothing_but_its_folder(corpus: Path, tmp_path: Path, pretra
     kept = kept_encoder(moved)
     assert kept is not None
     assert kept.origin["pretrained"] == str(pretrained) and kept.origin["revision"] is None
+
+
+def test_a_checkpoint_that_a_save_takes_away_while_it_is_opened(
+    trained_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, gone = trained.find_checkpoint, []
+
+    def taken_away(run: Path, which: Any) -> Any:
+        checkpoint = found(run, which)
+        if gone:
+            return checkpoint
+        gone.append(checkpoint.folder)
+        return dataclasses.replace(checkpoint, folder=checkpoint.folder.with_name("gone"))
+
+    monkeypatch.setattr(trained, "find_checkpoint", taken_away)
+    assert load_run(trained_run, "latest").step == 6
+    monkeypatch.setattr(
+        trained, "find_checkpoint", lambda run, which: dataclasses.replace(found(run, which), folder=run)
+    )
+    with pytest.raises(FileNotFoundError):
+        load_run(trained_run, "latest")
+
+
+def test_an_encoder_in_a_folder_that_one_may_not_enter(
+    corpus: Path, tmp_path: Path, as_nobody: Callable[[], Any]
+) -> None:
+    model = tmp_path / "private" / "model"
+    (tmp_path / "private").mkdir(mode=0o700)
+    with as_nobody():
+        assert independent(make_config(corpus, tmp_path, str(model))).encoder.pretrained == str(model)
+        with pytest.raises(UserError, match=rf"^encoder.pretrained {model}: Permission denied$"):
+            local_folder(str(model))
+
+
+def test_a_vocabulary_with_a_word_twice_trains_from_scratch(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\na\nb\na\nb\n")
+    config = make_config(corpus, tmp_path, "none")
+    shape = ShapeConfig(hidden_size=8, layers=1, heads=1, intermediate_size=8)
+    encoder = EncoderConfig(shape=shape, tokenizer=str(tmp_path / "vocab.txt"))
+    assert build(config.model_copy(update={"encoder": encoder}), tmp_path).encoder.shape.vocab_size == 8
 
 
 def test_weights_that_changed_before_the_first_save_are_refused(corpus: Path, tmp_path: Path, pretrained: Path) -> None:

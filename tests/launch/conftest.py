@@ -62,7 +62,7 @@ def launch(run: Path) -> Iterator[Launch]:
     """
     started: list[subprocess.Popen[str]] = []
 
-    def start(duty: str, by_make: bool = False) -> subprocess.Popen[str]:
+    def start(duty: str, by_make: bool = False, cwd: Path = run.parent) -> subprocess.Popen[str]:
         driver = run.parent / "driver.py"
         driver.write_text(DRIVER.format(root=str(ROOT), here=str(HERE)))
         command = [sys.executable, str(driver), str(run), duty]
@@ -70,9 +70,7 @@ def launch(run: Path) -> Iterator[Launch]:
             makefile = run.parent / "Makefile"
             makefile.write_text(f"all:\n\t@{shlex.join(command)}\n")
             command = ["timeout", "3600", "make", "-f", str(makefile)]
-        started.append(
-            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=run.parent)
-        )
+        started.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd))
         return started[-1]
 
     yield start

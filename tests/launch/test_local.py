@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import pty
@@ -14,12 +15,15 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import DRIVER
 from duties import Launch
 from harness import PATIENCE_S
 
+from launch import job, local
+from launch.job import Attempt, Place
 from launch.records import (
     ROOT,
     End,
@@ -31,11 +35,13 @@ from launch.records import (
     make_job_folder,
     read_end,
     read_note,
+    snapshot_code,
     writable_by_me_alone,
     write_note,
 )
 from mtbert.errors import UserError
 from mtbert.files import HOST
+from mtbert.runs import Rank
 from mtbert.stops import ECHO_S
 
 
@@ -267,11 +273,13 @@ def test_a_lock_left_by_a_dead_process_is_taken_over(run: Path) -> None:
     assert "new-0" in (job_folder(run) / "lock").read_text()
 
 
-def test_a_lock_on_another_host_is_stale_when_untouched(run: Path) -> None:
+@pytest.mark.parametrize("where", [{"host": "elsewhere"}, {"process_space": 1}])
+def test_a_lock_on_another_host_is_stale_when_untouched(run: Path, where: dict[str, Any]) -> None:
+    """Or in another container, which may have this one's name: no process of it is to be seen from here."""
     elsewhere = Lock(run, "old-0")
-    elsewhere.owner.host = "elsewhere"
+    elsewhere.owner = replace(elsewhere.owner, pid=2**22 + 1, **where)
     elsewhere.acquire()
-    assert (holder := Lock(run, "new-0").holder()) and "elsewhere" in holder
+    assert (holder := Lock(run, "new-0").holder()) and elsewhere.owner.host in holder
     long_ago = time.time() - 120
     os.utime(elsewhere.path, (long_ago, long_ago))
     assert Lock(run, "new-0").holder() is None
@@ -390,6 +398,14 @@ def test_an_end_is_told_where_no_file_can_be_opened_and_no_room_is_left(run: Pat
     assert end and end.status == "failed" and len(end.message) > EndRecord.ROOM // 2 and message.endswith(end.message)
 
 
+def started_by_submitit(run: Path) -> subprocess.CompletedProcess[str]:
+    """Job 1, as its controller would start it."""
+    variables = {"EXECUTOR": "local", "LOCAL_JOB_ID": "1", "LOCAL_GLOBALID": "0"}
+    start = [sys.executable, ROOT / "launch" / "start.py", "-u", "-m", "submitit.core._submit", job_folder(run)]
+    environment = {**os.environ, **{f"SUBMITIT_{name}": value for name, value in variables.items()}}
+    return subprocess.run(start, env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
+
+
 @pytest.mark.parametrize("name", ["", "1_submitted.pkl"])
 def test_a_pickle_that_others_may_have_written_is_not_opened(run: Path, tmp_path: Path, name: str) -> None:
     """It would leave a file behind."""
@@ -398,11 +414,62 @@ def test_a_pickle_that_others_may_have_written_is_not_opened(run: Path, tmp_path
     pickled.write_bytes(bomb)
     pickled.chmod(0o600)
     (job_folder(run) / name).chmod(0o770)
-    start = [sys.executable, ROOT / "launch" / "start.py", "-u", "-m", "submitit.core._submit", job_folder(run)]
-    done = subprocess.run(start, capture_output=True, text=True, timeout=PATIENCE_S)
+    done = started_by_submitit(run)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert done.stderr.startswith(f"error: {job_folder(run) / name}: others than user {os.geteuid()} can write to it")
     assert not (tmp_path / "opened").exists()
+
+
+def test_neither_an_old_pickle_nor_what_lies_in_the_working_directory_is_minded(launch: Launch, run: Path) -> None:
+    (job_folder(run) / "2_submitted.pkl").touch()
+    (job_folder(run) / "2_submitted.pkl").chmod(0o664)  # as by `chmod -R g+w`
+    for name in ("submitit", "shlex", "cloudpickle"):
+        (run / f"{name}.py").write_text("raise SystemExit('not me')\n")
+    job = launch("tell", cwd=run)
+    assert job.communicate(timeout=PATIENCE_S)[1] == "" and job.returncode == 0
+
+
+def test_a_rank_that_does_not_start_is_not_waited_for(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On this machine; of a step of Slurm's the others are killed by srun."""
+    monkeypatch.setattr(job, "COME_S", 0.0)
+    here, slurm = (Attempt(run, "t", Place(Rank(0, 2, 0, 2), "h", ("h",), 0, id)) for id in (None, "7"))
+    here._presence(0).write_text(f"h {os.getpid()}")
+    assert (here._dead_peer(), slurm._dead_peer()) == (1, None)
+    here._presence(1).write_text(f"h {os.getpid()}")
+    here._meet_at = -math.inf
+    assert here._dead_peer() is None
+
+
+def test_a_rank_that_finds_no_room_at_its_start_says_so(tmp_path: Path) -> None:
+    """No record is left of that; what it does to signals is for a process of its own."""
+    code = """if True:
+        import sys
+        from pathlib import Path
+        from launch.job import Attempt, Place, Rank
+        print(Attempt(Path(sys.argv[1]), "t", Place(Rank(), "h", ("h",), 0, None)).run_to_end(None))
+    """
+    words = [sys.executable, "-c", code, tmp_path / "away"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S)
+    told = f"error: {tmp_path / 'away'}: cannot be written to: No such file or directory\n"
+    assert (done.stdout, done.stderr) == ("mistake\n", told)
+
+
+def test_a_job_that_cannot_be_noted_is_ended(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pids = []
+
+    def refuse(run: Path, note: JobNote) -> None:
+        pids.append(int(note.id))
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(local, "write_note", refuse)
+    with pytest.raises(UserError, match="cannot be written to: No space left on device"):
+        local.run_here(run, 1, 1, begun=lambda: pytest.fail("it may still be taken back"))
+    assert gone(pids[0])
+
+
+def test_a_run_taken_out_of_its_array_gets_code_of_its_own(run: Path) -> None:
+    (run / "code").symlink_to(Path("..") / "code")
+    assert (snapshot_code(run) / "launch" / "start.py").is_file() and not (run / "code").is_symlink()
 
 
 def test_nobody_else_may_write_into_a_job_folder(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -430,8 +497,7 @@ def test_a_project_that_hands_write_permission_on_does_not_to_a_job(tmp_path: Pa
         pickled.touch()
     assert job_folder(run).stat().st_mode & 0o022 == 0 == pickled.stat().st_mode & 0o022
     pickled.chmod(0o664)  # as where nobody can take that away
-    start = [sys.executable, ROOT / "launch" / "start.py", "-u", "-m", "submitit.core._submit", job_folder(run)]
-    done = subprocess.run(start, capture_output=True, text=True, timeout=PATIENCE_S)
+    done = started_by_submitit(run)
     assert done.returncode == 2 and "its folder hands write permission on (an ACL?)" in done.stderr
 
 

@@ -41,6 +41,8 @@ def test_the_script_asks_for_what_was_typed(tmp_path: Path) -> None:
     assert "#SBATCH --requeue\n" in text
     assert "#SBATCH --signal=USR2@30\n" in text, "half of a limit that is shorter than the usual notice"
     assert "wckey" not in text and "account" not in text
+    text = script(parser().parse_args(["--time", "60", "--grace", "600"]), "mtbert-x", tmp_path, [tmp_path])
+    assert "#SBATCH --signal=USR2@600\n" in text
 
 
 def test_cpus_that_were_typed_are_the_threads_whatever_a_profile_says(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from harness import PATIENCE_S
 
 from launch import job, records
 from launch.job import Attempt, Place, _interface, _set_variables
-from launch.records import ROOT, read_end, read_note, slurm_state
+from launch.records import ROOT, JobNote, read_end, read_note, slurm_state, write_note
 from launch.slurm import standing
 from mtbert.config_files import load_config
 from mtbert.errors import UserError
@@ -326,3 +326,13 @@ def test_a_plain_job_is_continued_on_gpus_if_it_has_any(
     run = tmp_path / "runs" / "null"
     assert (note := read_note(run)) and note.gpus == gpus
     assert f"--{'gpus' if gpus else 'ranks'}-per-node 2 " in note.again(run)
+
+
+def test_a_plain_job_leaves_a_run_alone_that_another_job_is_to_train(run: Path, slurm: FakeSlurm) -> None:
+    write_note(run, JobNote("slurm", "6", "ab12", "", 1, 1))
+    slurm.does("scontrol", "echo JobState=PENDING Restarts=0")
+    words = [sys.executable, "-m", "launch.rank", "make", run]
+    done = subprocess.run(words, env={**os.environ, **VARIABLES}, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == f"error: {run}: job 6 is not over; end it with: python launch/submit.py cancel {run}\n"
+    assert read_note(run) == JobNote("slurm", "6", "ab12", "", 1, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -337,6 +338,61 @@ def test_a_refused_array_takes_only_its_own_runs_with_it(config: Path, tmp_path:
         done.stdout.splitlines()[0] == "runs/seeds: trains with the code of runs/seeds/code, from its first submission"
     )
     assert all((array / f"seed={seed}" / "code" / "launch").is_dir() for seed in (1, 2, 3))
+
+
+def test_a_refused_array_leaves_the_runs_that_another_submission_put_there(
+    config: Path, tmp_path: Path, slurm: FakeSlurm
+) -> None:
+    slurm.does("sbatch", "mkdir runs/seeds/seed=2; exit 1")
+    done = submit("--config", config, "--set", "run.name=seeds", "--array", "seed=0,1", cwd=tmp_path)
+    assert done.returncode == 2
+    assert sorted(path.name for path in (tmp_path / "runs" / "seeds").iterdir()) == ["code", "job", "seed=2"]
+
+
+def test_a_job_on_slurm_that_cannot_be_noted_is_named(
+    config: Path, tmp_path: Path, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    slurm.does("sbatch", "echo Submitted batch job 7")
+    monkeypatch.setattr("launch.submit.write_note", refuse)
+    done = submit("--config", config, "--set", "run.name=mine", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "error: runs/mine: cannot be written to: No space left on device; "
+        "job 7 is there all the same, end it with: scancel 7\n"
+    )
+
+
+def test_a_local_job_that_runs_is_not_continued(config: Path, tmp_path: Path) -> None:
+    """Its ranks may not have come to the lock yet."""
+    run = create_run(load_config(config, [f"run.dir={tmp_path}"]), None, [])
+    (run / "job").mkdir()
+    write_note(run, JobNote("local", str(os.getpid()), "ab12", socket.gethostname(), 1, 1))
+    done = submit("--local", "--resume", run, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert f"job {os.getpid()} is not over; end it with: python launch/submit.py cancel {run}" in done.stderr
+
+
+@pytest.mark.parametrize("verb", [["status"], ["cancel"], ["--follow"]])
+def test_what_is_no_run_folder_has_no_job(verb: list[str], run: Path) -> None:
+    (run / "config.yaml").touch()
+    done = submit(*verb, run / "config.yaml", cwd=run.parent)
+    assert (done.returncode, done.stderr) == (
+        2,
+        f"error: {run / 'config.yaml'}: no job was submitted from this folder\n",
+    )
+    (run / "job" / "job.json").mkdir()
+    done = submit(*verb, run, cwd=run.parent)
+    assert (done.returncode, done.stderr) == (2, f"error: {run / 'job' / 'job.json'}: cannot be read: Is a directory\n")
+
+
+def test_one_folder_without_a_job_keeps_no_other_running(run: Path, slurm: FakeSlurm) -> None:
+    write_note(run, JobNote("slurm", "7", "ab12", "", 2, 1))
+    slurm.does("scancel", "exit 0")
+    done = submit("cancel", run.parent / "other", run, cwd=run.parent)
+    assert done.returncode == 2 and done.stdout.startswith("cancelled job 7; ")
 
 
 def test_ctrl_c_while_sbatch_is_asked_leaves_nothing(config: Path, tmp_path: Path, slurm: FakeSlurm) -> None:
