@@ -396,7 +396,7 @@ def _explained(trace: str) -> str:
 def _peer_lost(error: Exception) -> bool:
     """Whether a collective failed because another rank is gone. By name, for torch may not even be imported."""
     if any(kind.__name__ == "DistError" for kind in type(error).__mro__):
-        return True
+        return "Duplicate GPU" not in str(error)  # which another start would find as well
     return isinstance(error, RuntimeError) and "gloo/transport" in str(error)
 
 

@@ -595,7 +595,7 @@ class RunConfig(Section):
     dir: str = Field("runs", description="folder that run folders are made in")
     name: str | None = Field(None, description="name of the run folder; default: date, config name and a short hash")
     evaluate_every: int | None = Field(None, ge=1, description="steps between evaluations; default: each epoch")
-    log_every: int = Field(10, ge=1, description="steps between lines in metrics.jsonl and TensorBoard")
+    log_every: int = Field(10, ge=1, le=10_000, description="steps between lines in metrics.jsonl and TensorBoard")
 
     @field_validator("name")
     @classmethod

@@ -65,6 +65,7 @@ def evaluate(model: MultiTaskModel, task: Task, rank: Rank, device: torch.device
     score = metric_of(metric, task.config.class_count)(predictions_N, task.dataset("dev").labels_N)
     if not said_NA[:, 3].all():  # of a model that broke: NaN counts as class 0, and a number would hide it
         score = math.nan
+    score = _as_the_first_has_it(score, device)
     loss = float(losses_N.mean()) if task.config.has_example_loss else None
     return Evaluation(task.name, metric, score, loss, predictions_N, losses_N, said_NA[:, 4:].numpy())
 
@@ -86,6 +87,13 @@ def evaluate_all(
     """Every task that has a development set, and the composite score of all these."""
     results = [evaluate(model, task, rank, device) for task in tasks if task.dev is not None]
     return results, composite({result.task: (result.metric, result.score) for result in results})
+
+
+def _as_the_first_has_it(score: float, device: torch.device) -> float:
+    """Hosts with other CPUs may round otherwise, and whether to save follows from it: that all ranks do, or none."""
+    told = torch.tensor(score, dtype=torch.float64, device=device)
+    dist.broadcast(told, 0)
+    return float(told)
 
 
 def _sum_over_ranks(values: Tensor, device: torch.device) -> Tensor:

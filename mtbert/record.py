@@ -16,7 +16,7 @@ import math
 import os
 import sys
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -64,8 +64,8 @@ def kept_id(id: str) -> str:
     return id if len(id) <= MAX_ID else f"{id[: MAX_ID - 17]}…{hashlib.sha256(id.encode()).hexdigest()[:16]}"
 
 
-def write_predictions(run_dir: Path, step: int, said: Mapping[str, Said], best: int | None) -> None:
-    """Keep what an evaluation after `step` steps said; of earlier evaluations only that after `best` steps stays."""
+def write_predictions(run_dir: Path, step: int, said: Mapping[str, Said], best: Container[int]) -> None:
+    """Keep what an evaluation after `step` steps said; of earlier evaluations only those after `best` steps stay."""
     arrays = {f"{task}/{field.name}": getattr(one, field.name) for task, one in said.items() for field in fields(one)}
     buffer = io.BytesIO()
     np.savez_compressed(buffer, allow_pickle=False, **arrays)
@@ -74,12 +74,22 @@ def write_predictions(run_dir: Path, step: int, said: Mapping[str, Said], best: 
     written = _predictions(folder, step)
     write_atomically(written, buffer.getvalue())
     for path in folder.glob("step-*.npz"):
-        if path != written and (best is None or path != _predictions(folder, best)):
+        if path != written and not (path.stem[5:].isdecimal() and int(path.stem[5:]) in best):
             path.unlink()
 
 
 def _predictions(folder: Path, step: int) -> Path:
     return folder / f"step-{step:08d}.npz"
+
+
+def highest_composite(run_dir: Path) -> tuple[int, float] | None:
+    """Steps done at the evaluation with it, the first of equals, and itself; None before there is one."""
+    highest = None
+    for line in read_lines(run_dir, "metric/composite"):
+        score = line.values["metric/composite"]
+        if math.isfinite(score) and (highest is None or score > highest[1]):
+            highest = line.step + 1, score
+    return highest
 
 
 @dataclass(frozen=True)
@@ -114,22 +124,40 @@ def read_lines(run_dir: Path, tag: str = "") -> Iterator[Line]:
 def keep_lines_before(run_dir: Path, step: int) -> int:
     """Drop what a run logged of this and later steps, and half a line at the end, where its writer was killed.
 
-    Returns how many other lines were damaged, and are dropped as well; one that is far too long counts as several.
+    Returns how many other lines were damaged, and are dropped as well; one that is far too long counts as several. No
+    room on the disk is needed, unless a line stays that comes after one that goes.
     """
     path = run_dir / METRICS_FILE
-    damaged = 0
-    if path.exists():
-        with path.open("rb") as file, written_aside(path) as aside, aside.open("wb") as kept:
-            while line := file.readline(MAX_LINE):
-                try:
-                    if line.endswith(b"\n") and _parsed(line).step < step:
-                        kept.write(line)
-                    damaged += len(line) == MAX_LINE
-                except ValueError:
-                    damaged += 1
-            kept.flush()
-            os.fsync(kept.fileno())
+    damaged = first_bytes = position = 0
+    begins_with_all = True
+    if not path.exists():
+        return 0
+    with path.open("rb") as file:
+        while line := file.readline(MAX_LINE):
+            stays, broken = _stays(line, step)
+            damaged += broken
+            if stays:
+                begins_with_all &= first_bytes == position
+                first_bytes += len(line)
+            position += len(line)
+    if begins_with_all:
+        os.truncate(path, first_bytes)
+        return damaged
+    with path.open("rb") as file, written_aside(path) as aside, aside.open("wb") as kept:
+        while line := file.readline(MAX_LINE):
+            if _stays(line, step)[0]:
+                kept.write(line)
+        kept.flush()
+        os.fsync(kept.fileno())
     return damaged
+
+
+def _stays(line: bytes, step: int) -> tuple[bool, bool]:
+    """Whether it is of an earlier step, and whether it is damaged."""
+    try:
+        return line.endswith(b"\n") and _parsed(line).step < step, len(line) == MAX_LINE
+    except ValueError:
+        return False, True
 
 
 def _parsed(line: bytes) -> Line:
@@ -227,7 +255,8 @@ class RunRecord:
         """Steps done, and the score of each task that is evaluated and the `composite` there. Raises `UserError` before
         the first evaluation.
 
-        best: the evaluation with the highest composite, the first of equals, as training itself chooses it.
+        best: the evaluation with the highest composite, the first of equals, as training itself chooses it. (Where that
+        one's checkpoint could not be saved, the best on disk is an earlier one.)
         """
         composite = self.curves.get("metric/composite")
         if composite is None:
@@ -359,6 +388,7 @@ __all__ = [
     "Said",
     "TaskResult",
     "Which",
+    "highest_composite",
     "keep_lines_before",
     "kept_id",
     "read_lines",

@@ -285,6 +285,8 @@ def _fairgrad(*, alpha: float, max_iters: int | None = None) -> Weigh:
     default 100·K."""
     if alpha < 0:
         raise ValueError(f"alpha must be non-negative, but got {alpha}")
+    if max_iters is not None and max_iters < 1:
+        raise ValueError(f"max_iters must be 1 or more, but got {max_iters}")
     unit = _scale_free(_torchjd().FairGradWeighting(alpha=alpha, max_iters=max_iters))
 
     def weigh(gram_KK: Tensor, context: Context) -> Tensor:
@@ -353,6 +355,8 @@ def _projector(reg_eps: float) -> Any:
     """`reg_eps` times the trace is added to the diagonal; the price: g_k·(Σ w g) ≥ -reg_eps·trace·w_k, not 0."""
     import torchjd.linalg
 
+    if reg_eps <= 0:  # TorchJD takes 0, and its solver fails where gradients are parallel or zero
+        raise ValueError(f"reg_eps must be above 0, but got {reg_eps}")
     return torchjd.linalg.QuadprogProjector(reg_eps=reg_eps)
 
 

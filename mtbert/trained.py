@@ -61,8 +61,10 @@ class KeptEncoder:
 
 
 def keep_encoder(run_dir: Path, encoder: KeptEncoder) -> None:
-    """Write it into the run folder; checksums last, whose presence says that all is there."""
+    """Write it into the run folder, unless it is there; checksums last, whose presence says that all is."""
     folder = run_dir / "encoder"
+    if (folder / "checksums.json").is_file():
+        return
     folder.mkdir(exist_ok=True)
     write_atomically(folder / "origin.json", json.dumps(encoder.origin, indent=2) + "\n")
     write_shape(encoder.shape, folder / "config.json")

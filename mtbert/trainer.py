@@ -11,7 +11,7 @@ import json
 import math
 import shlex
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Container, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -44,7 +44,7 @@ from mtbert.metrics import metric_of
 from mtbert.phases import Phase, plan
 from mtbert.randomness import addressed_generator
 from mtbert.ranks import close_ranks, in_turn, join_ranks, peak_memory
-from mtbert.record import RunRecord, Said, Which, kept_id, settings, write_predictions
+from mtbert.record import RunRecord, Said, Which, highest_composite, kept_id, settings, write_predictions
 from mtbert.runs import Outcome, Rank, Stopwatch, check_run
 from mtbert.schedule import Schedule, Share
 from mtbert.surgery import Surgery, conflicts
@@ -91,9 +91,7 @@ def train(
         notes: list[str] = []
         checkpoint = checkpointer.latest(notes.append)
         with tokenising_told(rank, quiet) as progress:
-            built = in_turn(rank, lambda: build(config, run_dir, checkpoint is None, progress))
-        if rank.first:
-            keep_encoder(run_dir, built.encoder)
+            built = in_turn(rank, lambda: _built(config, run_dir, rank, checkpoint is None, progress))
         built.notes.extend(notes)
         launch.lap("data")
         run = _Run(config, run_dir, rank, built, checkpointer, checkpoint, surgery, weighting, stop, quiet)
@@ -103,6 +101,19 @@ def train(
         raise
     close_ranks()
     return outcome
+
+
+def _built(
+    config: Config, run_dir: Path, rank: Rank, initial: bool, progress: Callable[[str, int], None] | None
+) -> Built:
+    """The first rank also makes room in the run folder for what is to come, or says why it cannot."""
+    built = build(config, run_dir, initial, progress)
+    if rank.first:
+        try:
+            keep_encoder(run_dir, built.encoder)
+        except OSError as error:
+            raise UserError(f"{run_dir}: cannot be written to: {error.strerror}") from None
+    return built
 
 
 def evaluate_run(run_dir: Path, which: Which, quiet: bool = True) -> tuple[int, list[Evaluation], float]:
@@ -181,10 +192,13 @@ class _Run:
         self.checkpointer = checkpointer
         self.first_step = 0
         self.best: Best | None = None
+        self.highest: Best | None = None  # as the metrics have it, whether or not it could be saved
         if checkpoint is not None:
             self.checkpointer.load(self.engine, checkpoint)
             self.first_step, self.best = checkpoint.step, checkpoint.best
         self.tracker = Tracker(run_dir, rank, self.first_step, self.total_steps, quiet)
+        if rank.first and (found := highest_composite(run_dir)):
+            self.highest = Best(step=found[0], score=found[1])
         for note in built.notes:
             self.tracker.message(note)
         self.results: list[Evaluation] = []
@@ -352,24 +366,23 @@ class _Run:
         self.tracker.scalars(step, {**values, "metric/composite": score})
         told = "  ".join(f"{result.task} {result.metric} {result.score:.4f}" for result in results)
         self.tracker.message(f"step {step + 1}: {told}  composite {score:.4f}")
+        before = self.best, self.checkpointer.best  # until a new best is on disk, a run that is killed goes back to one
         if math.isfinite(score) and (self.best is None or score > self.best.score):
             self.best = Best(step=step + 1, score=score)
+        if self.best is not None and (self.highest is None or self.best.score > self.highest.score):
+            self.highest = self.best
         if self.config.schedule.kind == "adaptive":
             self._adapt(step)
         if self.rank.first:
-            self._show(step, results)
+            self._show(step, results, [each.step for each in (*before, self.highest) if each])
         self.cosines.clear()
 
-    def _show(self, step: int, results: Sequence[Evaluation]) -> None:
-        """Keeps what was said of every example, and draws it."""
+    def _show(self, step: int, results: Sequence[Evaluation], kept: Container[int]) -> None:
+        """Keeps what was said of every example, and of those of the evaluations `kept`; and draws it."""
         tasks = {task.name: task for task in self.tasks}
         said = {result.task: _said(tasks[result.task], result) for result in results}
-        try:
-            write_predictions(self.run_dir, step + 1, said, self.best.step if self.best else None)
-        except OSError as error:
-            if error.errno not in NO_ROOM:
-                raise
-            self.tracker.message(f"predictions were not kept: {error.strerror}")
+        with self._if_there_is_room("predictions"):
+            write_predictions(self.run_dir, step + 1, said, kept)
         cosines = {pair: total / count for pair, (total, count) in self.cosines.items()}
 
         def draw() -> dict[str, Figure]:
@@ -383,6 +396,16 @@ class _Run:
             return figures
 
         self.tracker.figures(step, draw)
+
+    @contextmanager
+    def _if_there_is_room(self, what: str) -> Iterator[None]:
+        """For what training does without."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+            self.tracker.message(f"{what} were not kept: {error.strerror}")
 
     def _adapt(self, step: int) -> None:
         """Let the next step draw tasks by how they stand; one that is not evaluated does not lag."""
@@ -460,7 +483,8 @@ class _Run:
             if rows:
                 told = [{"file": row.file, "line": row.line, "reason": row.reason, "id": row.id} for row in rows]
                 lines = "".join(json.dumps(each) + "\n" for each in told)
-                write_atomically(self.run_dir / "quarantined.jsonl", lines)
+                with self._if_there_is_room("rows that were left out"):
+                    write_atomically(self.run_dir / "quarantined.jsonl", lines)
         if not self.first_step:
             tracker.text("config", f"```yaml\n{to_yaml(config)}```")
             environment = RunRecord(self.run_dir).environment
@@ -497,7 +521,8 @@ class _Run:
         record = {"step": self.first_step, "seconds": rounded, "total": round(sum(rounded.values()), 3)}
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else cpu()
         record |= {"ranks": self.rank.world, "device": device}
-        write_atomically(self.run_dir / "launch.json", json.dumps(record) + "\n")
+        with self._if_there_is_room("times of the start"):
+            write_atomically(self.run_dir / "launch.json", json.dumps(record) + "\n")
         parts = ", ".join(f"{part} {seconds:.1f}" for part, seconds in rounded.items())
         self.tracker.message(f"first step after {record['total']:.1f} s: {parts}")
 

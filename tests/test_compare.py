@@ -58,7 +58,7 @@ def make(folder: Path, right: float, seed: int, *overrides: str, answers: dict[s
         for step in range(9):
             tracker.scalars(step, {"loss/sst": 1 / (step + 1), "gradient/cosine/sst~sts": 0.1 - step / 50})
         tracker.scalars(9, {**scores, "metric/composite": float(np.mean(list(scores.values())))})
-    write_predictions(folder, 10, answers, None)
+    write_predictions(folder, 10, answers, ())
     return folder
 
 

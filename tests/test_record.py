@@ -38,7 +38,7 @@ def run(tmp_path: Path) -> Path:
             scores = {"metric/sst/accuracy": score / 2, "metric/sts/pearson": score, "metric/composite": score}
             tracker.scalars(step, {**scores, "loss/sst": 1.0})
             best = step + 1 if score == 0.75 and best is None else best
-            write_predictions(tmp_path, step + 1, {"sst": said(step), "sts": said(step, 1)}, best)
+            write_predictions(tmp_path, step + 1, {"sst": said(step), "sts": said(step, 1)}, [best] if best else [])
     return tmp_path
 
 
@@ -133,14 +133,14 @@ def test_a_damaged_document_is_one_line(run: Path, name: str, content: bytes) ->
 )
 def test_predictions_that_no_training_wrote(run: Path, task: str, damage: dict[str, np.ndarray]) -> None:
     both = {"sst": said(39), "sts": said(39, 1)}
-    write_predictions(run, 40, {**both, task: Said(**{**vars(both[task]), **damage})}, None)
+    write_predictions(run, 40, {**both, task: Said(**{**vars(both[task]), **damage})}, ())
     with pytest.raises(UserError, match=f"what it says of {task} is not what training writes; it was damaged"):
         RunRecord(run).said("latest")
 
 
 def test_a_model_that_broke_is_read(run: Path) -> None:
     broken = {"predictions_N": np.full(3, np.nan), "losses_N": np.full(3, np.nan)}
-    write_predictions(run, 40, {"sst": said(39), "sts": Said(**{**vars(said(39, 1)), **broken})}, None)
+    write_predictions(run, 40, {"sst": said(39), "sts": Said(**{**vars(said(39, 1)), **broken})}, ())
     assert np.isnan(RunRecord(run).said("latest")["sts"].predictions_N).all()
 
 

@@ -89,7 +89,7 @@ def run(tmp_path: Path) -> Path:
         for step in range(9):
             tracker.scalars(step, {"loss/sst": 1.0})
         tracker.scalars(9, {"metric/sst/accuracy": 0.5, "metric/composite": 0.5, "loss/sst/dev": 1.0})
-    write_predictions(folder, 10, {"sst": said()}, 10)
+    write_predictions(folder, 10, {"sst": said()}, [10])
     return folder
 
 
@@ -160,7 +160,7 @@ def test_where_no_example_has_a_loss_of_its_own_none_is_shown(run: Path, tmp_pat
     with Tracker(run, Rank(), 0, 10, quiet=True) as tracker:
         tracker.scalars(9, {"metric/sst/pearson": 0.5, "metric/composite": 0.5})
     answers = replace(said(), predictions_N=np.arange(N) / N, losses_N=np.full(N, np.nan))
-    write_predictions(run, 10, {"sst": replace(answers, probabilities_NC=np.empty((N, 0)))}, 10)
+    write_predictions(run, 10, {"sst": replace(answers, probabilities_NC=np.empty((N, 0)))}, [10])
     assert main(["report", str(run)]) == 0
     page = Page(run / "report.html")
     content = (run / "report.html").read_text()

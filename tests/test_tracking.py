@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import math
@@ -14,7 +15,7 @@ import tracemalloc
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -26,9 +27,9 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2
 from tensorboard.summary.writer import event_file_writer
 
-from mtbert import tracking
+from mtbert import record, tracking
 from mtbert.figures import cosine_map
-from mtbert.record import MAX_LINE
+from mtbert.record import MAX_LINE, keep_lines_before
 from mtbert.runs import Rank
 from mtbert.tracking import Tracker
 
@@ -97,6 +98,24 @@ def test_damaged_lines_are_dropped_and_long_ones_never_held_whole(
         tracemalloc.stop()
     assert [record["step"] for record in records(tmp_path)] == [0, 1, 2, 3]
     assert "metrics.jsonl: 19 line(s) were damaged and are dropped" in capsys.readouterr().out
+
+
+def test_lines_are_dropped_where_the_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those at the end, which is where they are unless one was damaged."""
+
+    def refuse(_: Path) -> NoReturn:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    write(tmp_path, 0, 5)
+    monkeypatch.setattr(record, "written_aside", refuse)
+    assert keep_lines_before(tmp_path, 5) == 0 and len(records(tmp_path)) == 5
+    assert keep_lines_before(tmp_path, 3) == 0
+    assert [line["step"] for line in records(tmp_path)] == [0, 1, 2]
+    (tmp_path / "metrics.jsonl").write_text("noise\n" + (tmp_path / "metrics.jsonl").read_text())
+    with pytest.raises(OSError, match="No space"):
+        keep_lines_before(tmp_path, 3)
+    monkeypatch.undo()
+    assert keep_lines_before(tmp_path, 3) == 1 and len(records(tmp_path)) == 3
 
 
 def test_resume_after_death_in_the_middle_of_a_line(tmp_path: Path) -> None:

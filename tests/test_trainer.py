@@ -25,15 +25,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from mtbert import checkpoint, token_cache, tracking
+from mtbert import checkpoint, token_cache, tracking, trainer
 from mtbert.building import build
-from mtbert.checkpoint import _Reader, load_weights
+from mtbert.checkpoint import Checkpointer, _Reader, load_weights
 from mtbert.config import CheckpointConfig, Config, OptimizerConfig, PhaseConfig
 from mtbert.config_files import config_of, load_config, to_yaml
 from mtbert.encoder import WordEmbedding
 from mtbert.engine import Engine, StepResult
 from mtbert.environment import cpu
 from mtbert.errors import UserError
+from mtbert.files import write_atomically
 from mtbert.manifest import find_checkpoint, folder_of, open_checkpoint, sealed
 from mtbert.metrics import METRICS
 from mtbert.record import RunRecord, Said
@@ -455,6 +456,54 @@ def test_a_save_that_fails_is_told_and_tried_again(
     assert 7 <= saved[0] < 10 and saved[-1] == STEPS
     best = find_checkpoint(run, "best")
     assert best.step in saved, "the best so far is one that could be saved"
+
+
+def test_predictions_of_the_best_stay_until_a_better_one_is_saved(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that is killed meanwhile goes back to the old one; where it cannot be saved both stay, for good."""
+    scores, evaluate, complete = iter((0.5, 0.7, 0.4, 0.3)), trainer.evaluate_all, Checkpointer._complete
+
+    def evaluated(*arguments: Any) -> Any:
+        return evaluate(*arguments)[0], next(scores)
+
+    def not_the_better(self: Checkpointer, aside: Path, target: Path, *rest: Any) -> None:
+        if target.name == "step-00000006":
+            raise OSError("No space left on device")
+        complete(self, aside, target, *rest)
+
+    monkeypatch.setattr(trainer, "evaluate_all", evaluated)
+    monkeypatch.setattr(Checkpointer, "_complete", not_the_better)
+    config = config.model_copy(update={"run": config.run.model_copy(update={"evaluate_every": 3})})
+    run = new_run(config, "better")
+    train(run, Rank(), quiet=True)
+    assert STEPS == 12 and sorted(path.name[5:-4] for path in (run / "predictions").iterdir()) == [
+        f"{step:08d}" for step in (3, 6, 12)
+    ]
+    assert find_checkpoint(run, "best").step == 3 and RunRecord(run).scores("best")[0] == 6
+    assert RunRecord(run).said("best").keys() == {"sst", "para", "sts"}
+
+
+@pytest.mark.parametrize("name", ["encoder", "launch.json"])
+def test_a_disk_that_is_full_at_the_start(
+    name: str, config: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(path: Path, content: Any) -> None:
+        if name in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_atomically(path, content)
+
+    run = new_run(config, "full")
+    for module in ("trainer", "trained", "pretrained"):
+        monkeypatch.setattr(f"mtbert.{module}.write_atomically", refuse)
+    if name == "encoder":
+        with pytest.raises(UserError, match=f"^{run}: cannot be written to: No space left on device$"):
+            train(run, Rank())
+    else:
+        assert train(run, Rank()).status == "finished"
+        assert "times of the start were not kept: No space left on device" in capsys.readouterr().out
+    monkeypatch.undo()
+    assert train(run, Rank()).status == "finished"
 
 
 def test_a_run_whose_last_save_fails_says_so(config: Config) -> None:

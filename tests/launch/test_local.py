@@ -501,6 +501,15 @@ def test_a_project_that_hands_write_permission_on_does_not_to_a_job(tmp_path: Pa
     assert done.returncode == 2 and "its folder hands write permission on (an ACL?)" in done.stderr
 
 
+def test_two_ranks_on_one_gpu_are_no_lost_peer() -> None:
+    """Another start would find the same."""
+    from launch.job import _peer_lost
+
+    DistBackendError = type("DistBackendError", (type("DistError", (RuntimeError,), {}),), {})
+    assert _peer_lost(DistBackendError("NCCL error: remote process exited"))
+    assert not _peer_lost(DistBackendError("NCCL error: Duplicate GPU detected : rank 0 and rank 1"))
+
+
 def test_a_failure_for_want_of_memory_says_so() -> None:
     """oneDNN alone does not; seen in a soak. CUDA does, and not what to do."""
     from launch.job import _explained
