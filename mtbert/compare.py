@@ -123,6 +123,8 @@ def grouped(runs: Sequence[RunRecord]) -> list[Group]:
         groups.append(Group(label if 0 < len(label) <= LONGEST_LABEL else first, members[name]))
     if len({group.label for group in groups}) < len(groups):  # only in what one of them has not got
         groups = [Group(group.runs[0].name, group.runs) for group in groups]
+    if len({group.label for group in groups}) < len(groups):  # as trials of two searches do
+        groups = [Group(str(group.runs[0].folder), group.runs) for group in groups]
     return groups
 
 

@@ -62,6 +62,16 @@ def make(folder: Path, right: float, seed: int, *overrides: str, answers: dict[s
     return folder
 
 
+def test_groups_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+    """As trials of two searches: what differs is too long for a name, and their runs are called alike."""
+    folders = [tmp_path / search / "trials" / "t3" for search in ("a", "b")]
+    for folder, value in zip(folders, (0.125, 0.25), strict=True):
+        folder.parent.mkdir(parents=True)
+        keys = ("optimizer.lr", "optimizer.head_lr", "optimizer.weight_decay", "encoder.dropout", "tasks.sst.weight")
+        make(folder, 0.6, 1, *(f"{key}={value}" for key in keys))
+    assert [group.label for group in grouped([RunRecord(folder) for folder in folders])] == [*map(str, folders)]
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """pcgrad on three seeds, a clearly better sum, and a lr that changes nothing one could tell."""

@@ -83,12 +83,22 @@ def main() -> int:
     with contextlib.suppress(KeyboardInterrupt):
         if os.environ["SLURM_NODEID"] == "0":
             with ray_home(token) as home:
-                code = _drive(folder, token, home, socket.gethostbyname(hosts[0]), port, sys.argv[2:])
+                code = _drive(folder, token, home, _address(hosts), port, sys.argv[2:])
                 write_atomically(folder / f".exit-{job}", str(code))
                 return code
         with ray_home() as home:
             return _lend(token, home, hosts[0], port)
     return STOPPED
+
+
+def _address(hosts: Sequence[str]) -> str:
+    """Of the first, as the others reach it: what its own /etc/hosts says of its name may be the loopback."""
+    address = socket.gethostbyname(hosts[0])
+    if address.startswith("127.") and len(hosts) > 1:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((hosts[1], 9))  # sends nothing, but picks the route
+            return str(probe.getsockname()[0])
+    return address
 
 
 def _drive(folder: Path, token: Path, home: Path, address: str, port: int, asked: Sequence[str]) -> int:

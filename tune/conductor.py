@@ -78,7 +78,9 @@ class Conductor:
                 tune_config=TuneConfig(
                     search_alg=None if population else _Asks(self),
                     scheduler=self._scheduler(),
-                    reuse_actors=True,  # a trial's Ray process serves the next one: two seconds of imports each
+                    # a trial's Ray process serves the next one: two seconds of imports each. But where there is none
+                    # until a stage is over, the ranks of a trial that was stopped would train on meanwhile
+                    reuse_actors=not self.space.stages,
                     num_samples=1 if population else left,
                     # a population takes turns
                     max_concurrent_trials=None if population else at_once,
@@ -243,7 +245,10 @@ class Conductor:
         values = self.space.perturb(
             donor["plan"]["values"], addressed_rng(self.settings.seed, "explore", self.explored)
         )
-        return self._planned(donor["plan"]["number"], values)[0].settings()
+        try:
+            return self._planned(donor["plan"]["number"], values)[0].settings()
+        except UserError:  # values that do not fit, or data that are gone: Tune would make a traceback of it
+            return {"plan": donor["plan"]}
 
     def _tidy(self) -> None:
         """Weights are kept of the best trial, or of those on the Pareto front; curves and configurations of all."""

@@ -124,7 +124,8 @@ def _best(study: Study) -> str:
 def _importances(study: Study) -> str:
     shares = study.importances()
     if not shares:
-        return "## Importance\n\nFewer than four trials saw all their examples: nothing can be said about importance."
+        few = "Fewer than four different scores of trials that saw all their examples"
+        return f"## Importance\n\n{few}: nothing can be said about importance."
     used = {label: sum(label in trial.params for trial in study.tried()) for label in shares}
     rows = [f"| {label} | {share:.2f} | {used[label]} |" for label, share in shares.items()]
     return (
@@ -232,6 +233,8 @@ def _cost(folder: Path, study: Study) -> str:
     available = study.notes["seconds"] * study.notes.get("slots", 1)
     steps = sum(each.steps for each in known)
     between = sum(each.whole - each.start - each.steps for each in known)
+    if steps + between > available:  # a session that was killed has left no time
+        return ""
     start = float(np.median([each.start for each in known]))
     return (
         f"## Time\n\n{study.notes['seconds']:.0f} s for the whole search, {study.notes.get('slots', 1)} trial(s) at "

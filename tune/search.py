@@ -33,16 +33,16 @@ if not __package__:  # started as a script: the checkout, not tune/, is where im
 import filelock
 from pydantic import Field, TypeAdapter, ValidationError
 
-from launch.records import ROOT, snapshot_code
+from launch.records import ROOT, snapshot_code, writing_to
 from mtbert.config import Config
 from mtbert.config_files import DEFAULT_CONFIG, config_of, load_config, to_yaml
 from mtbert.environment import redacted
 from mtbert.errors import CommandLine, UserError, to_install
 from mtbert.files import user_path, written_aside
-from mtbert.runs import create_run, usable_cores
+from mtbert.runs import create_run, independent, usable_cores
 from mtbert.stops import STOPPED, UNREAD, give_up, stop_requests
 from mtbert.yaml_files import dump_yaml, inline_yaml, read_yaml
-from tune.space import Space, corners, load_space
+from tune.space import Space, anchored, corners, load_space
 
 DEFAULT_SPACE = ROOT / "configs" / "search" / "default.yaml"
 PRETRAINED_SPACE = ROOT / "configs" / "search" / "pretrained.yaml"
@@ -153,9 +153,9 @@ def search(args: argparse.Namespace, command: list[str]) -> int:
         if space.stages and settings.trials != space.staged_trials():
             raise UserError(f"--trials {settings.trials}: the stages of the space have {space.staged_trials()} trials")
     else:
-        config = load_config(args.config or DEFAULT_CONFIG, args.overrides)
+        config = independent(load_config(args.config or DEFAULT_CONFIG, args.overrides))
         source = args.space or (PRETRAINED_SPACE if config.encoder.pretrained else DEFAULT_SPACE)
-        searched = read_yaml(source)
+        searched = anchored(read_yaml(source))
         space = load_space(source, config, searched)
         settings = new_settings(args, config, space)
         named = f"run.name={inline_yaml(settings.name)}"
@@ -176,7 +176,8 @@ def search(args: argparse.Namespace, command: list[str]) -> int:
     try:
         with _only_search(folder):
             study = open_study(folder, settings, space, config, args.resume is not None)
-            write_settings(folder, settings)  # a resume may have changed them
+            with writing_to(folder):
+                write_settings(folder, settings)  # a resume may have changed them
         job = None if args.cluster is None else submit(args, folder, settings)
     except BaseException:
         if args.resume is None:
@@ -296,7 +297,8 @@ def run(args: argparse.Namespace, folder: Path, settings: Settings, space: Space
             code = STOPPED
         except UserError as error:
             raise UserError(f"{error}; then continue with: {again(args, folder)}") from None
-    study.note_search(seconds=study.notes.get("seconds", 0.0) + time.monotonic() - started)
+        finally:
+            study.note_search(seconds=study.notes.get("seconds", 0.0) + time.monotonic() - started)
     best = write_best(folder, settings, study)
     write_report(folder, settings, space, study)
     if best is not None:
@@ -479,10 +481,15 @@ def _this_machine() -> dict[str, float]:
 def _only_search(folder: Path) -> Iterator[None]:
     lock = filelock.FileLock(folder / ".lock")
     try:
-        with lock.acquire(timeout=0):
-            yield
+        lock.acquire(timeout=0)
     except filelock.Timeout:
         raise UserError(f"{folder}: another process is searching here; wait for it, or end it") from None
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written to: {error.strerror}") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager

@@ -36,6 +36,7 @@ import numpy as np
 from mtbert.config import Config
 from mtbert.config_files import config_of
 from mtbert.errors import UserError
+from mtbert.files import seen_as_folder, user_path
 from mtbert.yaml_files import inline_yaml, merge, parse_override, read_yaml
 
 Values = dict[str, Any]
@@ -90,7 +91,8 @@ class Parameter:
     def encode(self, value: Any) -> dict[str, Any]:
         """What `draw` would have to be given to return `value`. Raises `ValueError` when it never would."""
         if self.kind == "simplex":
-            if not isinstance(value, list) or len(value) != len(self.keys):
+            numbers = isinstance(value, list) and all(_is_number(weight) for weight in value)
+            if not numbers or len(value) != len(self.keys):
                 raise ValueError(f"expected {len(self.keys)} weights, one for each of {', '.join(self.keys)}")
             if min(value) < 0 or not math.isclose(sum(value), self.total, rel_tol=1e-6):
                 raise ValueError(f"weights are 0 or more and sum to {self.total:g}")
@@ -206,6 +208,31 @@ class Space:
 
 
 # ------------------------------------------------------------------------------------------------- reading
+
+
+def anchored(raw: dict[str, Any]) -> dict[str, Any]:
+    """What a file of a space holds, with absolute paths where a parameter chooses between folders or files: trials are
+    drawn, and the search is continued, from anywhere."""
+    parameters, starts = raw.get("parameters"), raw.get("starts")
+    if not isinstance(parameters, dict):
+        return raw  # `load_space` says what is wrong
+
+    def placed(name: Any, value: Any) -> Any:
+        folder = isinstance(value, str) and (name in PATHS or (name in MODELS and seen_as_folder(user_path(value))))
+        return str(user_path(value).absolute()) if folder else value
+
+    def with_choices(name: Any, how: Any) -> Any:
+        if isinstance(how, dict) and isinstance(how.get("choice"), list):
+            return {**how, "choice": [placed(name, option) for option in how["choice"]]}
+        return how
+
+    parameters = {name: with_choices(name, how) for name, how in parameters.items()}
+    if isinstance(starts, list):
+        starts = [
+            {name: placed(name, value) for name, value in start.items()} if isinstance(start, dict) else start
+            for start in starts
+        ]
+    return {**raw, "parameters": parameters, **({"starts": starts} if "starts" in raw else {})}
 
 
 def load_space(path: Path, config: Config, raw: Mapping[str, Any] | None = None) -> Space:
@@ -387,6 +414,8 @@ def _own_option(space: Space, parameter: Parameter) -> Any:
 def _own_number(space: Space, parameter: Parameter) -> Any:
     found: list[Any] = [_at(space.base, key) for key in parameter.keys]
     if parameter.kind == "simplex":
+        if not all(_is_number(weight) for weight in found):
+            return MISSING
         return [weight * parameter.total / (sum(found) or 1) for weight in found]
     return found[0] if found.count(found[0]) == len(found) else MISSING
 
@@ -432,6 +461,11 @@ class _Corner:
 
 def _try_out(path: Path, space: Space) -> None:
     """Builds a configuration at every corner. Raises what it complains of, and names the values."""
+    for parameter in space.parameters:
+        try:
+            _enabling(space, parameter)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
     for enabled, values in corners(space):
         try:
             check_countable(enabled.config(values, str(path)))
@@ -470,24 +504,43 @@ def check_countable(config: Config) -> None:
 
 
 def _enabling(space: Space, parameter: Parameter) -> tuple[dict[str, int], list[tuple[str, Any]]]:
-    """Options of other parameters, and overrides of the configuration, under which `parameter` is searched."""
+    """Options of other parameters, and overrides of the configuration, under which `parameter` is searched. Raises
+    `UserError` where there are none."""
     places: dict[str, int] = {}
     settings: list[tuple[str, Any]] = []
-    for name, wanted in parameter.when.items():
+    for name, wanted in _conditions(space, parameter).items():
+        if not wanted:
+            raise UserError(f"{parameter.name}: when: never holds: what it asks for, it asks of {name} two ways")
         other = next((each for each in space.parameters if each.name == name), None)
         if other is not None:
-            above, further = _enabling(space, other)
-            places |= {**above, name: other.options.index(wanted[0])}
-            settings += further
+            places[name] = other.options.index(wanted[0])
         elif _at(space.base, name) not in wanted:
             settings.append((name, wanted[0]))
     return places, settings
+
+
+def _conditions(space: Space, parameter: Parameter) -> dict[str, list[Any]]:
+    """Under which it is searched, those of the parameters in them too: the values of each name that satisfy all."""
+    found: dict[str, list[Any]] = {}
+    for name, wanted in parameter.when.items():
+        above = next((_conditions(space, each) for each in space.parameters if each.name == name), {})
+        for key, values in [*above.items(), (name, [*wanted])]:
+            found[key] = [value for value in values if value in found.get(key, values)]
+    return found
 
 
 # ------------------------------------------------------------------------------------------------- small things
 
 
 MISSING = object()
+
+PATHS = ("data.dir", "encoder.tokenizer")
+MODELS = ("encoder.pretrained",)  # folders, or names on the hub
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
 
 BELONGING = {
     "schedule": ("kind", ("alpha", "anneal", "targets", "tasks_per_step")),

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.exceptions import ExperimentalWarning
+from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.storages import InMemoryStorage, RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
@@ -61,6 +61,13 @@ STATES = {
 }
 
 
+_REFUSALS = (SQLAlchemyError, StorageInternalError, ImportError, ValueError, RuntimeError)
+
+
+def _reason(error: Exception) -> str:
+    return redacted(" ".join(str(error.__cause__ or error).split()))[:200]
+
+
 class Study:
     """Asks for trials and keeps what became of them.
 
@@ -99,9 +106,8 @@ class Study:
             options = {"connect_args": {"timeout": 60}} if storage and storage.startswith("sqlite") else {}
             database = RDBStorage(storage, engine_kwargs=options) if storage else InMemoryStorage()
             known = {each.study_name: each for each in optuna.get_all_study_summaries(database)}
-        except (SQLAlchemyError, ImportError, ValueError, RuntimeError) as error:
-            reason = redacted(" ".join(str(error).split()))[:200]
-            raise UserError(f"{where}: cannot open it as a study's database: {reason}") from None
+        except _REFUSALS as error:
+            raise UserError(f"{where}: cannot open it as a study's database: {_reason(error)}") from None
         if name in known:
             _compare(f"{where}: study {name!r}", known[name].user_attrs.get("identity", {}), identity, resume)
             if not resume:
@@ -111,15 +117,18 @@ class Study:
                 )
         elif resume:
             raise UserError(f"{where}: no study {name!r} is in it")
-        self.study = optuna.create_study(
-            storage=database, study_name=name, directions=["maximize"] * len(self.metrics), load_if_exists=True
-        )
-        self.study.set_user_attr("identity", dict(identity))
-        # of more trials that a resume asks for, none is another than it would have been
-        self._startup: int = self.study.user_attrs.get("startup", min(10, max(4, trials // 4)))
-        self.study.set_user_attr("startup", self._startup)
-        if len(self.metrics) > 1:
-            self.study.set_metric_names(self.metrics)
+        try:
+            self.study = optuna.create_study(
+                storage=database, study_name=name, directions=["maximize"] * len(self.metrics), load_if_exists=True
+            )
+            self.study.set_user_attr("identity", dict(identity))
+            # of more trials that a resume asks for, none is another than it would have been
+            self._startup: int = self.study.user_attrs.get("startup", min(10, max(4, trials // 4)))
+            self.study.set_user_attr("startup", self._startup)
+            if len(self.metrics) > 1:
+                self.study.set_metric_names(self.metrics)
+        except _REFUSALS as error:
+            raise UserError(f"{where}: cannot write a study to it: {_reason(error)}") from None
 
     # ------------------------------------------------------------------------------------------- asking
 
@@ -261,7 +270,7 @@ class Study:
     def importances(self) -> dict[str, float]:
         """Share of each parameter in reaching the best 30 % of the scores (PED-ANOVA, Watanabe et al. 2023).
 
-        Keyed by Optuna's names. Empty with fewer than four trials to learn from.
+        Keyed by Optuna's names. Empty with fewer than four different scores to learn from.
         """
         whole = [trial for trial in self.tried() if trial.state == "complete"]
         losses = {trial.number: -trial.scores[self.first_metric] for trial in whole}

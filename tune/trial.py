@@ -105,6 +105,8 @@ def _train(folder: Path, plan: Plan) -> None:
                 seen = plan.examples[step]
                 ray_tune.report({"error": f"score of {', '.join(broken)} is not a number after {seen:,} examples"})
                 return
+            if not plan.replay and evaluation:  # a member of a population may have to make room for another at once
+                ranks.wait_for_checkpoint(step)
             with tempfile.TemporaryDirectory() as directory:
                 (Path(directory) / "checkpoint.json").write_text(json.dumps({"run": str(folder), "step": step}))
                 ray_tune.report(result, checkpoint=ray_tune.Checkpoint.from_directory(directory))
@@ -211,6 +213,13 @@ class Ranks:
                     after = step
                     yield step, scores
             if ended:
+                return
+
+    def wait_for_checkpoint(self, step: int) -> None:
+        """The ranks begin to save a moment after an evaluation is told. Not for ever: a full disk takes none."""
+        until = time.monotonic() + WRITTEN_S
+        while _saved(self.folder) < step and time.monotonic() < until:
+            if ray.wait(self.exits, num_returns=1, timeout=POLL_S)[0]:
                 return
 
     def end(self) -> End:

@@ -135,3 +135,18 @@ def test_a_node_on_which_ray_does_not_start_in_time_tries_again(
             process.kill()
             process.wait()
     assert len(started) == min(fails + 1, allocation.STARTS)
+
+
+@pytest.mark.parametrize(
+    ("told", "hosts", "expected"),
+    [
+        ("10.0.0.7", ["node1", "node2"], "10.0.0.7"),
+        ("127.0.1.1", ["node1"], "127.0.1.1"),
+        ("127.0.1.1", ["node1", "127.0.0.1"], "127.0.0.1"),  # the route to the second node begins here
+    ],
+)
+def test_the_head_is_where_the_other_nodes_reach_it(
+    told: str, hosts: list[str], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(socket, "gethostbyname", lambda name: told)
+    assert allocation._address(hosts) == expected

@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 from mtbert.config_files import load_config
+from mtbert.errors import UserError
 from tune.board import Board
 from tune.conductor import Conductor
 from tune.search import Settings
@@ -27,10 +28,15 @@ space = load_space(folder / "space.yaml", load_config(folder / "base.yaml"))
 settings = Settings("q", 4, 5500, 8, ["composite"], "pbt", 3, "random", 0, 1, 1, 0.0, None, "", "n")
 study = Study(space, None, "n", {}, ["composite"], "random", 0, 4)
 study.ask()
+def refuse(*_):
+    raise UserError("does not fit")
 donor = {"plan": {"number": 0, "values": {"weights": [1, 1, 1]}}}
 for search in ("as it began", "continued"):
     conductor = Conductor(folder, settings, space, study, Board(study, settings))
     print([conductor._explore(donor)["plan"]["values"]["weights"] for _ in range(3)])
+    planned, conductor._planned = conductor._planned, refuse
+    assert conductor._explore(donor) == donor
+    conductor._planned = planned
     (folder / "trials" / "0000").mkdir(parents=True, exist_ok=True)
     (folder / "trials" / "0000" / "lineage.jsonl").write_text("{}\\n" * 3)
 """

@@ -27,6 +27,7 @@ from mtbert.yaml_files import inline_yaml
 from tune.search import (
     Settings,
     _gpus_per_node,
+    _only_search,
     again,
     check_place,
     main,
@@ -632,3 +633,9 @@ def test_stages_cannot_be_asked_for_more_trials(tmp_path: Path, capsys: pytest.C
     assert main(["--resume", str(tmp_path), "--trials", "10"]) == 2
     assert capsys.readouterr().err == "error: --trials 10: the stages of the space have 6 trials\n"
     assert (tmp_path / "search.yaml").read_text() == written
+
+
+def test_a_search_folder_that_cannot_be_locked_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / ".lock").mkdir()
+    with pytest.raises(UserError, match=f"^{tmp_path}: cannot be written to: Is a directory$"), _only_search(tmp_path):
+        pytest.fail("it is not locked")

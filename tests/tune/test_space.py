@@ -13,7 +13,7 @@ from mtbert.building import methods_of
 from mtbert.config import Config
 from mtbert.config_files import config_of, load_config
 from mtbert.errors import UserError
-from tune.space import Space, corners, load_space
+from tune.space import Space, anchored, corners, load_space
 
 ROOT = Path(__file__).parent.parent.parent
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
@@ -339,6 +339,23 @@ def test_the_configuration_is_found_among_whole_sections(tmp_path: Path) -> None
             "parameters: {schedule.kind: {choice: [round_robin, sequential]}, schedule.length: {int: [10, 20]}}",
             "leave length out, or set it to longest (tried with {schedule.kind: ",
         ),
+        (
+            "parameters: {surgery.method: {choice: [sum, pcgrad]}, weighting.method: {choice: [fixed, homoscedastic], "
+            "when: {surgery.method: pcgrad}}, optimizer.lr: {uniform: [0, 1], when: {surgery.method: sum, "
+            "weighting.method: homoscedastic}}}",
+            "optimizer.lr: when: never holds: what it asks for, it asks of surgery.method two ways",
+        ),
+        *(
+            (
+                f"parameters: {{weights: {{simplex: 3, keys: [tasks.*.weight]}}}}\nstarts: [{{weights: {weights}}}]",
+                "start 1: weights: expected 3 weights, one for each of tasks.sst.weight",
+            )
+            for weights in ("[a, 1, 1]", "[null, 1, 1]", "[true, 1, 1]", "[1, 1]", "3")
+        ),
+        (
+            "parameters: {weights: {simplex: 2, keys: [tasks.sst.wieght, tasks.sts.weight]}}\nstarts: [configuration]",
+            "tasks.sst.wieght",
+        ),
         ("parameters: {x.*.weight: {uniform: [0, 1]}}", "* stands for the name of a task"),
         ("params: {}", "params: unknown key; valid keys: parameters, starts, stages"),
         ("starts: []", "parameters: missing"),
@@ -360,3 +377,34 @@ def test_when_may_look_at_the_configuration(tmp_path: Path, config: Config) -> N
     assert set(space_of(tmp_path, config, text).draw(Uniform(0))) == {"optimizer.lr"}
     sampled = load_config(QUICKSTART, ["schedule.kind=sampled"])
     assert set(space_of(tmp_path, sampled, text).draw(Uniform(0))) == {"optimizer.lr", "schedule.alpha"}
+
+
+def test_conditions_may_lead_to_another_by_two_ways(tmp_path: Path, config: Config) -> None:
+    """In whatever order they are given."""
+    surgery = "surgery.method: {choice: [sum, pcgrad]}"
+    weighting = "weighting.method: {choice: [fixed, homoscedastic], when: {surgery.method: [sum, pcgrad]}}"
+    for when in ("surgery.method: pcgrad, weighting.method: fixed", "weighting.method: fixed, surgery.method: pcgrad"):
+        rate = f"optimizer.lr: {{uniform: [0.5, 1], when: {{{when}}}}}"
+        space = space_of(tmp_path, config, f"parameters: {{{surgery}, {weighting}, {rate}}}")
+        assert any("optimizer.lr" in values for _, values in corners(space))
+
+
+def test_folders_to_choose_from_are_the_same_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "models" / "a").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    raw = {
+        "parameters": {
+            "encoder.pretrained": {"choice": ["models/a", "models/hub"]},
+            "data.dir": {"choice": ["here"]},
+            "optimizer.lr": {"uniform": [0, 1]},
+        },
+        "starts": ["configuration", {"encoder.pretrained": "models/a", "optimizer.lr": 0.5}],
+    }
+    there = f"{tmp_path}/models/a"
+    placed = anchored(raw)
+    assert placed["parameters"]["encoder.pretrained"] == {"choice": [there, "models/hub"]}
+    assert placed["parameters"]["data.dir"] == {"choice": [f"{tmp_path}/here"]}
+    assert placed["starts"] == ["configuration", {"encoder.pretrained": there, "optimizer.lr": 0.5}]
+    assert anchored(placed) == placed
+    for odd in ({}, {"parameters": 3}, {"parameters": {"data.dir": {"choice": 3}}, "starts": 3}):
+        assert anchored(odd) == odd

@@ -42,8 +42,15 @@ def score(values: Values) -> float:
 
 
 def study_of(space: Space, storage: str | None = None, **changes: object) -> Study:
-    settings = {"identity": {"space": "this"}, "metrics": ["composite"], "sampler": "tpe", "seed": 0, "trials": 40}
-    return Study(space, storage, "name", **{**settings, **changes})  # type: ignore[arg-type]
+    settings = {
+        "name": "name",
+        "identity": {"space": "this"},
+        "metrics": ["composite"],
+        "sampler": "tpe",
+        "seed": 0,
+        "trials": 40,
+    }
+    return Study(space, storage, **{**settings, **changes})  # type: ignore[arg-type]
 
 
 def trained(study: Study) -> tuple[int, Values]:
@@ -196,6 +203,7 @@ def test_a_password_is_in_no_message(space: Space) -> None:
             "back what was there, or begin a new search",
         ),
         ("sqlite:///{}/other.db", {"resume": True}, "no study 'name' is in it"),
+        ("sqlite:///file:{}/study.db?mode=ro&uri=true", {"name": "other"}, "cannot write a study to it: "),
         ("sqlite:///{}/no/folder/study.db", {}, "cannot open it as a study's database"),
         ("nonsense", {}, "cannot open it as a study's database"),
         ("sqlite:///{}/text.db", {}, "cannot open it as a study's database"),

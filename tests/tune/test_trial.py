@@ -61,3 +61,28 @@ def test_the_error_of_an_attempt_is_not_told_of_the_next_one(tmp_path: Path) -> 
     done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 9, done.stderr
     assert not told.exists()
+
+
+WRITTEN = """
+import sys, threading, time
+from pathlib import Path
+from tune import trial
+
+ranks = object.__new__(trial.Ranks)
+ranks.folder, ranks.exits = Path(sys.argv[1]), []
+ended = []
+trial.ray.wait = lambda *_, num_returns, timeout: (ended or time.sleep(timeout) or [], [])
+saved = ranks.folder / "checkpoints" / "step-00000005"
+threading.Timer(1, lambda: saved.mkdir(parents=True)).start()
+ranks.wait_for_checkpoint(5)
+assert saved.is_dir()
+ended.append("a rank")
+began = time.monotonic()
+ranks.wait_for_checkpoint(6)
+assert time.monotonic() - began < trial.WRITTEN_S / 2
+"""
+
+
+def test_a_checkpoint_is_waited_for_while_there_is_somebody_to_write_it(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", WRITTEN, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
