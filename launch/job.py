@@ -58,9 +58,10 @@ STOPS = (signal.SIGUSR2, signal.SIGTERM)
 WATCH_S = 0.25
 MEET_S = 1.0
 """How often a rank looks for those that have not come yet."""
-COME_S = 60.0
-"""How long a rank waits for one of its own machine; what lies between their starts is a few imports, torch not among
-them. Slurm itself ends a step of which a task was killed."""
+COME_S = 120.0
+"""How long the ranks of a job on one machine wait for one of them; what lies between their starts is a few imports,
+torch not among them. Slurm itself ends a step of which a task was killed, and of another host's rank the file that says
+it is there may come late."""
 BLAME_S = 1.0
 """How long a failing rank waits before it takes the blame: a rank whose peer was killed learns of it by an exception
 of its own, within milliseconds, and the watch needs a moment to see the peer gone."""
@@ -290,7 +291,8 @@ class Attempt:
         for peer, pid in self._peers.items():
             if pid is not None and not alive(pid) and self._presence(peer).exists():
                 return peer
-        if self.place.slurm_job is None and time.monotonic() - self._came > COME_S:
+        alone = self.place.slurm_job is None and len(self.place.hosts) == 1
+        if alone and time.monotonic() - self._came > COME_S:
             return min(set(range(self.rank.world)).difference(self._peers), default=None)
         return None
 

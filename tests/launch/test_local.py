@@ -432,9 +432,12 @@ def test_neither_an_old_pickle_nor_what_lies_in_the_working_directory_is_minded(
 def test_a_rank_that_does_not_start_is_not_waited_for(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On this machine; of a step of Slurm's the others are killed by srun."""
     monkeypatch.setattr(job, "COME_S", 0.0)
-    here, slurm = (Attempt(run, "t", Place(Rank(0, 2, 0, 2), "h", ("h",), 0, id)) for id in (None, "7"))
+    here, slurm, apart = (
+        Attempt(run, "t", Place(Rank(0, 2, 0, 2), "h", hosts, 0, id))
+        for hosts, id in ((("h",), None), (("h",), "7"), (("h", "g"), None))
+    )
     here._presence(0).write_text(f"h {os.getpid()}")
-    assert (here._dead_peer(), slurm._dead_peer()) == (1, None)
+    assert [attempt._dead_peer() for attempt in (here, slurm, apart)] == [1, None, None]
     here._presence(1).write_text(f"h {os.getpid()}")
     here._meet_at = -math.inf
     assert here._dead_peer() is None
