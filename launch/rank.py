@@ -71,8 +71,6 @@ def make(run: Path, source: Path | None, overrides: list[str], token: str, comma
     if "SLURM_NTASKS" not in os.environ:
         raise UserError("SLURM_NTASKS: not set in this job; give --ntasks-per-node to sbatch")
     Lock(run, f"{token}-0").check()
-    if (note := read_note(run)) and note.token != token and not_over(run, note):
-        raise UserError(f"{run}: job {note.id} is not over; end it with: {submit_command('cancel', run)}")
     if not (run / "config.yaml").exists():
         source = source or DEFAULT_CONFIG
         place = {"dir": str(run.parent), "name": run.name}
@@ -83,6 +81,8 @@ def make(run: Path, source: Path | None, overrides: list[str], token: str, comma
         if source is not None:
             raise UserError(f"{run}: keeps the configuration it has; leave --config (CONFIG) out, or name a new folder")
         check_resumable(run, overrides)
+        if (note := read_note(run)) and not_over(run, note):
+            raise UserError(f"{run}: job {note.id} is not over; end it with: {submit_command('cancel', run)}")
         write_atomically(run / "config.yaml", to_yaml(independent(load_config(run / "config.yaml", overrides))))
     make_job_folder(run)
     snapshot_code(run)

@@ -124,7 +124,8 @@ SURFACE = {
     "mtbert data fetch": "DIR --task",
     "mtbert show-config": "--config --set --schema --reference",
     "launch/submit.py": "verb runs --config --set --resume --array --nodes --ranks-per-node --gpus-per-node --local "
-    "--partition --time --account --qos --constraint --exclude --mem --cpus-per-rank --slurm --dry-run --follow",
+    "--partition --time --grace --account --qos --constraint --exclude --mem --cpus-per-rank --slurm --dry-run "
+    "--follow",
     "tune": "--config --set --space --trials --examples --metric --resume --scheduler --evaluations --reduction "
     "--sampler --seed --name --storage --ranks-per-trial --cpus-per-rank --gpus-per-rank --concurrent --cluster "
     "--nodes --cpus-per-node --slurm --address --dashboard",

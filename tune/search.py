@@ -188,7 +188,9 @@ def search(args: argparse.Namespace, command: list[str]) -> int:
     if job is None:
         with _only_search(folder):
             return run(args, folder, settings, space, study)
+    # here, too: a job that is cancelled may be ended before it can say so
     print(f"job {job}: search folder {folder}\nwatch with: tail -F {folder}/slurm.log")
+    print(f"if it ends before it is done, continue with: {again(args, folder)}")
     return 0
 
 
@@ -317,7 +319,7 @@ def run(args: argparse.Namespace, folder: Path, settings: Settings, space: Space
 
 def again(args: argparse.Namespace, folder: Path) -> str:
     """The command that continues a search."""
-    where = ["--cluster", "slurm", *_nodes_asked(args)] if args.address else []
+    where = ["--cluster", "slurm", *_nodes_asked(args)] if args.address or args.cluster else []
     return shlex.join(["python", "-m", "tune", "--resume", str(folder), *where])
 
 

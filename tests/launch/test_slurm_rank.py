@@ -17,7 +17,7 @@ from harness import PATIENCE_S
 
 from launch import job, records
 from launch.job import Attempt, Place, _interface, _set_variables
-from launch.records import ROOT, JobNote, read_end, read_note, slurm_state, write_note
+from launch.records import ROOT, read_end, read_note, slurm_state
 from launch.slurm import standing
 from mtbert.config_files import load_config
 from mtbert.errors import UserError
@@ -276,8 +276,11 @@ def make(run: Path | str, *words: str, place: Path, **variables: str) -> subproc
 QUICKSTART = ("--config", str(ROOT / "configs" / "quickstart.yaml"))
 
 
-def test_a_plain_job_on_a_run_folder_that_is_there_refuses_what_would_be_ignored(tmp_path: Path) -> None:
+def test_a_plain_job_on_a_run_folder_that_is_there_refuses_what_would_be_ignored(
+    tmp_path: Path, slurm: FakeSlurm
+) -> None:
     """Not so when it is requeued: its batch script says again what it said at first."""
+    slurm.does("scontrol", "echo JobState=COMPLETED Restarts=0")
     first = (*QUICKSTART, "--set", "seed=3")
     assert make("runs/7", *first, place=tmp_path).returncode == 0
     run = tmp_path / "runs" / "7"
@@ -328,11 +331,10 @@ def test_a_plain_job_is_continued_on_gpus_if_it_has_any(
     assert f"--{'gpus' if gpus else 'ranks'}-per-node 2 " in note.again(run)
 
 
-def test_a_plain_job_leaves_a_run_alone_that_another_job_is_to_train(run: Path, slurm: FakeSlurm) -> None:
-    write_note(run, JobNote("slurm", "6", "ab12", "", 1, 1))
+def test_a_plain_job_leaves_a_run_alone_that_another_job_is_to_train(tmp_path: Path, slurm: FakeSlurm) -> None:
+    assert make("runs/7", *QUICKSTART, place=tmp_path).returncode == 0
     slurm.does("scontrol", "echo JobState=PENDING Restarts=0")
-    words = [sys.executable, "-m", "launch.rank", "make", run]
-    done = subprocess.run(words, env={**os.environ, **VARIABLES}, cwd=ROOT, capture_output=True, text=True)
+    done = make("runs/7", place=tmp_path, SLURM_JOB_ID="8")
     assert done.returncode == 2
-    assert done.stderr == f"error: {run}: job 6 is not over; end it with: python launch/submit.py cancel {run}\n"
-    assert read_note(run) == JobNote("slurm", "6", "ab12", "", 1, 1)
+    assert done.stderr == "error: runs/7: job 7 is not over; end it with: python launch/submit.py cancel runs/7\n"
+    assert (note := read_note(tmp_path / "runs" / "7")) and note.id == "7"

@@ -29,6 +29,7 @@ class Search:
     name: str
     tmp: Path
     jobs: list[str] = field(default_factory=list)
+    told: str = ""  # by the last submission
 
     @property
     def folder(self) -> Path:
@@ -43,7 +44,8 @@ class Search:
             text=True,
         )
         assert sent.returncode == 0, sent.stderr
-        self.jobs.append(sent.stdout.split()[1].rstrip(":"))
+        self.told = sent.stdout
+        self.jobs.append(self.told.split()[1].rstrip(":"))
 
     def begin(self, *words: str) -> None:
         (self.place / "space.yaml").write_text(yaml.safe_dump(SPACE))
@@ -98,10 +100,10 @@ def test_a_cancelled_search_of_a_trial_over_two_nodes_goes_on(bench: Bench) -> N
         trial = Trained(search.folder / "trials" / "0000")
         wait_until(lambda: bool(trial.checkpoints()), PATIENCE, "a checkpoint")
         subprocess.run(["scancel", search.jobs[-1]], check=True)
-        told = search.end("CANCELLED")
+        search.end("CANCELLED")
 
-        words = shlex.split(told.partition("continue with: ")[2].splitlines()[0])
-        assert words[-5:] == ["slurm", "--nodes", "2", "--slurm", "comment=apart"], told
+        words = shlex.split(search.told.partition("continue with: ")[2])
+        assert words[-5:] == ["slurm", "--nodes", "2", "--slurm", "comment=apart"], search.told
         search.submit(*words[3:])
         told = search.end("COMPLETED")
         assert told.count("  complete") == 1, told
