@@ -64,9 +64,8 @@ def run_here(
     token = secrets.token_hex(4)
     terminal = shutil.get_terminal_size()
     shown = (terminal.lines, terminal.columns) if sys.stdout.isatty() else None
-    executor = submitit.LocalExecutor(
-        job_folder(run), python=f"{shlex.quote(sys.executable)} {shlex.quote(str(snapshot_code(run)))}/launch/start.py"
-    )
+    start = f"{shlex.quote(sys.executable)} {shlex.quote(str(snapshot_code(run)))}/launch/start.py"
+    executor = submitit.LocalExecutor(job_folder(run), python=f"env -u PYTHONSAFEPATH {start}")
     world = nodes * ranks_per_node
     executor.update_parameters(
         tasks_per_node=world, gpus_per_node=gpus, visible_gpus=gpu_numbers(gpus), timeout_min=YEAR_MIN
@@ -144,7 +143,8 @@ def end_at_once(job: submitit.LocalJob[None]) -> None:
 
 @contextlib.contextmanager
 def _safe_path() -> Iterator[None]:
-    """submitit starts its controller by `python -m`, which would import what lies in the working directory."""
+    """submitit starts its controller by `python -m`, which would import what lies in the working directory. (Python
+    3.10 does all the same.) Not for the ranks: start.py of a run folder counts on its entry in the path."""
     before = os.environ.get("PYTHONSAFEPATH")
     os.environ["PYTHONSAFEPATH"] = "1"
     try:

@@ -27,12 +27,10 @@ from launch.records import (
     make_job_folder,
     read_note,
     snapshot_code,
-    submit_command,
     write_note,
     writing_to,
 )
-from launch.slurm import not_over
-from launch.submit import check_resumable
+from launch.submit import check_over, check_resumable
 from mtbert.config_files import DEFAULT_CONFIG, load_config, to_yaml
 from mtbert.errors import CommandLine, UserError
 from mtbert.files import user_path, write_atomically
@@ -81,8 +79,7 @@ def make(run: Path, source: Path | None, overrides: list[str], token: str, comma
         if source is not None:
             raise UserError(f"{run}: keeps the configuration it has; leave --config (CONFIG) out, or name a new folder")
         check_resumable(run, overrides)
-        if (note := read_note(run)) and not_over(run, note):
-            raise UserError(f"{run}: job {note.id} is not over; end it with: {submit_command('cancel', run)}")
+        check_over(run)
         write_atomically(run / "config.yaml", to_yaml(independent(load_config(run / "config.yaml", overrides))))
     make_job_folder(run)
     snapshot_code(run)

@@ -25,7 +25,7 @@ import submitit
 from submitit.core.utils import FailedJobError
 from submitit.slurm.slurm import _make_sbatch_string
 
-from launch.job import BATCH_STARTED, KILLED_RESTARTS, Job
+from launch.job import BATCH_STARTED, COME_S, KILLED_RESTARTS, Job
 from launch.records import (
     ASK_EVERY_S,
     End,
@@ -312,8 +312,12 @@ def cancel(run: Path, note: JobNote) -> str:
 
 def _lives(run: Path, note: JobNote) -> bool:
     """Whether a local job runs. Until its ranks have the lock, or left an end, its process speaks for them."""
+    if Lock(run, "-").held_by(note.token):
+        return True
+    # not for long: after a restart the number may be another process's
+    age_s = time.time() - (job_folder(run) / "job.json").stat().st_mtime
     begun = note.host == socket.gethostname() and alive(int(note.id)) and last_end(run, note.token) is None
-    return begun or Lock(run, "-").held_by(note.token)
+    return begun and age_s < COME_S
 
 
 def standings(runs: Sequence[Path]) -> list[tuple[str, ...]]:

@@ -14,8 +14,7 @@ os.environ["MTBERT_RANK_STARTED"] = str(time.time())
 
 # a signal that asks for a stop would end the interpreter; it waits until the job has its own handlers
 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2, signal.SIGTERM})
-# the launcher has the controller import nothing from the working directory; then there is no entry for this script
-sys.path[0 : 0 if getattr(sys.flags, "safe_path", False) else 1] = [str(Path(__file__).resolve().parent.parent)]
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
 folder = Path(sys.argv[-1])
 sys.argv[1:] = [str(folder)]
 

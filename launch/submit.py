@@ -309,15 +309,13 @@ def _remove_empty_array(folder: Path) -> None:
             shutil.rmtree(folder)
 
 
-def _check_over(run: Path | None) -> None:
+def check_over(run: Path | None) -> None:
     """Raises `UserError` for a run to be continued whose job waits or runs, wherever it is to go on."""
     from launch.slurm import not_over
 
     if run is not None and (note := read_note(run)) and not_over(run, note):
         watch = f"watch it with: {submit_command('--follow', run)}; or " if note.cluster == "slurm" else ""
-        raise UserError(
-            f"--resume {run}: job {note.id} is not over; {watch}end it with: {submit_command('cancel', run)}"
-        )
+        raise UserError(f"{run}: job {note.id} is not over; {watch}end it with: {submit_command('cancel', run)}")
 
 
 def _folder_name(value: str) -> str:
@@ -349,7 +347,7 @@ def _here(
         _check_methods(configs)  # the ranks would, in a moment
         _show_configurations(configs, values)
         return 0
-    _check_over(args.resume)
+    check_over(args.resume)
     code = 0
     with contextlib.ExitStack() as undo:
         _, runs = _folders(args, source, configs, values, command, undo)
@@ -379,19 +377,23 @@ def _on_slurm(
         print(slurm.script(args, f"mtbert-{folder.name}", folder, runs))
         _show_configurations(configs, values)
         return 0
-    _check_over(args.resume)
+    check_over(args.resume)
     with contextlib.ExitStack() as undo:
         folder, runs = _folders(args, source, configs, values, command, undo)
         starts = [length(log_path(run)) for run in runs]
         notes = slurm.submit_jobs(args, f"mtbert-{folder.name}", folder, runs)
         undo.pop_all()  # the job is there
+    trouble, unnoted = "", []
     for run, note in zip(runs, notes, strict=True):
         try:
             with writing_to(run):
                 write_note(run, note)
         except UserError as error:
-            raise UserError(f"{error}; job {note.id} is there all the same, end it with: scancel {note.id}") from None
+            trouble = str(error)
+            unnoted.append(note.id)
         print(f"job {note.id}: {args.nodes} node(s) × {note.ranks_per_node} rank(s), run folder {run}", flush=True)
+    if unnoted:
+        raise UserError(f"{trouble}; submitted all the same, end it with: scancel {' '.join(unnoted)}")
     if not args.follow:
         print(f"watch with: {submit_command('--follow', runs[0])}")
         return 0
@@ -447,7 +449,13 @@ def cancel(runs: list[Path]) -> int:
 
 def _runs(folders: list[Path]) -> list[Path]:
     """The same; for the folder of an array, all runs in it."""
-    return [run for folder in folders for run in _submitted(folder, "*") or [folder]]
+    return [run for folder in folders for run in _runs_of_array(folder) or [folder]]
+
+
+def _runs_of_array(folder: Path) -> list[Path]:
+    """Not of a folder that only holds runs: whoever names that may not mean all of them."""
+    is_array = all((folder / name).is_dir() for name in ("code", "job"))
+    return _submitted(folder, "*") if is_array else []
 
 
 def _submitted(folder: Path, depth: str) -> list[Path]:
@@ -458,7 +466,7 @@ def _submitted(folder: Path, depth: str) -> list[Path]:
 def _note(run: Path) -> JobNote:
     if note := read_note(run):
         return note
-    if runs := _submitted(run, "*"):
+    if runs := _runs_of_array(run):
         raise UserError(f"{run}: an array of {len(runs)} runs; name one of them, such as {runs[0]}")
     raise UserError(f"{run}: no job was submitted from this folder")
 

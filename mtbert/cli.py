@@ -350,9 +350,8 @@ def _opened(options: argparse.Namespace) -> Trained:
     from mtbert.ranks import set_threads
     from mtbert.trained import load_run
 
-    run = load_run(folder, options.checkpoint, options.precision)
-    set_threads(Rank(), run.config.engine)
-    return run
+    set_threads(Rank())  # engine.threads is training's
+    return load_run(folder, options.checkpoint, options.precision)
 
 
 def _predict(options: argparse.Namespace) -> int:

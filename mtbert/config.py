@@ -16,8 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from pydantic_core import PydanticCustomError
 
 ENCODER = "encoder"  # what the shared part of the model is called among parts
-RESERVED = {ENCODER: "the part that all tasks share", "shared": "shared layers", "composite": "the mean of all scores"}
-"""Names that no task may have, and what has them."""
+RESERVED = {"shared": "the layers that heads share", "composite": "the mean of all scores"}
+"""Names that no task of a new run may have, and what has them."""
 
 
 class Section(BaseModel):
@@ -595,7 +595,9 @@ class RunConfig(Section):
     dir: str = Field("runs", description="folder that run folders are made in")
     name: str | None = Field(None, description="name of the run folder; default: date, config name and a short hash")
     evaluate_every: int | None = Field(None, ge=1, description="steps between evaluations; default: each epoch")
-    log_every: int = Field(10, ge=1, le=10_000, description="steps between lines in metrics.jsonl and TensorBoard")
+    log_every: int = Field(
+        10, ge=1, description="steps between lines in metrics.jsonl and TensorBoard; there is one every 10,000 at least"
+    )
 
     @field_validator("name")
     @classmethod
@@ -633,8 +635,8 @@ class Config(Section):
         for name in self.tasks:
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
                 raise ValueError(f"tasks.{name}: a task's name is made of letters, digits, - and _")
-            if name in RESERVED:
-                raise ValueError(f"tasks.{name}: this name belongs to {RESERVED[name]}; choose another")
+            if name == ENCODER:
+                raise ValueError(f"tasks.{name}: this name belongs to the part that all tasks share; choose another")
         idle = [name for name, task in self.tasks.items() if not task.weight]
         if idle and self.weighting.method in ("gls", "famo"):
             raise ValueError(

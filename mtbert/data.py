@@ -213,6 +213,8 @@ def load_file(
         raise UserError(f"data.cache {config.cache}: cannot write to {cache}; name a folder of your own")
     try:
         folder = ensure(cache, path, shown, task, tokenizer, progress, source)
+    except BrokenPipeError:  # of who reads what is told of the progress
+        raise
     except OSError as error:  # what is wrong with the file itself is a `UserError`
         raise UserError(f"data.cache {config.cache}: cannot keep {shown} there: {error.strerror or error}") from None
     return _open(folder, shown)

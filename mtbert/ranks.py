@@ -56,9 +56,9 @@ def _gpus_promised() -> str:
     return "" if number in ("", "0") else f"Slurm gave {number} GPU(s) to this job"
 
 
-def set_threads(rank: Rank, config: EngineConfig) -> None:
-    """As the configuration says, else the environment, else this rank's part of the cores."""
-    torch.set_num_threads(config.threads or _threads_told() or rank.cores)
+def set_threads(rank: Rank, threads: int | None = None) -> None:
+    """As many, else as the environment says, else this rank's part of the cores."""
+    torch.set_num_threads(threads or _threads_told() or rank.cores)
 
 
 def join_ranks(rank: Rank, config: EngineConfig, timeout_s: float = 1800) -> None:
@@ -72,7 +72,7 @@ def join_ranks(rank: Rank, config: EngineConfig, timeout_s: float = 1800) -> Non
     if config.deterministic:  # torch then refuses what it cannot compute so; cuBLAS reads the variable when it starts
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(config.deterministic)
-    set_threads(rank, config)
+    set_threads(rank, config.threads)
     place = rank.rendezvous
     if not place:
         assert rank.world == 1, "several ranks need a rendezvous"

@@ -2,7 +2,8 @@
 
     N examples, C classes
 
-    predictions/step-00001200.npz    of the newest and the best evaluation: one array TASK/FIELD per field of `Said`
+    predictions/step-00001200.npz    of the newest evaluation and of the best (by the metrics, and on disk): one array
+                                     TASK/FIELD per field of `Said`
 
 No torch in here: reading a run is a matter of a moment, on any machine.
 """
@@ -64,8 +65,8 @@ def kept_id(id: str) -> str:
     return id if len(id) <= MAX_ID else f"{id[: MAX_ID - 17]}…{hashlib.sha256(id.encode()).hexdigest()[:16]}"
 
 
-def write_predictions(run_dir: Path, step: int, said: Mapping[str, Said], best: Container[int]) -> None:
-    """Keep what an evaluation after `step` steps said; of earlier evaluations only those after `best` steps stay."""
+def write_predictions(run_dir: Path, step: int, said: Mapping[str, Said], kept: Container[int]) -> None:
+    """Keep what an evaluation after `step` steps said; of earlier evaluations only those after `kept` steps stay."""
     arrays = {f"{task}/{field.name}": getattr(one, field.name) for task, one in said.items() for field in fields(one)}
     buffer = io.BytesIO()
     np.savez_compressed(buffer, allow_pickle=False, **arrays)
@@ -74,7 +75,7 @@ def write_predictions(run_dir: Path, step: int, said: Mapping[str, Said], best: 
     written = _predictions(folder, step)
     write_atomically(written, buffer.getvalue())
     for path in folder.glob("step-*.npz"):
-        if path != written and not (path.stem[5:].isdecimal() and int(path.stem[5:]) in best):
+        if path != written and not (path.stem[5:].isdecimal() and int(path.stem[5:]) in kept):
             path.unlink()
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from mtbert.config import Config, EncoderConfig
+from mtbert.config import RESERVED, Config, EncoderConfig
 from mtbert.config_files import to_yaml
 from mtbert.environment import environment
 from mtbert.errors import UserError
@@ -167,6 +167,8 @@ def create_run(config: Config, source: str | None, command: list[str]) -> Path:
     Raises `UserError` when `run.name` is already taken (nothing a user made is overwritten) or the folder cannot be
     written; no half of it is left then.
     """
+    for task in config.tasks.keys() & RESERVED.keys():
+        raise UserError(f"tasks.{task}: this name belongs to {RESERVED[task]}; choose another")
     text = to_yaml(independent(config))
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     digest = hashlib.sha256(text.encode()).hexdigest()[:6]

@@ -360,7 +360,7 @@ class Impatient(H11Protocol):
         if len(self.connections) > max_connections():
             transport.abort()
         else:
-            self._head = self._give_up_later()
+            self._head = self.loop.call_later(BODY_SECONDS, transport.abort)
 
     def connection_lost(self, exc: Exception | None) -> None:
         _forget(self._head, self._unread)
@@ -372,23 +372,28 @@ class Impatient(H11Protocol):
             _forget(self._head)
             self._head = None
         elif self._head is None:
-            self._head = self._give_up_later()
+            self._head = self.loop.call_later(BODY_SECONDS, self.transport.abort)
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._unread = self._give_up_later()
+        self._watch_the_answer()
 
-    def resume_writing(self) -> None:
-        super().resume_writing()
-        _forget(self._unread)
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._watch_the_answer()
 
-    def timeout_keep_alive_handler(self) -> None:
-        if self.transport.get_write_buffer_size():  # a close would wait until it is read
+    def _watch_the_answer(self) -> None:
+        """Whether it is read at all; slowly is well."""
+        left = self.transport.get_write_buffer_size()
+        if left and self._unread is None:
+            self._unread = self.loop.call_later(BODY_SECONDS, self._has_been_read, left)
+
+    def _has_been_read(self, left: int) -> None:
+        self._unread = None
+        if self.transport.get_write_buffer_size() >= left:
             self.transport.abort()
-        super().timeout_keep_alive_handler()
-
-    def _give_up_later(self) -> asyncio.TimerHandle:
-        return self.loop.call_later(BODY_SECONDS, self.transport.abort)
+        else:
+            self._watch_the_answer()
 
 
 def _forget(*timers: asyncio.TimerHandle | None) -> None:

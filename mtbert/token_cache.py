@@ -54,12 +54,13 @@ def ensure(
         source: column that the file must have as well, for reports.
     """
     before = _identity(path)
-    folder = cache / _key(task, path, tokenizer, cache, source)
+    content = _content_hash(path, cache)
+    folder = cache / _key(task, path, tokenizer, content, source)
     if not intact(folder):
         # the other ranks of this host wait, and then find it; another user of the cache may have to lock it, too
         with filelock.FileLock(f"{folder}.lock", mode=0o666):
             if not intact(folder):
-                rows = _of_one_file(path, before, shown, read_rows(path, *wanted_columns(task), shown, source))
+                rows = _of_one_file(path, before, content, shown, read_rows(path, *wanted_columns(task), shown, source))
                 _tokenise(folder, rows, task, shown, tokenizer, progress)
     return folder
 
@@ -73,10 +74,12 @@ def _identity(path: Path) -> list[str | int] | None:
         return None
 
 
-def _of_one_file(path: Path, before: list[str | int] | None, shown: str, rows: Iterable[T]) -> Iterator[T]:
+def _of_one_file(
+    path: Path, before: list[str | int] | None, content: str, shown: str, rows: Iterable[T]
+) -> Iterator[T]:
     """Raises `UserError` in the end where the file is no longer the one whose hash names the folder."""
     yield from rows
-    if _identity(path) != before:
+    if _identity(path) != before and sha256(path) != content:  # else its mode was changed, or a link to it made
         raise UserError(f"{shown}: changed while it was read; start again when it is whole")
 
 
@@ -86,11 +89,11 @@ def wanted_columns(task: TaskConfig) -> tuple[list[str], str | None]:
     return [*task.columns.text, *label], task.columns.id
 
 
-def _key(task: TaskConfig, path: Path, tokenizer: Tokenizer, cache: Path, source: str | None) -> str:
+def _key(task: TaskConfig, path: Path, tokenizer: Tokenizer, content: str, source: str | None) -> str:
     """Hash of everything that the cached arrays depend on."""
     labels = list(task.range) if task.regression else task.classes
     parts = [FORMAT, path.suffix.lower(), *wanted_columns(task), source, task.kind, labels, tokenizer.to_str()]
-    return hashlib.sha256(f"{_content_hash(path, cache)}{json.dumps(parts)}".encode()).hexdigest()
+    return hashlib.sha256(f"{content}{json.dumps(parts)}".encode()).hexdigest()
 
 
 def _content_hash(path: Path, cache: Path) -> str:
@@ -109,7 +112,10 @@ def _content_hash(path: Path, cache: Path) -> str:
     seen = cache / f"{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]}.seen"
     if seen.is_file() and re.fullmatch(rb"[0-9a-f]{64}", known := seen.read_bytes()):  # else it was damaged
         return known.decode()
-    digest = sha256(path)
+    try:
+        digest = sha256(path)
+    except OSError:
+        return ""
     if time.time() - max(stat.st_mtime, stat.st_ctime) > 2:
         write_atomically(seen, digest)
     return digest

@@ -33,7 +33,7 @@ from mtbert.errors import UserError
 from mtbert.files import read_small, write_atomically
 from mtbert.heads import MultiTaskModel
 from mtbert.losses import predict, probabilities
-from mtbert.manifest import find_checkpoint, sha256
+from mtbert.manifest import find_checkpoint, folders, sha256
 from mtbert.packing import batches_by_length, pack
 from mtbert.pretrained import read_shape, write_shape
 from mtbert.ranks import choose_precision, local_device
@@ -216,10 +216,13 @@ def load_run(
         checkpoint = find_checkpoint(run_dir, which)
         return checkpoint.step, load_weights(checkpoint, shapes)
 
+    there = folders(run_dir)
     try:
         step, weights = found()
-    except (UserError, FileNotFoundError):  # of a run that trains, a save may have put another in its place
-        step, weights = found()
+    except (UserError, FileNotFoundError):
+        if folders(run_dir) == there:
+            raise
+        step, weights = found()  # it trains, and a save has put another in its place
     model.load_state_dict(weights, assign=True)
     device = local_device(Rank())
     dtype = choose_precision(precision or config.engine.precision, device)

@@ -58,6 +58,8 @@ from mtbert.zero import Loss
 if TYPE_CHECKING:
     from mtbert.figures import Figure
 
+LONGEST_WINDOW = 10_000
+"""Steps between two lines of the log, at most: a checkpoint's manifest has a number for each, and a bound itself."""
 SKIPS_IN_A_ROW = 10
 """Steps without a finite loss or gradient after which a run stops: it will not recover by itself."""
 
@@ -369,8 +371,8 @@ class _Run:
         before = self.best, self.checkpointer.best  # until a new best is on disk, a run that is killed goes back to one
         if math.isfinite(score) and (self.best is None or score > self.best.score):
             self.best = Best(step=step + 1, score=score)
-        if self.best is not None and (self.highest is None or self.best.score > self.highest.score):
-            self.highest = self.best
+        if math.isfinite(score) and (self.highest is None or score > self.highest.score):
+            self.highest = Best(step=step + 1, score=score)
         if self.config.schedule.kind == "adaptive":
             self._adapt(step)
         if self.rank.first:
@@ -527,7 +529,7 @@ class _Run:
         self.tracker.message(f"first step after {record['total']:.1f} s: {parts}")
 
     def _record(self, step: int, phase: Phase, result: StepResult) -> None:
-        if (step + 1) % self.config.run.log_every and step + 1 != self.total_steps:
+        if (step + 1) % min(self.config.run.log_every, LONGEST_WINDOW) and step + 1 != self.total_steps:
             return
         values = self.window.close(self.rank.world)
         self.tracker.progress(step, self.window.losses, values["speed/examples_per_second"])

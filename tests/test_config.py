@@ -390,7 +390,7 @@ REGRESSION = "tasks.r={kind: pair_regression, train: a, dev: b, columns: {text: 
         (["tasks.new.train=x"], "tasks.new.kind: missing; it has no default"),
         *[
             ([f"tasks.{name}={{kind: classification, train: a, dev: b}}"], f"tasks.{name}: this name belongs to")
-            for name in ("encoder", "shared", "composite")
+            for name in ("encoder",)
         ],
         (["tasks.a b={kind: classification, train: a, dev: b}"], "a task's name is made of letters, digits, - and _"),
         (["tasks.sst.kind=sentiment"], "tasks.sst.kind: input should be 'classification', 'pair_classification', 'p"),

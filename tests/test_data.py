@@ -461,6 +461,13 @@ def test_a_file_that_another_takes_the_place_of_while_it_is_read(home: Home, mon
 
     monkeypatch.setattr(token_cache, "read_rows", replaced)
     assert home.error(ROWS) == "rows.tsv: changed while it was read; start again when it is whole"
+
+    def touched(path: Path, *rest: Any) -> Iterator[Any]:
+        path.chmod(0o600)
+        yield from read(path, *rest)
+
+    monkeypatch.setattr(token_cache, "read_rows", touched)
+    home.load(ROWS)
     monkeypatch.undo()
     assert home.load(ROWS).raw([1]) == [("films",)]
 

@@ -338,6 +338,16 @@ def test_what_another_container_writes_aside_is_left_alone_for_a_day(tmp_path: P
     assert contents(tmp_path) == sorted([names[1], *names[3:]])
 
 
+def test_names_that_no_task_of_a_new_run_may_have(tmp_path: Path) -> None:
+    """A run that has one may be read for ever."""
+    for name in ("shared", "composite"):
+        config = make_config(tmp_path)
+        config = config.model_copy(update={"tasks": {name: config.tasks["sst"]}})
+        with pytest.raises(UserError, match=rf"^tasks\.{name}: this name belongs to the .+; choose another$"):
+            create_run(config, None, COMMAND)
+    assert not contents(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("own", "limits", "granted"),
     [

@@ -89,24 +89,30 @@ def test_a_run_needs_nothing_but_its_folder(corpus: Path, tmp_path: Path, pretra
 
 
 def test_a_checkpoint_that_a_save_takes_away_while_it_is_opened(
-    trained_run: Path, monkeypatch: pytest.MonkeyPatch
+    trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found, gone = trained.find_checkpoint, []
+    run, away = Path(shutil.copytree(trained_run, tmp_path / "run")), tmp_path / "away"
+    found, calls = trained.find_checkpoint, []
 
     def taken_away(run: Path, which: Any) -> Any:
+        if away.exists():
+            away.rename(calls[0])
+            return found(run, which)
         checkpoint = found(run, which)
-        if gone:
-            return checkpoint
-        gone.append(checkpoint.folder)
-        return dataclasses.replace(checkpoint, folder=checkpoint.folder.with_name("gone"))
+        calls.append(checkpoint.folder.rename(away) and checkpoint.folder)
+        return checkpoint
 
     monkeypatch.setattr(trained, "find_checkpoint", taken_away)
-    assert load_run(trained_run, "latest").step == 6
-    monkeypatch.setattr(
-        trained, "find_checkpoint", lambda run, which: dataclasses.replace(found(run, which), folder=run)
-    )
+    assert load_run(run, "latest").step == 6 and len(calls) == 1
+
+    def missing(run: Path, which: Any) -> Any:
+        calls.append(run)
+        return dataclasses.replace(found(run, which), folder=run)
+
+    monkeypatch.setattr(trained, "find_checkpoint", missing)
     with pytest.raises(FileNotFoundError):
-        load_run(trained_run, "latest")
+        load_run(run, "latest")
+    assert len(calls) == 2, "nothing was saved meanwhile"
 
 
 def test_an_encoder_in_a_folder_that_one_may_not_enter(

@@ -458,6 +458,13 @@ def test_a_save_that_fails_is_told_and_tried_again(
     assert best.step in saved, "the best so far is one that could be saved"
 
 
+def test_the_log_has_a_line_now_and_then_whatever_was_asked(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer, "LONGEST_WINDOW", 5)
+    run = new_run(config.model_copy(update={"run": config.run.model_copy(update={"log_every": 10**9})}), "seldom")
+    train(run, Rank(), quiet=True)
+    assert RunRecord(run).curves["loss/sst"].steps.tolist() == [4, 9, 11]
+
+
 def test_predictions_of_the_best_stay_until_a_better_one_is_saved(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:

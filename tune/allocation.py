@@ -83,7 +83,7 @@ def main() -> int:
     with contextlib.suppress(KeyboardInterrupt):
         if os.environ["SLURM_NODEID"] == "0":
             with ray_home(token) as home:
-                code = _drive(folder, token, home, _address(hosts), port, sys.argv[2:])
+                code = _drive(folder, token, home, _address(hosts), port, len(hosts), sys.argv[2:])
                 write_atomically(folder / f".exit-{job}", str(code))
                 return code
         with ray_home() as home:
@@ -101,14 +101,14 @@ def _address(hosts: Sequence[str]) -> str:
     return address
 
 
-def _drive(folder: Path, token: Path, home: Path, address: str, port: int, asked: Sequence[str]) -> int:
+def _drive(folder: Path, token: Path, home: Path, address: str, port: int, nodes: int, asked: Sequence[str]) -> int:
     token.unlink(missing_ok=True)  # of an attempt before a requeue
     set_variables(home, write_token(token))
     _ray_start(home, "--head", f"--node-ip-address={address}", f"--port={port}", "--include-dashboard=false")
     _wait_for(address, port)
     from tune.search import main as search
 
-    return search(["--resume", str(folder), "--address", f"{address}:{port}", *asked])
+    return search(["--resume", str(folder), "--address", f"{address}:{port}", *asked, "--nodes", str(nodes)])
 
 
 def _lend(token: Path, home: Path, host: str, port: int) -> int:

@@ -233,7 +233,7 @@ def _cost(folder: Path, study: Study) -> str:
     available = study.notes["seconds"] * study.notes.get("slots", 1)
     steps = sum(each.steps for each in known)
     between = sum(each.whole - each.start - each.steps for each in known)
-    if steps + between > available:  # a session that was killed has left no time
+    if steps + between > available:  # a session was killed, or had other places: its time is not known
         return ""
     start = float(np.median([each.start for each in known]))
     return (

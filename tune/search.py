@@ -328,7 +328,8 @@ def _nodes_asked(args: argparse.Namespace) -> list[str]:
     words = ["--nodes", str(args.nodes or 1)]
     if args.cpus_per_node:
         words += ["--cpus-per-node", str(args.cpus_per_node)]
-    return words + (["--slurm", *args.slurm] if args.slurm else [])
+    options = [option.removeprefix("--") for option in args.slurm]  # typed as --slurm=--exclusive
+    return words + (["--slurm", *options] if options else [])
 
 
 def _judged(settings: Settings) -> str:

@@ -211,28 +211,46 @@ class Space:
 
 
 def anchored(raw: dict[str, Any]) -> dict[str, Any]:
-    """What a file of a space holds, with absolute paths where a parameter chooses between folders or files: trials are
-    drawn, and the search is continued, from anywhere."""
+    """What a file of a space holds, with absolute paths wherever folders or files are chosen: trials are drawn, and the
+    search is continued, from anywhere."""
     parameters, starts = raw.get("parameters"), raw.get("starts")
     if not isinstance(parameters, dict):
         return raw  # `load_space` says what is wrong
 
-    def placed(name: Any, value: Any) -> Any:
-        folder = isinstance(value, str) and (name in PATHS or (name in MODELS and seen_as_folder(user_path(value))))
-        return str(user_path(value).absolute()) if folder else value
+    def value_of(name: Any, value: Any) -> Any:
+        """Of a parameter, or of a key of the configuration."""
+        how = parameters.get(name)
+        keys = how.get("keys") if isinstance(how, dict) else None
+        for key in keys if isinstance(keys, list) else [name]:
+            value = _placed(key, value)
+        return value
 
-    def with_choices(name: Any, how: Any) -> Any:
-        if isinstance(how, dict) and isinstance(how.get("choice"), list):
-            return {**how, "choice": [placed(name, option) for option in how["choice"]]}
-        return how
+    def values_of(name: Any, values: Any) -> Any:
+        return [value_of(name, value) for value in values] if isinstance(values, list) else value_of(name, values)
 
-    parameters = {name: with_choices(name, how) for name, how in parameters.items()}
+    def by_name(values: Any) -> Any:
+        return {name: values_of(name, value) for name, value in values.items()} if isinstance(values, dict) else values
+
+    def told(name: Any, how: Any) -> Any:
+        if not isinstance(how, dict):
+            return how
+        changed = {"choice": values_of(name, how.get("choice")), "when": by_name(how.get("when"))}
+        return {key: changed.get(key, value) for key, value in how.items()}
+
+    anchored = {**raw, "parameters": {name: told(name, how) for name, how in parameters.items()}}
     if isinstance(starts, list):
-        starts = [
-            {name: placed(name, value) for name, value in start.items()} if isinstance(start, dict) else start
-            for start in starts
-        ]
-    return {**raw, "parameters": parameters, **({"starts": starts} if "starts" in raw else {})}
+        anchored["starts"] = [by_name(start) for start in starts]
+    return anchored
+
+
+def _placed(key: Any, value: Any) -> Any:
+    """A value at a key of the configuration, absolute where it is a path, also within a section."""
+    if isinstance(value, dict):
+        return {inner: _placed(f"{key}.{inner}", each) for inner, each in value.items()}
+    if not isinstance(value, str) or key not in (*PATHS, *MODELS):
+        return value
+    path = user_path(value)
+    return str(path.absolute()) if key in PATHS or seen_as_folder(path) else value
 
 
 def load_space(path: Path, config: Config, raw: Mapping[str, Any] | None = None) -> Space:

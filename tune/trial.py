@@ -208,7 +208,7 @@ class Ranks:
         while True:
             # looked at before reading: what was written before the end is then read
             ended = ended or len(ray.wait(self.exits, num_returns=1, timeout=POLL_S)[0]) > 0
-            for step, scores in evaluations_in(self.folder):
+            for step, scores in [*evaluations_in(self.folder)]:  # ranks that start may cut the file
                 if step > after:
                     after = step
                     yield step, scores

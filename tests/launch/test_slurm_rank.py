@@ -336,5 +336,8 @@ def test_a_plain_job_leaves_a_run_alone_that_another_job_is_to_train(tmp_path: P
     slurm.does("scontrol", "echo JobState=PENDING Restarts=0")
     done = make("runs/7", place=tmp_path, SLURM_JOB_ID="8")
     assert done.returncode == 2
-    assert done.stderr == "error: runs/7: job 7 is not over; end it with: python launch/submit.py cancel runs/7\n"
+    told = (
+        "watch it with: python launch/submit.py --follow runs/7; or end it with: python launch/submit.py cancel runs/7"
+    )
+    assert done.stderr == f"error: runs/7: job 7 is not over; {told}\n"
     assert (note := read_note(tmp_path / "runs" / "7")) and note.id == "7"

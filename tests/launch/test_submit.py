@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -361,8 +362,10 @@ def test_a_job_on_slurm_that_cannot_be_noted_is_named(
     assert done.returncode == 2
     assert done.stderr == (
         "error: runs/mine: cannot be written to: No space left on device; "
-        "job 7 is there all the same, end it with: scancel 7\n"
+        "submitted all the same, end it with: scancel 7\n"
     )
+    done = submit("--config", config, "--array", "seed=0,1", cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.endswith("end it with: scancel 7_0 7_1\n")
 
 
 def test_a_local_job_that_runs_is_not_continued(config: Path, tmp_path: Path) -> None:
@@ -373,6 +376,9 @@ def test_a_local_job_that_runs_is_not_continued(config: Path, tmp_path: Path) ->
     done = submit("--local", "--resume", run, cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert f"job {os.getpid()} is not over; end it with: python launch/submit.py cancel {run}" in done.stderr
+    long_ago = time.time() - 600
+    os.utime(run / "job" / "job.json", (long_ago, long_ago))  # and nobody has the lock: the number is another's now
+    assert submit("cancel", run, cwd=tmp_path).stdout == f"local job {os.getpid()} is over\n"
 
 
 @pytest.mark.parametrize("verb", [["status"], ["cancel"], ["--follow"]])
@@ -560,6 +566,9 @@ def test_the_folder_of_an_array_stands_for_its_runs(config: Path, tmp_path: Path
     done = submit("cancel", "runs/a", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (2, "error: cancel runs/a/seed=0: Invalid job id specified\n")
     assert done.stdout.startswith("cancelled job 7_1; ")
+    for verb in ("status", "cancel"):
+        done = submit(verb, "runs", cwd=tmp_path)  # which only holds runs
+        assert (done.returncode, done.stderr) == (2, "error: runs: no job was submitted from this folder\n")
     done = submit("--follow", "runs/a", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (
         2,

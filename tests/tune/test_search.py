@@ -469,7 +469,7 @@ def test_a_search_on_a_cluster_is_continued_there() -> None:
     words = ["--resume", "x", "--address", "host:1", "--nodes", "2"]
     told = "python -m tune --resume '/a b' --cluster slurm --nodes 2"
     assert again(parser().parse_args(words), Path("/a b")) == told
-    words += ["--cpus-per-node", "8", "--slurm", "gpus-per-node=2", "comment=two words"]
+    words += ["--cpus-per-node", "8", "--slurm=--gpus-per-node=2", "--slurm", "comment=two words"]
     assert again(parser().parse_args(words), Path("/a b")) == (
         f"{told} --cpus-per-node 8 --slurm gpus-per-node=2 'comment=two words'"
     )

@@ -406,5 +406,21 @@ def test_folders_to_choose_from_are_the_same_from_anywhere(tmp_path: Path, monke
     assert placed["parameters"]["data.dir"] == {"choice": [f"{tmp_path}/here"]}
     assert placed["starts"] == ["configuration", {"encoder.pretrained": there, "optimizer.lr": 0.5}]
     assert anchored(placed) == placed
+    by_another_name = {
+        "parameters": {
+            "model": {"choice": ["models/a"], "keys": ["encoder.pretrained"]},
+            "encoder": {"choice": [{"pretrained": "models/a", "pooling": "mean"}]},
+            "optimizer.lr": {"uniform": [0, 1], "when": {"model": "models/a", "data.dir": ["here"]}},
+        },
+        "starts": [{"model": "models/a"}],
+    }
+    assert anchored(by_another_name) == {
+        "parameters": {
+            "model": {"choice": [there], "keys": ["encoder.pretrained"]},
+            "encoder": {"choice": [{"pretrained": there, "pooling": "mean"}]},
+            "optimizer.lr": {"uniform": [0, 1], "when": {"model": there, "data.dir": [f"{tmp_path}/here"]}},
+        },
+        "starts": [{"model": there}],
+    }
     for odd in ({}, {"parameters": 3}, {"parameters": {"data.dir": {"choice": 3}}, "starts": 3}):
         assert anchored(odd) == odd

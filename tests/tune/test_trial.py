@@ -86,3 +86,37 @@ assert time.monotonic() - began < trial.WRITTEN_S / 2
 def test_a_checkpoint_is_waited_for_while_there_is_somebody_to_write_it(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", WRITTEN, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+TOLD = """
+import sys
+from types import SimpleNamespace
+from pathlib import Path
+from tune import trial
+
+did = []
+
+class Ranks:
+    def __init__(self, folder, plan): pass
+    def evaluations(self, after): return iter([(5, {"composite": 0.5}), (9, {"composite": 0.6})])
+    def wait_for_checkpoint(self, step): did.append(f"wait {step}")
+    def end(self): return SimpleNamespace(status="finished")
+    def kill(self): did.append("kill")
+
+trial.Ranks = Ranks
+trial.ray_tune = SimpleNamespace(
+    get_checkpoint=lambda: None,
+    Checkpoint=SimpleNamespace(from_directory=lambda directory: None),
+    report=lambda result, checkpoint: did.append(f"report {result['step']}"),
+)
+for replay in (True, False):
+    trial._train(Path(sys.argv[1]), trial.Plan(0, "", "", {}, {5: 50, 9: 90}, replay, 1, 1, 0.0))
+    print(*did, sep=", ")
+    did.clear()
+"""
+
+
+def test_a_member_of_a_population_tells_of_an_evaluation_when_it_can_go_on_from_it(tmp_path: Path) -> None:
+    """It may have to make room at once; nothing is decided at the end."""
+    done = subprocess.run([sys.executable, "-c", TOLD, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["report 5, report 9, kill", "wait 5, report 5, report 9, kill"], done.stderr
