@@ -81,16 +81,34 @@ for number in (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT):
 def kill_at_caching(patient: Patient) -> Evidence:
     """Of a start that finds no cache, or only the generated corpus."""
     cache = patient.draw.choice([patient.lab.cache, patient.lab.cache / "tokens"])
+    whole = token_folders(patient)
     patient.restart(lambda: shutil.rmtree(cache))
-    patient.until("a cache in the making", lambda: patient.ended or making(patient), nap_s=0.0005)
-    assert patient.reference
-    time.sleep(patient.draw.uniform(0, 0.3 if cache == patient.lab.cache else 0.01))
-    evidence = patient.deliver(signal.SIGKILL, patient.processes())
+    # on a busy machine one may be whole before it is struck; then another is in the making
+    while True:
+        patient.until(
+            "a cache in the making",
+            lambda: patient.ended or making(patient) or whole <= token_folders(patient),
+            nap_s=0.0005,
+        )
+        time.sleep(patient.draw.uniform(0, 0.3 if cache == patient.lab.cache else 0.005))
+        pids = patient.processes()
+        patient.freeze(pids)
+        if making(patient):
+            break
+        patient.thaw(pids)
+        if patient.ended or whole <= token_folders(patient):
+            raise NotInjected("the caches were whole before it was killed", touched=True)
+    evidence = patient.deliver(signal.SIGKILL, pids)
     patient.wait()
-    if not (left := making(patient)):
-        raise NotInjected("the caches were whole when it was killed", touched=True)
+    left = making(patient)
     patient.lab.left.update(path for path in left if path.name.startswith(".making-"))
     return {**evidence, "phase": "caching", "left": [path.name for path in left]}
+
+
+def token_folders(patient: Patient) -> set[str]:
+    """Those that are whole."""
+    names = {path.name for path in (patient.lab.cache / "tokens").glob("*") if path.is_dir()}
+    return {name for name in names if not name.startswith(".")}
 
 
 def making(patient: Patient) -> list[Path]:
